@@ -1,0 +1,18 @@
+"""Flax models that run from dense or packed weights."""
+
+from spqr_jax.models.decoder import Block, Context, Decoder, KVCache, Stage, layer_name, make_context
+from spqr_jax.models.layers import RotaryConfig
+from spqr_jax.models.llama import Llama, LlamaConfig
+
+__all__ = [
+    "Block",
+    "Context",
+    "Decoder",
+    "KVCache",
+    "Llama",
+    "LlamaConfig",
+    "RotaryConfig",
+    "Stage",
+    "layer_name",
+    "make_context",
+]

@@ -1,0 +1,195 @@
+"""What every decoder-only family shares: embedding, a stack of blocks, a final norm and a head.
+
+A family adds one file: its configuration, and a block cut into *stages*. A stage ends where the next matrices
+have their input, so quantization can stop there, solve those matrices and go on with the quantized ones: one
+forward pass per block, each matrix quantized for the inputs that it will see.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from spqr_jax.models.layers import Linear
+
+Params = dict[str, Any]
+State = dict[str, Float[Array, "batch tokens ..."]]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One part of a block.
+
+    Attributes:
+      method: name of the block's method, `(state, context) -> state`.
+      feeds: for each entry of the new state that matrices multiply next, the names of those matrices.
+    """
+
+    method: str
+    feeds: Mapping[str, tuple[str, ...]]
+
+
+@flax.struct.dataclass
+class Context:
+    """What all blocks of a forward pass share.
+
+    Attributes:
+      positions: place of each token in its sequence, padding not counted.
+      mask: which slots a token may attend to; without a KV cache the slots are the tokens.
+      offset: first slot to be written in the KV cache.
+    """
+
+    positions: Int[Array, "batch tokens"]
+    mask: Bool[Array, "batch tokens slots"]
+    offset: Int[Array, ""]
+
+
+@flax.struct.dataclass
+class KVCache:
+    """Keys and values of the tokens seen so far, in arrays of fixed length.
+
+    Attributes:
+      keys, values: one pair of arrays per block, stacked.
+      valid: which slots hold a real token (neither padding nor still empty).
+      length: number of slots written; the next tokens go there.
+    """
+
+    keys: Float[Array, "blocks batch slots kv_heads head_dim"]
+    values: Float[Array, "blocks batch slots kv_heads head_dim"]
+    valid: Bool[Array, "batch slots"]
+    length: Int[Array, ""]
+
+
+class Block(nn.Module):
+    """A decoder block as a chain of stages over a state that starts as `{"hidden": x}` and ends as such."""
+
+    config: Any
+    stages: ClassVar[tuple[Stage, ...]]
+
+    def __call__(self, state: State, context: Context) -> State:
+        for stage in self.stages:
+            state = getattr(self, stage.method)(state, context)
+        return state
+
+    @classmethod
+    def matrices(cls) -> tuple[str, ...]:
+        """Names of the matrices that are quantized, in the order in which they are used."""
+        return tuple(name for stage in cls.stages for names in stage.feeds.values() for name in names)
+
+
+class Decoder(nn.Module):
+    """A causal language model; a family sets `block` and `norm`.
+
+    `params` holds `embed_tokens`, `layers_0` … `layers_{n-1}`, `norm` and, unless the embedding is tied, `lm_head`.
+    `stack_blocks(params)` turns the layers into one tree with a leading axis, `blocks`, over which the forward pass
+    scans: it then compiles in the time of one block.
+
+    Example:
+      >>> logits = model.apply({"params": params}, tokens)                      # [batch, tokens, vocabulary]
+      >>> logits, cache = model.apply({"params": params}, tokens, cache=cache)  # decoding
+    """
+
+    config: Any
+    dtype: jnp.dtype = jnp.float32
+    block: ClassVar[type[Block]]
+
+    def norm_module(self) -> nn.Module:
+        """The norm after the last block."""
+        raise NotImplementedError
+
+    def setup(self) -> None:
+        self.embed_tokens = nn.Embed(self.config.vocab_size, self.config.hidden_size, dtype=self.dtype)
+        self.layers = [self.block(self.config) for _ in range(self.config.num_layers)]
+        self.norm = self.norm_module()
+        if not self.config.tie_embeddings:
+            self.lm_head = Linear(self.config.vocab_size)
+
+    def __call__(
+        self,
+        tokens: Int[Array, "batch tokens"],
+        *,
+        mask: Bool[Array, "batch tokens"] | None = None,
+        cache: KVCache | None = None,
+    ) -> Float[Array, "batch tokens vocabulary"] | tuple[Float[Array, "batch tokens vocabulary"], KVCache]:
+        """Next-token logits; `mask` is False at padding (left padding where a cache is used)."""
+        hidden, cache = self.hidden_states(tokens, mask=mask, cache=cache)
+        logits = self.head(hidden)
+        return logits if cache is None else (logits, cache)
+
+    def hidden_states(
+        self,
+        tokens: Int[Array, "batch tokens"],
+        *,
+        mask: Bool[Array, "batch tokens"] | None = None,
+        cache: KVCache | None = None,
+    ) -> tuple[Float[Array, "batch tokens hidden"], KVCache | None]:
+        """What the head reads: the normalized output of the last block, and the cache with the new tokens in it."""
+        mask = jnp.ones(tokens.shape, bool) if mask is None else mask
+        context, valid = make_context(mask, cache)
+        state: State = {"hidden": self.embed(tokens)}
+        caches = {} if cache is None else {"keys": cache.keys, "values": cache.values}
+
+        stacked = self.variables["params"].get("blocks")
+        if stacked is not None:
+            block = self.block(self.config, parent=None)
+
+            def step(hidden: Array, inputs: tuple[Params, State]) -> tuple[Array, State]:
+                block_params, block_cache = inputs
+                after: Any = block.apply({"params": block_params}, {"hidden": hidden, **block_cache}, context)
+                return after.pop("hidden"), after
+
+            hidden, caches = jax.lax.scan(step, state["hidden"], (stacked, caches))
+        else:
+            hidden, new_caches = state["hidden"], []
+            for index, layer in enumerate(self.layers):
+                after = layer({"hidden": hidden, **{name: c[index] for name, c in caches.items()}}, context)
+                hidden = after.pop("hidden")
+                new_caches.append(after)
+            caches = jax.tree.map(lambda *leaves: jnp.stack(leaves), *new_caches)
+
+        if cache is not None:
+            cache = KVCache(caches["keys"], caches["values"], valid, cache.length + tokens.shape[1])
+        return self.norm(hidden), cache
+
+    def embed(self, tokens: Int[Array, "batch tokens"]) -> Float[Array, "batch tokens hidden"]:
+        """Input of the first block."""
+        return self.embed_tokens(tokens)
+
+    def head(self, hidden: Float[Array, "*batch hidden"]) -> Float[Array, "*batch vocabulary"]:
+        """Logits of hidden states."""
+        return self.embed_tokens.attend(hidden) if self.config.tie_embeddings else self.lm_head(hidden)
+
+    def init_cache(self, batch: int, slots: int) -> KVCache:
+        """An empty cache for `slots` tokens of each of `batch` sequences."""
+        shape = (self.config.num_layers, batch, slots, self.config.num_kv_heads, self.config.head_dim)
+        return KVCache(
+            keys=jnp.zeros(shape, self.dtype),
+            values=jnp.zeros(shape, self.dtype),
+            valid=jnp.zeros((batch, slots), bool),
+            length=jnp.zeros((), jnp.int32),
+        )
+
+
+def make_context(
+    mask: Bool[Array, "batch tokens"], cache: KVCache | None = None
+) -> tuple[Context, Bool[Array, "batch slots"]]:
+    """Positions and causal mask of new tokens, and which slots are valid once they are written."""
+    batch, tokens = mask.shape
+    if cache is None:
+        valid, offset, seen = mask, jnp.zeros((), jnp.int32), jnp.zeros((batch, 1), jnp.int32)
+    else:
+        valid = jax.lax.dynamic_update_slice(cache.valid, mask, (0, cache.length))
+        offset, seen = cache.length, cache.valid.sum(axis=1, keepdims=True)
+    positions = jnp.maximum(seen + jnp.cumsum(mask, axis=1) - 1, 0)
+    causal = jnp.arange(valid.shape[1]) <= (offset + jnp.arange(tokens))[:, None]
+    return Context(positions, causal & valid[:, None, :], offset), valid
+
+
+def layer_name(index: int) -> str:
+    """Key of block `index` in an unstacked parameter tree."""
+    return f"layers_{index}"

@@ -1,0 +1,109 @@
+"""The parts that decoder families share: linear layers, norms, rotary embedding, attention, the KV cache."""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from pallas_kernels import SpqrTensor, spqr_matmul
+
+
+class Linear(nn.Module):
+    """y = x Wᵀ + b; `kernel` is a dense `[in, out]` array or an `SpqrTensor` of shape `(out, in)`.
+
+    This module is the only place of a model that knows about quantization.
+    """
+
+    features: int
+    use_bias: bool = False
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
+        kernel: Any
+        if self.has_variable("params", "kernel"):
+            kernel = self.get_variable("params", "kernel")
+        else:
+            kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features))
+        y = spqr_matmul(x, kernel) if isinstance(kernel, SpqrTensor) else x @ kernel.astype(x.dtype)
+        if self.use_bias:
+            y = y + self.param("bias", nn.initializers.zeros, (self.features,)).astype(x.dtype)
+        return y
+
+
+class RMSNorm(nn.Module):
+    """x · scale / sqrt(mean(x²) + epsilon), the mean taken in float32 (Zhang and Sennrich 2019)."""
+
+    epsilon: float
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*batch features"]) -> Float[Array, "*batch features"]:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        x32 = x.astype(jnp.float32)
+        normal = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.epsilon)
+        return normal.astype(x.dtype) * scale.astype(x.dtype)
+
+
+@dataclass(frozen=True)
+class RotaryConfig:
+    """How positions become angles (Su et al. 2021), with the two scalings that LLaMA checkpoints use.
+
+    Attributes:
+      theta: base of the geometric series of frequencies.
+      scaling: `default`, `linear` (positions divided by `factor`) or `llama3` (only long wavelengths divided,
+        with a ramp between `original_context / low_freq_factor` and `original_context / high_freq_factor`).
+    """
+
+    theta: float = 10000.0
+    scaling: Literal["default", "linear", "llama3"] = "default"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_context: int = 8192
+
+    def frequencies(self, head_dim: int) -> Float[Array, " half"]:
+        """Radians per position of each pair of features, `[head_dim / 2]`."""
+        exponents = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
+        frequencies = 1.0 / (self.theta**exponents)
+        if self.scaling == "default":
+            return frequencies
+        if self.scaling == "linear":
+            return frequencies / self.factor
+        turns = self.original_context * frequencies / (2 * math.pi)
+        ramp = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
+        keep = jnp.clip(ramp, 0.0, 1.0)
+        return keep * frequencies + (1 - keep) * frequencies / self.factor
+
+
+def rotate(
+    x: Float[Array, "batch tokens heads head_dim"],
+    positions: Int[Array, "batch tokens"],
+    rotary: RotaryConfig,
+) -> Float[Array, "batch tokens heads head_dim"]:
+    """Turns the pair (x[i], x[i + head_dim / 2]) by position · frequency[i], in float32."""
+    angles = positions[..., None, None].astype(jnp.float32) * rotary.frequencies(x.shape[-1])
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+def attend(
+    queries: Float[Array, "batch tokens heads head_dim"],
+    keys: Float[Array, "batch slots kv_heads head_dim"],
+    values: Float[Array, "batch slots kv_heads head_dim"],
+    mask: Bool[Array, "batch tokens slots"],
+) -> Float[Array, "batch tokens heads head_dim"]:
+    """softmax(Q Kᵀ / sqrt(head_dim)) V where `mask`; each KV head serves heads / kv_heads query heads.
+
+    A row whose mask is empty (padding) gives the mean of the values, never a NaN.
+    """
+    batch, tokens, heads, head_dim = queries.shape
+    kv_heads = keys.shape[2]
+    grouped = queries.reshape(batch, tokens, kv_heads, heads // kv_heads, head_dim)
+    scores = jnp.einsum("btkgd,bskd->bkgts", grouped, keys, preferred_element_type=jnp.float32)
+    scores = jnp.where(mask[:, None, None], scores / math.sqrt(head_dim), jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
+    return jnp.einsum("bkgts,bskd->btkgd", weights, values).reshape(queries.shape)

@@ -1,0 +1,99 @@
+"""The LLaMA family: RMS norm, rotary grouped-query attention, gated MLP (Touvron et al. 2023)."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import flax.linen as nn
+import jax
+from jaxtyping import Array
+
+from spqr_jax.models.decoder import Block, Context, Decoder, Stage, State
+from spqr_jax.models.layers import Linear, RMSNorm, RotaryConfig, attend, rotate
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """Sizes and options of a LLaMA; the defaults are those of Hugging Face's `LlamaConfig`."""
+
+    vocab_size: int
+    hidden_size: int
+    mlp_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rotary: RotaryConfig
+    norm_epsilon: float = 1e-6
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    tie_embeddings: bool = False
+    max_positions: int = 2048
+
+
+class LlamaBlock(Block):
+    """h = x + o(attention(q, k, v of norm(x))); y = h + down(silu(gate(norm(h))) · up(norm(h)))."""
+
+    config: LlamaConfig
+    stages: ClassVar[tuple[Stage, ...]] = (
+        Stage("normalize", {"attention_input": ("q_proj", "k_proj", "v_proj")}),
+        Stage("attention", {"attention_output": ("o_proj",)}),
+        Stage("attention_residual", {"mlp_input": ("gate_proj", "up_proj")}),
+        Stage("gate", {"mlp_hidden": ("down_proj",)}),
+        Stage("mlp_residual", {}),
+    )
+
+    def setup(self) -> None:
+        c = self.config
+        self.input_layernorm = RMSNorm(c.norm_epsilon)
+        self.q_proj = Linear(c.num_heads * c.head_dim, c.attention_bias)
+        self.k_proj = Linear(c.num_kv_heads * c.head_dim, c.attention_bias)
+        self.v_proj = Linear(c.num_kv_heads * c.head_dim, c.attention_bias)
+        self.o_proj = Linear(c.hidden_size, c.attention_bias)
+        self.post_attention_layernorm = RMSNorm(c.norm_epsilon)
+        self.gate_proj = Linear(c.mlp_size, c.mlp_bias)
+        self.up_proj = Linear(c.mlp_size, c.mlp_bias)
+        self.down_proj = Linear(c.hidden_size, c.mlp_bias)
+
+    def normalize(self, state: State, context: Context) -> State:
+        return {**state, "attention_input": self.input_layernorm(state["hidden"])}
+
+    def attention(self, state: State, context: Context) -> State:
+        state = dict(state)
+        x = state.pop("attention_input")
+
+        def heads(projection: Linear) -> Array:
+            return projection(x).reshape(*x.shape[:2], -1, self.config.head_dim)
+
+        queries = rotate(heads(self.q_proj), context.positions, self.config.rotary)
+        keys = rotate(heads(self.k_proj), context.positions, self.config.rotary)
+        values = heads(self.v_proj)
+        if "keys" in state:
+            start = (0, context.offset, 0, 0)
+            keys = state["keys"] = jax.lax.dynamic_update_slice(state["keys"], keys, start)
+            values = state["values"] = jax.lax.dynamic_update_slice(state["values"], values, start)
+        attended = attend(queries, keys, values, context.mask)
+        return {**state, "attention_output": attended.reshape(*x.shape[:2], -1)}
+
+    def attention_residual(self, state: State, context: Context) -> State:
+        state = dict(state)
+        hidden = state["hidden"] + self.o_proj(state.pop("attention_output"))
+        return {**state, "hidden": hidden, "mlp_input": self.post_attention_layernorm(hidden)}
+
+    def gate(self, state: State, context: Context) -> State:
+        state = dict(state)
+        x = state.pop("mlp_input")
+        return {**state, "mlp_hidden": jax.nn.silu(self.gate_proj(x)) * self.up_proj(x)}
+
+    def mlp_residual(self, state: State, context: Context) -> State:
+        state = dict(state)
+        return {**state, "hidden": state["hidden"] + self.down_proj(state.pop("mlp_hidden"))}
+
+
+class Llama(Decoder):
+    """A LLaMA language model in Flax."""
+
+    config: LlamaConfig
+    block: ClassVar[type[Block]] = LlamaBlock
+
+    def norm_module(self) -> nn.Module:
+        return RMSNorm(self.config.norm_epsilon)
