@@ -1,8 +1,25 @@
-"""The packed SpQR format and the operations on it."""
+"""The packed SpQR format and the operations on it; usable without the rest of the library."""
 
+from pallas_kernels.dequantize import dequantize
+from pallas_kernels.matmul import spqr_matmul
+from pallas_kernels.tensor import (
+    QuantizedStatistics,
+    SpqrTensor,
+    bits_per_weight,
+    check_format,
+    outlier_share,
+    pack,
+    trim,
+)
 
-class SpqrTensor: ...
-
-
-def spqr_matmul(x, w):
-    raise NotImplementedError
+__all__ = [
+    "QuantizedStatistics",
+    "SpqrTensor",
+    "bits_per_weight",
+    "check_format",
+    "dequantize",
+    "outlier_share",
+    "pack",
+    "spqr_matmul",
+    "trim",
+]

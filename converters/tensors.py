@@ -1,0 +1,99 @@
+"""From named tensors in files to a parameter tree: a table says where each goes, and all misfits are told at once."""
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Float
+
+from converters.errors import ConversionError
+
+Params = dict[str, Any]
+Transform = Callable[[Float[np.ndarray, "..."]], Float[np.ndarray, "..."]]
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor that stays in its file until `read` is called."""
+
+    shape: tuple[int, ...]
+    read: Callable[[], Float[np.ndarray, "..."]]
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where one tensor goes.
+
+    Attributes:
+      path: its keys in the parameter tree.
+      source: its name in the checkpoint.
+      shape: its shape in the checkpoint.
+      transform: what turns it into the parameter.
+    """
+
+    path: tuple[str, ...]
+    source: str
+    shape: tuple[int, ...]
+    transform: Transform = np.asarray
+
+
+@dataclass(frozen=True)
+class Layout:
+    """All tensors of a checkpoint.
+
+    Attributes:
+      targets: those that become parameters.
+      copies: those that may be there as well, each with the name of the target that it must equal.
+      ignored: matches the names of those that hold nothing of the model's own.
+    """
+
+    targets: tuple[Target, ...]
+    copies: Mapping[str, str] = field(default_factory=dict)
+    ignored: re.Pattern[str] = re.compile(r"(?!)")
+
+
+def assemble(layout: Layout, stored: Mapping[str, StoredTensor], *, dtype: DTypeLike, origin: object) -> Params:
+    """Reads every target, one tensor at a time, into a nested dict of NumPy arrays.
+
+    Args:
+      layout: which tensors there must be.
+      stored: which tensors there are.
+      dtype: type of the parameters.
+      origin: the file or directory, for error messages.
+
+    Raises:
+      ConversionError: tensors are missing, surplus or of another shape; one error names them all.
+
+    Example:
+      >>> assemble(Layout((Target(("norm", "scale"), "norm.weight", (8,)),)), stored, dtype=jnp.float32, origin=path)
+      {'norm': {'scale': array([...], dtype=float32)}}
+    """
+    misfits = sorted(_misfits(layout, stored))
+    if misfits:
+        raise ConversionError(
+            f"{origin} does not hold the tensors that its configuration calls for:\n  " + "\n  ".join(misfits)
+        )
+    params: Params = {}
+    for target in layout.targets:
+        parent = params
+        for key in target.path[:-1]:
+            parent = parent.setdefault(key, {})
+        # A copy, in C order: nothing in the tree refers to the file's memory.
+        parent[target.path[-1]] = np.array(target.transform(stored[target.source].read()), dtype=dtype, order="C")
+    return params
+
+
+def _misfits(layout: Layout, stored: Mapping[str, StoredTensor]) -> Iterator[str]:
+    expected = {target.source: target.shape for target in layout.targets}
+    for name in expected.keys() | stored.keys():
+        if name in layout.copies and layout.copies[name] in stored:
+            if not np.array_equal(stored[name].read(), stored[layout.copies[name]].read()):
+                yield f"{name}: expected equal to {layout.copies[name]}, found other values"
+        elif not layout.ignored.fullmatch(name):
+            wanted = list(expected[name]) if name in expected else "none"
+            found = list(stored[name].shape) if name in stored else "none"
+            if wanted != found:
+                yield f"{name}: expected {wanted}, found {found}"

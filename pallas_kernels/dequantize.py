@@ -1,0 +1,64 @@
+"""From the packed format back to a dense weight, on any device."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.packing import unpack_codes, unpack_planes
+from pallas_kernels.tensor import SpqrTensor
+
+
+def dequantize(tensor: SpqrTensor) -> Float[Array, "out in"]:
+    """ŵ = scale · (code − zero) + outlier residual, float32, columns in the order of the input features.
+
+    Example:
+      >>> weight = dequantize(quantize_matrix(weight, hessian, config))
+    """
+    weight = dequantize_in_order(tensor)
+    if tensor.permutation is None:
+        return weight
+    return weight[:, jnp.argsort(tensor.permutation)]
+
+
+def dequantize_in_order(tensor: SpqrTensor) -> Float[Array, "out in"]:
+    """The same with columns in quantization order."""
+    out, columns = tensor.shape
+    codes = unpack_codes(tensor.codes, columns).astype(jnp.float32)
+    grouped = codes.reshape(out, -1, tensor.group_size)
+    weight = scales(tensor)[..., None] * (grouped - zeros(tensor)[..., None])
+    weight = weight.reshape(out, columns)
+    if tensor.outlier_values is None:
+        return weight
+    # Residuals at one place each: adding is writing, and the zeros of the padding do no harm.
+    values = tensor.outlier_values.astype(jnp.float32)
+    return weight.at[outlier_rows(tensor), tensor.outlier_columns].add(values)
+
+
+def scales(tensor: SpqrTensor) -> Float[Array, "out groups"]:
+    """First-level scales, float32."""
+    return _statistics(tensor.scale, tensor.scale_codes, tensor.scale_scale, tensor.scale_zero)
+
+
+def zeros(tensor: SpqrTensor) -> Float[Array, "out groups"]:
+    """First-level zeros, float32."""
+    return _statistics(tensor.zero, tensor.zero_codes, tensor.zero_scale, tensor.zero_zero)
+
+
+def outlier_rows(tensor: SpqrTensor) -> Int[Array, " nnz"]:
+    """Row of each outlier; padding gets the last row."""
+    assert tensor.row_offsets is not None
+    assert tensor.outlier_values is not None
+    starts = jnp.zeros(tensor.outlier_values.shape[0] + 1, jnp.int32).at[tensor.row_offsets[1:-1]].add(1)
+    return jnp.cumsum(starts[:-1])
+
+
+def _statistics(plain: Array | None, planes: Array | None, scale: Array | None, zero: Array | None) -> Array:
+    if plain is not None:
+        return plain.astype(jnp.float32)
+    assert planes is not None
+    assert scale is not None
+    assert zero is not None
+    codes = unpack_planes(planes).astype(jnp.float32)
+    out, groups = codes.shape
+    by_stats_group = codes.reshape(scale.shape[0], -1, groups)
+    values = scale.astype(jnp.float32)[:, None] * (by_stats_group - zero.astype(jnp.float32)[:, None])
+    return values.reshape(out, groups)

@@ -1,0 +1,75 @@
+"""Bit layouts of the packed format: weight codes in words, statistics codes in planes of sixteen rows."""
+
+import functools
+import operator
+from collections.abc import Iterable
+
+import jax.numpy as jnp
+from jaxtyping import Array, UInt8, UInt16, UInt32
+
+BLOCK = 16
+"""Codes that share `bits` sixteen-bit code words; also the rows that share a word of a statistics plane."""
+
+
+def pack_codes(codes: UInt8[Array, "out in"], bits: int) -> UInt32[Array, "bits out half_blocks"]:
+    """Packs `bits`-wide codes, sixteen to a block.
+
+    Code word k of a block holds ⌊16/bits⌋ codes from its low bit up; bits left over at the top of the words hold the
+    last code, one bit per word, lowest first. Word k of block n and of block n + half_blocks are the low and the high
+    half of `result[k, row, n]`. Missing codes of the last blocks are zero.
+
+    Example:
+      >>> pack_codes(jnp.array([[1, 2, 3, 4, 5, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 7]], jnp.uint8), 3)[:, 0, 0]
+      Array([51409, 32768, 32768], dtype=uint32)
+    """
+    out, columns = codes.shape
+    blocks = _even(-(-columns // BLOCK))
+    padded = jnp.pad(codes, ((0, 0), (0, blocks * BLOCK - columns)))
+    halves = padded.reshape(out, 2, blocks // 2, BLOCK).astype(jnp.uint32)
+    per_word = 16 // bits
+    words = []
+    for k in range(bits):
+        word = _or(halves[..., k * per_word + i] << (bits * i) for i in range(per_word))
+        if per_word * bits < 16:
+            word |= (halves[..., BLOCK - 1] >> k & 1) << 15
+        words.append(word[:, 0] | word[:, 1] << 16)
+    return jnp.stack(words)
+
+
+def unpack_codes(words: UInt32[Array, "bits out half_blocks"], columns: int) -> UInt8[Array, "out in"]:
+    """Inverse of `pack_codes`; `columns` is the number of codes per row."""
+    bits, out, half_blocks = words.shape
+    per_word = 16 // bits
+    mask = 2**bits - 1
+
+    def code(j: int) -> Array:
+        if j < bits * per_word:
+            return (halves[j // per_word] >> (bits * (j % per_word)) & mask).astype(jnp.uint8)
+        return _or((halves[k] >> 15 & 1) << k for k in range(bits)).astype(jnp.uint8)
+
+    halves = jnp.stack([words & 0xFFFF, words >> 16], axis=2)
+    codes = jnp.stack([code(j) for j in range(BLOCK)], axis=-1)
+    return codes.reshape(out, 2 * half_blocks * BLOCK)[:, :columns]
+
+
+def pack_planes(codes: UInt8[Array, "out groups"], bits: int) -> UInt16[Array, "bits out/16 groups"]:
+    """Packs statistics codes as bit planes: bit r of `result[p, i, g]` is bit p of `codes[16 i + r, g]`."""
+    out, groups = codes.shape
+    rows = codes.reshape(out // BLOCK, BLOCK, groups).astype(jnp.uint16)
+    return jnp.stack([_or((rows[:, r] >> p & 1) << r for r in range(BLOCK)) for p in range(bits)])
+
+
+def unpack_planes(planes: UInt16[Array, "bits out/16 groups"]) -> UInt8[Array, "out groups"]:
+    """Inverse of `pack_planes`."""
+    bits, sixteenths, groups = planes.shape
+    shifts = jnp.arange(BLOCK, dtype=jnp.uint16)[:, None]
+    rows = _or((planes[p][:, None] >> shifts & 1) << p for p in range(bits))
+    return rows.reshape(sixteenths * BLOCK, groups).astype(jnp.uint8)
+
+
+def _even(n: int) -> int:
+    return n + n % 2
+
+
+def _or(parts: Iterable[Array]) -> Array:
+    return functools.reduce(operator.or_, parts)

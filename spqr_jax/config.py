@@ -1,0 +1,54 @@
+"""What to quantize to: the frozen configuration and the paper's two presets."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class SpqrConfig:
+    """Settings of the solver and of the format; SpQR, GPTQ and round-to-nearest are settings of one algorithm.
+
+    The defaults are SpQR's at 3 bits, with the order, damping and sequence that measured best. `outlier_threshold=None`
+    gives GPTQ; quantizing without a Hessian (or without calibration tokens) gives round-to-nearest.
+
+    Attributes:
+      bits: width of a weight code: 2, 3, 4, 5 or 8.
+      group_size: consecutive input features of one row that share a scale and a zero (β1): 8, 16, 32, 64 or 128.
+      scale_bits, zero_bits: width of the codes of scales and zeros; None keeps them in 16 bits.
+      stats_group_size: consecutive rows whose statistics are quantized together (β2), a multiple of 16.
+      outlier_threshold: τ; a weight is an outlier where its squared error, divided by the inverse Hessian's, exceeds
+        τ times the mean of Var(column) / U_ii²; None for no outliers.
+      permutation: order in which input features are quantized: `act_order` by falling diag(H), or `identity`.
+      damping: share of mean |diag H| added to diag H.
+      simplified: do not leave likely outliers out when scales and zeros are fitted.
+      sequential: solve each matrix on inputs computed with the already quantized matrices of its own block, not only
+        of the blocks before (the official `--true-sequential`).
+      refit: before solving a matrix, move its weights to those that best give the original outputs from the inputs
+        that the quantized model will have.
+      stats_dtype: type of unquantized and of second-level statistics; float32 only to compare with the official code.
+
+    Source: Dettmers et al. 2023 (arXiv 2306.03078), Algorithm 1; `refit` is this project's.
+
+    Example:
+      >>> config = dataclasses.replace(COMPACT, outlier_threshold=0.3)
+    """
+
+    bits: int = 3
+    group_size: int = 16
+    scale_bits: int | None = 3
+    zero_bits: int | None = 3
+    stats_group_size: int = 16
+    outlier_threshold: float | None = 0.2
+    permutation: Literal["act_order", "identity"] = "act_order"
+    damping: float = 0.1
+    simplified: bool = False
+    sequential: bool = True
+    refit: bool = True
+    stats_dtype: Literal["float16", "float32"] = "float16"
+
+
+COMPACT = SpqrConfig(bits=3)
+"""About 4.2 bits per weight: the paper's smallest setting that keeps most of a model's quality."""
+
+NEAR_LOSSLESS = SpqrConfig(bits=4)
+"""About 4.7 bits per weight: the paper's setting that stays within about 1 % of a model's perplexity."""

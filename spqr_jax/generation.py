@@ -1,0 +1,276 @@
+"""Continuing prompts: greedy or sampled decoding of a batch with a KV cache."""
+
+import math
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Key
+from numpy.typing import ArrayLike
+
+from spqr_jax.models.decoder import Decoder, KVCache, Params
+from spqr_jax.models.stacking import stack_blocks
+
+# Lengths are rounded up to a multiple of this, so that prompts of similar lengths share a compiled program.
+_BUCKET = 64
+
+
+@dataclass(frozen=True)
+class _Policy:
+    """How the next token is chosen, and which tokens end a sequence."""
+
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+    stop_tokens: tuple[int, ...]
+
+
+@flax.struct.dataclass
+class _State:
+    """Decoding under way: the first `step` columns of `tokens` are chosen, all but the last of them are in `cache`."""
+
+    cache: KVCache
+    tokens: Int[Array, "batch capacity"]
+    stopped: Bool[Array, " batch"]
+    step: Int[Array, ""]
+    key: Key[Array, ""]
+
+
+def generate(
+    model: Decoder,
+    params: Params,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+    stop_tokens: Collection[int] = (),
+) -> list[list[int]]:
+    """Continues each prompt by up to `max_new_tokens` tokens.
+
+    With temperature 0 the next token is argmax(logits). Otherwise it is drawn from softmax(logits / temperature),
+    restricted first to the `top_k` likeliest tokens and then to the fewest likeliest tokens whose probabilities
+    add up to `top_p` (Holtzman et al. 2020).
+
+    Args:
+      model: the language model.
+      params: its parameters, dense or packed; stacking them beforehand (`stack_blocks`) saves doing it in each call.
+      prompts: token ids of one or more prompts; their lengths may differ.
+      max_new_tokens: most tokens to add to each prompt.
+      temperature: 0 for greedy decoding.
+      top_k: number of tokens to draw from, or None for all.
+      top_p: probability in (0, 1] of the tokens to draw from, or None for all.
+      seed: of the random numbers; the same seed gives the same tokens.
+      stop_tokens: ids that end a sequence.
+
+    Returns:
+      The new tokens of each prompt, up to its first stop token, which is left out.
+
+    Raises:
+      ValueError: an argument is out of its range, a prompt is empty or has an id outside the vocabulary, or a prompt
+        and its new tokens are more than the model has positions for.
+
+    Example:
+      >>> generate(model, params, [[504, 3575], [28]], max_new_tokens=3, stop_tokens=[2])
+      [[282, 4649, 314], [216]]
+    """
+    chunks = stream(
+        model,
+        params,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        stop_tokens=stop_tokens,
+        chunk=max_new_tokens,
+    )
+    return next(chunks)
+
+
+def stream(
+    model: Decoder,
+    params: Params,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+    stop_tokens: Collection[int] = (),
+    chunk: int = 1,
+) -> Iterator[list[list[int]]]:
+    """Yields the tokens of `generate` as they come, `chunk` at a time.
+
+    Args:
+      chunk: tokens per prompt between two yields; the other arguments are those of `generate`.
+
+    Returns:
+      An iterator over lists of the next tokens of each prompt, empty for one that has stopped.
+
+    Raises:
+      ValueError: as `generate`, when called.
+
+    Example:
+      >>> for (tokens,) in stream(model, params, [prompt], max_new_tokens=100):
+      ...     print(tokenizer.decode(tokens), end="", flush=True)
+    """
+    policy = _Policy(temperature, top_k, top_p, tuple(stop_tokens))
+    _check(model, prompts, max_new_tokens, policy)
+    if chunk < 1:
+        raise ValueError(f"chunk is {chunk}, but must be at least 1")
+    tokens, mask = _pad_left(prompts)
+    batch, length = tokens.shape
+    capacity = _round_up(max_new_tokens)
+    state = _State(
+        cache=model.init_cache(batch, length + capacity),
+        tokens=jnp.zeros((batch, capacity), jnp.int32),
+        stopped=jnp.zeros(batch, bool),
+        step=jnp.zeros((), jnp.int32),
+        key=jax.random.key(seed),
+    )
+    # On the device once, not once per chunk.
+    params = jax.device_put(stack_blocks(params))
+
+    def chunks(state: _State) -> Iterator[list[list[int]]]:
+        state = _extend(model, policy, params, state, tokens, mask)
+        for start in range(0, max_new_tokens, chunk):
+            limit = min(start + chunk, max_new_tokens)
+            if limit > 1:
+                state = _decode(model, policy, params, state, limit)
+            rows = np.asarray(state.tokens)[:, :limit].tolist()
+            yield [_until_stop(row, policy.stop_tokens)[start:] for row in rows]
+            if state.stopped.all():
+                return
+
+    return chunks(state)
+
+
+def chat_prompt(tokenizer: Any, message: str) -> list[int]:
+    """Token ids of a user's message in the tokenizer's chat template, or of the plain text where it has none.
+
+    Args:
+      tokenizer: a tokenizer of `transformers`.
+      message: what the user says.
+
+    Example:
+      >>> generate(model, params, [chat_prompt(tokenizer, "What is gravity?")], max_new_tokens=50)
+    """
+    if not tokenizer.chat_template:
+        return list(tokenizer.encode(message))
+    conversation = [{"role": "user", "content": message}]
+    return list(tokenizer.apply_chat_template(conversation, add_generation_prompt=True, return_dict=False))
+
+
+def check_vocabulary(ids: ArrayLike, vocab_size: int) -> None:
+    """Raises a ValueError that names the first token id outside [0, vocab_size)."""
+    flat = np.asarray(ids).reshape(-1)
+    outside = flat[(flat < 0) | (flat >= vocab_size)]
+    if outside.size:
+        raise ValueError(f"token id {outside[0]} is outside the vocabulary of {vocab_size} tokens")
+
+
+@partial(jax.jit, static_argnames=("model", "policy"), donate_argnames="state")
+def _extend(
+    model: Decoder,
+    policy: _Policy,
+    params: Params,
+    state: _State,
+    tokens: Int[Array, "batch tokens"],
+    mask: Bool[Array, "batch tokens"],
+) -> _State:
+    """Runs the model over tokens that are not in the cache yet, and chooses the next one from the last logits."""
+    apply: Callable[..., Any] = partial(model.apply, {"params": params})
+    hidden, cache = apply(tokens, mask=mask, cache=state.cache, method="hidden_states")
+    logits = apply(hidden[:, -1], method="head").astype(jnp.float32)
+    key, subkey = jax.random.split(state.key)
+    chosen = _choose(logits, policy, subkey)
+    return _State(
+        cache=cache,
+        tokens=jax.lax.dynamic_update_slice_in_dim(state.tokens, chosen[:, None], state.step, axis=1),
+        stopped=state.stopped | jnp.isin(chosen, jnp.asarray(policy.stop_tokens, jnp.int32)),
+        step=state.step + 1,
+        key=key,
+    )
+
+
+@partial(jax.jit, static_argnames=("model", "policy"), donate_argnames="state")
+def _decode(model: Decoder, policy: _Policy, params: Params, state: _State, limit: Int[Array, ""]) -> _State:
+    """Adds tokens until there are `limit` of them or every sequence has stopped."""
+
+    def unfinished(state: _State) -> Bool[Array, ""]:
+        return (state.step < limit) & ~state.stopped.all()
+
+    def step(state: _State) -> _State:
+        last = jax.lax.dynamic_slice_in_dim(state.tokens, state.step - 1, 1, axis=1)
+        return _extend(model, policy, params, state, last, jnp.ones(last.shape, bool))
+
+    return jax.lax.while_loop(unfinished, step, state)
+
+
+def _choose(logits: Float[Array, "batch vocabulary"], policy: _Policy, key: Key[Array, ""]) -> Int[Array, " batch"]:
+    if policy.temperature == 0:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    logits = logits / policy.temperature
+    if policy.top_k is None and policy.top_p is None:
+        return jax.random.categorical(key, logits).astype(jnp.int32)
+    vocab_size = logits.shape[-1]
+    logits, ids = jax.lax.top_k(logits, min(policy.top_k or vocab_size, vocab_size))
+    if policy.top_p is not None:
+        probabilities = jax.nn.softmax(logits)
+        likelier = jnp.cumsum(probabilities, axis=-1) - probabilities
+        logits = jnp.where(likelier < policy.top_p, logits, -jnp.inf)
+    rank = jax.random.categorical(key, logits)
+    return jnp.take_along_axis(ids, rank[:, None], axis=-1)[:, 0].astype(jnp.int32)
+
+
+def _pad_left(
+    prompts: Sequence[Sequence[int]],
+) -> tuple[Int[np.ndarray, "batch tokens"], Bool[np.ndarray, "batch tokens"]]:
+    length = _round_up(max(map(len, prompts)))
+    tokens = np.zeros((len(prompts), length), np.int32)
+    mask = np.zeros((len(prompts), length), bool)
+    for row, prompt in enumerate(prompts):
+        tokens[row, length - len(prompt) :] = prompt
+        mask[row, length - len(prompt) :] = True
+    return tokens, mask
+
+
+def _round_up(length: int) -> int:
+    return -(-length // _BUCKET) * _BUCKET
+
+
+def _until_stop(tokens: list[int], stop_tokens: tuple[int, ...]) -> list[int]:
+    end = next((i for i, token in enumerate(tokens) if token in stop_tokens), len(tokens))
+    return tokens[:end]
+
+
+def _check(model: Decoder, prompts: Sequence[Sequence[int]], max_new_tokens: int, policy: _Policy) -> None:
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}, but must be at least 1")
+    if not 0 <= policy.temperature < math.inf:
+        raise ValueError(f"temperature is {policy.temperature}, but must be 0 or a positive number")
+    if policy.top_k is not None and policy.top_k < 1:
+        raise ValueError(f"top_k is {policy.top_k}, but must be at least 1")
+    if policy.top_p is not None and not 0 < policy.top_p <= 1:
+        raise ValueError(f"top_p is {policy.top_p}, but must be over 0 and at most 1")
+    if not prompts:
+        raise ValueError("there are no prompts")
+    for index, prompt in enumerate(prompts):
+        if len(prompt) == 0:
+            raise ValueError(f"prompt {index} is empty")
+        check_vocabulary(prompt, model.config.vocab_size)
+    longest, positions = max(map(len, prompts)), model.config.max_positions
+    if longest + max_new_tokens > positions:
+        raise ValueError(
+            f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed the {positions} positions of the model"
+        )

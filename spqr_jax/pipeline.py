@@ -1,0 +1,263 @@
+"""A whole model: its blocks in order and, inside a block, its stages; each matrix solved for the inputs it will get.
+
+Source: Dettmers et al. 2023 (arXiv 2306.03078), section 4; the order inside a block is the official code's
+`--true-sequential`. Here it costs one forward pass per block, because a stage stops where its matrices are needed.
+"""
+
+import time
+from collections.abc import Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from pallas_kernels import SpqrTensor, bits_per_weight, dequantize, outlier_share, trim
+from spqr_jax.config import SpqrConfig
+from spqr_jax.hessian import InputMoments, input_moments, refit, relative_error
+from spqr_jax.models.decoder import Block, Context, Decoder, Params, State, layer_name, make_context
+from spqr_jax.models.stacking import unstack_blocks
+from spqr_jax.solver import check_matrix, quantize_shared
+
+
+class MatrixReport(NamedTuple):
+    """What became of one matrix.
+
+    Attributes:
+      bits_per_weight: 8 · bytes held / number of weights.
+      outlier_share: outliers / number of weights.
+      relative_error: ‖(W − Ŵ) X‖² / ‖W X‖² on the calibration inputs X (on X = I without any), W after the refit.
+      seconds: wall time of the solver, shared among matrices solved together by their sizes; NaN where it was traced.
+    """
+
+    bits_per_weight: float
+    outlier_share: float
+    relative_error: float
+    seconds: float
+
+
+class QuantizedBlock(NamedTuple):
+    """One finished block: its name, its parameters, and a report per matrix (`layers_3.q_proj`)."""
+
+    name: str
+    params: Params
+    report: dict[str, MatrixReport]
+
+
+class Streams(NamedTuple):
+    """States of all calibration sequences, `[sequences, tokens, ...]`, in the quantized and in the original model."""
+
+    quantized: State
+    original: State | None
+
+
+def quantize(
+    params: Params, calibration_tokens: Int[Array, "sequences tokens"] | None, *, model: Decoder, config: SpqrConfig
+) -> tuple[Params, dict[str, MatrixReport]]:
+    """Quantizes every matrix of the decoder blocks; embedding, norms, biases and head stay as they are.
+
+    A pure function of its arrays. Under `jax.jit` (sensible for small models: all blocks are compiled) the outlier
+    arrays keep room for every weight, and `pallas_kernels.trim` cuts them afterwards.
+
+    Args:
+      params: parameter tree of `model`, dense.
+      calibration_tokens: token ids of sequences of equal length; None gives round-to-nearest.
+      model: the Flax module.
+      config: what to quantize to.
+
+    Returns:
+      The tree with an `SpqrTensor` in the place of each quantized kernel, and a report per matrix.
+
+    Raises:
+      ValueError: sizes that do not fit the format, values that are not finite, token ids outside the vocabulary, too
+        few tokens; the message names the tensor and the numbers.
+
+    Example:
+      >>> quantized, report = quantize(params, tokens, model=model, config=COMPACT)
+      >>> logits = model.apply({"params": quantized}, prompt)
+    """
+    quantized = dict(unstack_blocks(params))
+    report: dict[str, MatrixReport] = {}
+    for block in quantize_blocks(params, calibration_tokens, model=model, config=config):
+        quantized[block.name] = block.params
+        report |= block.report
+    return quantized, report
+
+
+def quantize_blocks(
+    params: Params, calibration_tokens: Int[Array, "sequences tokens"] | None, *, model: Decoder, config: SpqrConfig
+) -> Iterator[QuantizedBlock]:
+    """The same, block by block, for callers that show progress or write each block when it is finished."""
+    params = unstack_blocks(params)
+    block = model.block(model.config, parent=None)
+    check_weights(params, model, config)
+    streams = context = None
+    if calibration_tokens is not None:
+        check_tokens(calibration_tokens, params, model)
+        hidden: Any = model.apply({"params": params}, calibration_tokens, method="embed")
+        streams = Streams({"hidden": hidden}, {"hidden": hidden} if config.refit else None)
+        context, _ = make_context(jnp.ones((1, calibration_tokens.shape[1]), bool))
+    for index in range(model.config.num_layers):
+        name = layer_name(index)
+        if streams is None or context is None:
+            solved: dict[str, _Solved] = {}
+            for matrix in block.matrices():
+                solved |= _solve((matrix,), params[name], None, config, name)
+        else:
+            streams, solved = _quantize_block(block, params[name], streams, context, config, name)
+            _check_hidden(streams, name)
+        yield QuantizedBlock(
+            name,
+            _with_kernels(params[name], {matrix: s.packed for matrix, s in solved.items()}),
+            {f"{name}.{matrix}": s.report for matrix, s in solved.items()},
+        )
+
+
+def check_weights(params: Params, model: Decoder, config: SpqrConfig) -> None:
+    """Raises a ValueError that names the first matrix that cannot be quantized, and why."""
+    for index in range(model.config.num_layers):
+        for matrix in model.block.matrices():
+            kernel = params[layer_name(index)][matrix]["kernel"]
+            if isinstance(kernel, SpqrTensor):
+                raise ValueError(f"{layer_name(index)}.{matrix} is quantized already; start from the original weights")
+            check_matrix(f"{layer_name(index)}.{matrix}", kernel.T, config)
+
+
+def check_tokens(tokens: Int[Array, "sequences tokens"], params: Params, model: Decoder) -> None:
+    """Raises a ValueError where calibration tokens are too few, too long or outside the vocabulary."""
+    if tokens.ndim != 2:
+        raise ValueError(f"calibration tokens must have shape [sequences, tokens], not {tokens.shape}")
+    # A Hessian of n tokens has rank n at most; under an eighth of the features, damping is most of it.
+    widest = max(params[layer_name(0)][matrix]["kernel"].shape[0] for matrix in model.block.matrices())
+    if tokens.size * 8 < widest:
+        raise ValueError(
+            f"{tokens.size} calibration tokens are too few for matrices with {widest} input features: "
+            f"give at least {-(-widest // 8)}, better {widest} or more"
+        )
+    if tokens.shape[1] > model.config.max_positions:
+        raise ValueError(
+            f"calibration sequences have {tokens.shape[1]} tokens, but the model takes {model.config.max_positions}"
+        )
+    if isinstance(tokens, jax.core.Tracer):
+        return
+    low, high = int(tokens.min()), int(tokens.max())
+    if low < 0 or high >= model.config.vocab_size:
+        raise ValueError(
+            f"calibration token {low if low < 0 else high} is outside the vocabulary of {model.config.vocab_size}"
+        )
+
+
+class _Solved(NamedTuple):
+    """One quantized matrix: packed, as a dense kernel, and reported."""
+
+    packed: SpqrTensor
+    kernel: Float[Array, "in out"]
+    report: MatrixReport
+
+
+def _quantize_block(
+    block: Block, params: Params, streams: Streams, context: Context, config: SpqrConfig, name: str
+) -> tuple[Streams, dict[str, _Solved]]:
+    """Solves a block's matrices stage by stage and carries both streams to its output."""
+    solved: dict[str, _Solved] = {}
+    running, start = params, streams.quantized
+    for number, stage in enumerate(block.stages):
+        streams, moments = _advance(block, number, running, params, streams, context)
+        for feed, matrices in stage.feeds.items():
+            solved |= _solve(matrices, params, moments[feed], config, name)
+        if config.sequential:
+            running = _with_kernels(params, {matrix: s.kernel for matrix, s in solved.items()})
+    if not config.sequential:
+        running = _with_kernels(params, {matrix: s.kernel for matrix, s in solved.items()})
+        again = Streams(start, None)
+        for number in range(len(block.stages)):
+            again, _ = _advance(block, number, running, params, again, context)
+        streams = Streams(again.quantized, streams.original)
+    return streams, solved
+
+
+@partial(jax.jit, static_argnames=("block", "stage_index"))
+def _advance(
+    block: Block, stage_index: int, running: Params, original: Params, streams: Streams, context: Context
+) -> tuple[Streams, dict[str, InputMoments]]:
+    """Takes all sequences through one stage, and sums the moments of the inputs that it makes.
+
+    One sequence at a time, so that activations stay in the cache.
+    """
+    stage = block.stages[stage_index]
+
+    def run(params: Params, state: State) -> Any:
+        batch = jax.tree.map(lambda a: a[None], state)
+        return block.apply({"params": params}, batch, context, method=stage.method)
+
+    def step(total: Any, sequence: Streams) -> tuple[Any, Streams]:
+        state = run(running, sequence.quantized)
+        reference = None if sequence.original is None else run(original, sequence.original)
+        moments = {key: input_moments(state[key], reference and reference[key]) for key in stage.feeds}
+        after = jax.tree.map(lambda a: a[0], Streams(state, reference))
+        return jax.tree.map(jnp.add, total, moments), after
+
+    def zero_moments() -> dict[str, InputMoments]:
+        shapes = jax.eval_shape(run, running, jax.tree.map(lambda a: a[0], streams.quantized))
+        zero = {key: jnp.zeros((shapes[key].shape[-1],) * 2) for key in stage.feeds}
+        return {key: InputMoments(z, None if streams.original is None else z) for key, z in zero.items()}
+
+    total, after = jax.lax.scan(step, zero_moments(), streams)
+    return after, total
+
+
+def _solve(
+    matrices: tuple[str, ...], params: Params, moments: InputMoments | None, config: SpqrConfig, block_name: str
+) -> dict[str, _Solved]:
+    """Quantizes matrices that share an input, and reports on each."""
+    # JAX runs ahead of Python: what is still being computed is not the solver's time.
+    jax.block_until_ready(moments)
+    started = time.perf_counter()
+    kernels = tuple(params[matrix]["kernel"] for matrix in matrices)
+    packed, dense, errors, finite = _solve_arrays(kernels, moments, config)
+    seconds = float("nan")
+    if not isinstance(finite, jax.core.Tracer):
+        if not finite:
+            raise ValueError(
+                f"{block_name}: the Hessian of the input of {', '.join(matrices)} cannot be factorized, not even with "
+                f"{1000 * config.damping:g} of its mean diagonal added; look for NaNs or extreme values in the inputs"
+            )
+        packed = tuple(trim(tensor) for tensor in packed)
+        seconds = time.perf_counter() - started
+    total = sum(kernel.size for kernel in kernels)
+
+    def report(tensor: SpqrTensor, error: Array) -> MatrixReport:
+        share = tensor.shape[0] * tensor.shape[1] / total
+        values: Any = bits_per_weight(tensor), outlier_share(tensor), error, seconds * share
+        return MatrixReport._make(v if isinstance(v, jax.core.Tracer) else float(v) for v in values)
+
+    return {
+        matrix: _Solved(tensor, kernel, report(tensor, error))
+        for matrix, tensor, kernel, error in zip(matrices, packed, dense, errors, strict=True)
+    }
+
+
+@partial(jax.jit, static_argnames="config")
+def _solve_arrays(
+    kernels: tuple[Float[Array, "in _"], ...], moments: InputMoments | None, config: SpqrConfig
+) -> tuple[tuple[SpqrTensor, ...], tuple[Float[Array, "in _"], ...], tuple[Array, ...], Bool[Array, ""]]:
+    weights = tuple(kernel.T.astype(jnp.float32) for kernel in kernels)
+    if moments is not None:
+        weights = tuple(refit(weight, moments) for weight in weights)
+    packed, finite = quantize_shared(weights, None if moments is None else moments.hessian, config)
+    approximations = [dequantize(tensor) for tensor in packed]
+    hessian = jnp.eye(len(kernels[0])) if moments is None else moments.hessian
+    errors = tuple(relative_error(w, a, hessian) for w, a in zip(weights, approximations, strict=True))
+    return packed, tuple(a.T for a in approximations), errors, finite
+
+
+def _with_kernels(params: Params, kernels: dict[str, Any]) -> Params:
+    """The block's parameters with some kernels replaced."""
+    return params | {name: params[name] | {"kernel": kernel} for name, kernel in kernels.items()}
+
+
+def _check_hidden(streams: Streams, name: str) -> None:
+    for hidden in (streams.quantized["hidden"], *(s["hidden"] for s in (streams.original,) if s)):
+        if not isinstance(hidden, jax.core.Tracer) and not bool(jnp.isfinite(hidden).all()):
+            raise ValueError(f"{name}: its output has values that are NaN or infinite on the calibration tokens")

@@ -1,0 +1,290 @@
+"""The solver of one matrix: SpQR, and GPTQ and round-to-nearest as settings of it.
+
+Source: Dettmers et al. 2023 (arXiv 2306.03078), Algorithm 1; Frantar et al. 2022 (GPTQ) for the error correction.
+Inside, a weight is kept transposed, `[in, out]`: a column's work is then on contiguous memory.
+"""
+
+import itertools
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.lax.linalg import cholesky, triangular_solve
+from jaxtyping import Array, Bool, Float, Int, UInt8
+
+from pallas_kernels import SpqrTensor, check_format, pack, trim
+from pallas_kernels.tensor import Statistics
+from spqr_jax.config import SpqrConfig
+from spqr_jax.statistics import decode, encode, leave_one_out_gain, min_max_fit, quantize_statistics
+
+BLOCK_COLUMNS = 128
+"""Columns after which errors are carried to the whole rest of the matrix."""
+
+
+def quantize_matrix(
+    weight: Float[Array, "out in"], hessian: Float[Array, "in in"] | None, config: SpqrConfig
+) -> SpqrTensor:
+    """Quantizes one weight for inputs with Hessian H = Σ x xᵀ (any positive multiple); None is round-to-nearest.
+
+    Under `jax.jit` the outlier arrays keep room for every weight; `pallas_kernels.trim` cuts them afterwards.
+
+    Raises:
+      ValueError: the sizes do not fit the format, or a value is not finite, or the Hessian cannot be factorized.
+
+    Example:
+      >>> packed = quantize_matrix(kernel.T, x.T @ x, COMPACT)
+      >>> error = dequantize(packed) - kernel.T
+    """
+    check_matrix("weight", weight, config)
+    (packed,), finite = quantize_shared((weight,), hessian, config)
+    if isinstance(finite, jax.core.Tracer):
+        return packed
+    if not finite:
+        raise ValueError("the Hessian cannot be factorized: it has NaNs, or is far from positive definite")
+    return trim(packed)
+
+
+def check_matrix(name: str, weight: Float[Array, "out in"], config: SpqrConfig) -> None:
+    """Raises a ValueError that names the matrix where its sizes do not fit the format or a value is not finite."""
+    try:
+        check_format(
+            *weight.shape,
+            bits=config.bits,
+            group_size=config.group_size,
+            scale_bits=config.scale_bits,
+            zero_bits=config.zero_bits,
+            stats_group_size=config.stats_group_size,
+        )
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+    if isinstance(weight, jax.core.Tracer):
+        return
+    if bad := int(weight.size - jnp.isfinite(weight).sum()):
+        raise ValueError(f"{name} has {bad} values that are NaN or infinite")
+
+
+class Factor(NamedTuple):
+    """What the solver needs of a Hessian, in quantization order.
+
+    Attributes:
+      inverse_factor: U, upper triangular, with H⁻¹ = Uᵀ U after damping.
+      dead: features that never occurred in the calibration data.
+      permutation: quantization order → input feature, or None for the identity.
+    """
+
+    inverse_factor: Float[Array, "in in"]
+    dead: Bool[Array, " in"]
+    permutation: Int[Array, " in"] | None
+
+
+class Solution(NamedTuple):
+    """A solved matrix in quantization order: ŵ = scale · (code − zero), plus the residual at an outlier.
+
+    Attributes:
+      outliers: which weights are outliers, and the residuals w − scale · (code − zero), w being the weight with all
+        earlier columns' corrections; None without a threshold.
+    """
+
+    codes: UInt8[Array, "out in"]
+    scale: Statistics
+    zero: Statistics
+    outliers: tuple[Bool[Array, "out in"], Float[Array, "out in"]] | None
+
+
+def factorize(hessian: Float[Array, "in in"], config: SpqrConfig) -> Factor:
+    """Damps and inverts a Hessian: U with (H + damping · mean|diag H|)⁻¹ = Uᵀ U, features in quantization order.
+
+    Where the factorization fails, damps ten times more, up to three times; U is NaN if that does not help.
+    """
+    diagonal = jnp.diag(hessian)
+    permutation = None
+    if config.permutation == "act_order":
+        permutation = jnp.argsort(-diagonal)
+        hessian, diagonal = hessian[permutation][:, permutation], diagonal[permutation]
+    dead = diagonal == 0
+    scale = jnp.mean(jnp.abs(diagonal))
+
+    def inverse_factor(damping: Float[Array, ""]) -> Float[Array, "in in"]:
+        damped = hessian + jnp.diag(jnp.where(dead, 1, damping * scale))
+        # One factorization of the reversed H would do, but loses a digit: its pivots then come smallest first.
+        lower = cholesky(damped, symmetrize_input=False)
+        inverse = triangular_solve(lower, jnp.eye(len(dead), dtype=hessian.dtype), left_side=True, lower=True)
+        inverse = jnp.matmul(inverse.T, inverse, precision="highest")
+        return cholesky(inverse, symmetrize_input=False).T
+
+    def failed(state: tuple[Any, Any, Array]) -> Bool[Array, ""]:
+        attempt, _, factor = state
+        return (attempt < 3) & ~jnp.isfinite(factor).all()
+
+    def damp_more(state: tuple[Any, Any, Array]) -> tuple[Any, Any, Array]:
+        attempt, damping, _ = state
+        damping = jnp.maximum(damping, 1e-3) * 10
+        return attempt + 1, damping, inverse_factor(damping)
+
+    damping = jnp.float32(config.damping)
+    _, _, factor = jax.lax.while_loop(failed, damp_more, (0, damping, inverse_factor(damping)))
+    return Factor(factor, dead, permutation)
+
+
+@partial(jax.jit, static_argnames="config")
+def quantize_shared(
+    weights: tuple[Float[Array, "_ in"], ...], hessian: Float[Array, "in in"] | None, config: SpqrConfig
+) -> tuple[tuple[SpqrTensor, ...], Bool[Array, ""]]:
+    """Quantizes matrices that share an input, in one solve over all their rows.
+
+    Returns the packed matrices, outliers not trimmed, and whether the Hessian could be factorized.
+    """
+    columns = weights[0].shape[1]
+    if hessian is None:
+        factor = Factor(jnp.eye(columns), jnp.zeros(columns, bool), None)
+    else:
+        factor = factorize(hessian.astype(jnp.float32), config)
+    ordered = [_in_order(weight.astype(jnp.float32), factor) for weight in weights]
+    threshold = None
+    if config.outlier_threshold is not None:
+        threshold = jnp.concatenate(
+            [jnp.full(len(w), outlier_threshold(w, factor.inverse_factor, config.outlier_threshold)) for w in ordered]
+        )
+    solution = solve(jnp.concatenate(ordered), factor.inverse_factor, threshold, config)
+    starts = [0, *itertools.accumulate(len(w) for w in ordered)]
+    packed = tuple(_pack(_rows(solution, start, stop), factor, config) for start, stop in itertools.pairwise(starts))
+    return packed, jnp.isfinite(factor.inverse_factor).all()
+
+
+def outlier_threshold(
+    weight: Float[Array, "out in"], inverse_factor: Float[Array, "in in"], relative_threshold: float
+) -> Float[Array, ""]:
+    """T = τ · mean_i(Var_rows(W[:, i]) / U_ii²), variance unbiased; the weight in quantization order, dead ones 0."""
+    variance = jnp.var(weight, axis=0, ddof=1)
+    return relative_threshold * jnp.mean(variance / jnp.square(jnp.diag(inverse_factor)))
+
+
+def solve(
+    weight: Float[Array, "out in"],
+    inverse_factor: Float[Array, "in in"],
+    threshold: Float[Array, " out"] | None,
+    config: SpqrConfig,
+) -> Solution:
+    """Quantizes a weight column by column; each column's error is made up for by the later ones.
+
+    Args:
+      weight: in quantization order, float32.
+      inverse_factor: U of `factorize`.
+      threshold: T of each row (rows of several matrices can be solved together), or None for no outliers.
+    """
+    out, columns = weight.shape
+    size = config.group_size
+    block = max(n for n in range(size, max(size, BLOCK_COLUMNS) + 1, size) if columns % n == 0)
+
+    def solve_group(rest: Array, start: Array, u: Array) -> tuple[Array, tuple]:
+        """Solves one group of a block; returns the block with later columns corrected, and the group's results."""
+        group = jax.lax.dynamic_slice_in_dim(rest, start, size)
+        factor_rows = jax.lax.dynamic_slice_in_dim(u, start, size)
+        own = jax.lax.dynamic_slice_in_dim(factor_rows, start, size, axis=1)
+        scale, zero, statistics = _fit(group, jnp.diag(own), threshold, config)
+        codes, outliers, errors = _quantize_columns(group, own, scale, zero, threshold, config)
+        rest = rest - jnp.matmul(factor_rows.T, errors, precision="highest")
+        return rest, (codes, outliers, errors, statistics)
+
+    def solve_block(weight: Array, start: Array) -> tuple[Array, tuple]:
+        u = jax.lax.dynamic_slice_in_dim(inverse_factor, start, block)
+        here = jax.lax.dynamic_slice_in_dim(u, start, block, axis=1)
+        rest = jax.lax.dynamic_slice_in_dim(weight, start, block)
+        _, results = jax.lax.scan(lambda rest, s: solve_group(rest, s, here), rest, jnp.arange(0, block, size))
+        codes, outliers, errors, statistics = results
+        weight = weight - jnp.matmul(u.T, errors.reshape(block, out), precision="highest")
+        return weight, (codes, outliers, statistics)
+
+    _, results = jax.lax.scan(solve_block, weight.T, jnp.arange(0, columns, block))
+    codes, outliers, (scale, zero) = results
+
+    def by_row(values: Array) -> Array:
+        return values.reshape(-1, values.shape[-1]).T
+
+    return Solution(*jax.tree.map(by_row, (codes, scale, zero, outliers)))
+
+
+def _in_order(weight: Float[Array, "out in"], factor: Factor) -> Float[Array, "out in"]:
+    """The weight's columns in quantization order, dead features' set to 0."""
+    if factor.permutation is not None:
+        weight = weight[:, factor.permutation]
+    return jnp.where(factor.dead, 0, weight)
+
+
+def _fit(
+    group: Float[Array, "group out"],
+    diagonal: Float[Array, " group"],
+    threshold: Float[Array, " out"] | None,
+    config: SpqrConfig,
+) -> tuple[Array, Array, tuple[Statistics, Statistics]]:
+    """Scale and zero of a group in each row, as they will be stored; likely outliers do not take part."""
+    low, high = group.min(axis=0), group.max(axis=0)
+    if threshold is not None and not config.simplified:
+        likely = leave_one_out_gain(group, 1 / jnp.square(diagonal), config.bits) > threshold
+        kept_low = jnp.where(likely, jnp.inf, group).min(axis=0)
+        kept_high = jnp.where(likely, -jnp.inf, group).max(axis=0)
+        # Where fewer than two values are left to fit, the official code's range.
+        unfit = (kept_low >= kept_high) & (low < high)
+        low, high = jnp.where(unfit, -1, kept_low), jnp.where(unfit, 1, kept_high)
+    scale, zero = min_max_fit(low, high, config.bits)
+
+    def store(values: Array, bits: int | None) -> tuple[Statistics, Array]:
+        if bits is not None:
+            return quantize_statistics(values, bits, config.stats_group_size, config.stats_dtype)
+        rounded = values.astype(config.stats_dtype).astype(values.dtype)
+        return rounded, rounded
+
+    stored_scale, scale = store(scale, config.scale_bits)
+    stored_zero, zero = store(zero, config.zero_bits)
+    return scale, zero, (stored_scale, stored_zero)
+
+
+def _quantize_columns(
+    group: Float[Array, "group out"],
+    factor: Float[Array, "group group"],
+    scale: Float[Array, " out"],
+    zero: Float[Array, " out"],
+    threshold: Float[Array, " out"] | None,
+    config: SpqrConfig,
+) -> tuple[Array, tuple[Array, Array] | None, Array]:
+    """Codes, outliers with residuals, and errors e = (w − ŵ) / U_jj of a group's columns, one after the other."""
+
+    def step(group: Array, inputs: tuple[Array, Array]) -> tuple[Array, tuple]:
+        index, factor_row = inputs
+        column = jax.lax.dynamic_index_in_dim(group, index, keepdims=False)
+        code = encode(column, scale, zero, config.bits)
+        error = (column - decode(code, scale, zero)) / factor_row[index]
+        outliers = None
+        if threshold is not None:
+            is_outlier = jnp.square(error) > threshold
+            code = jnp.where(is_outlier, encode(jnp.zeros_like(column), scale, zero, config.bits), code)
+            outliers = is_outlier, column - decode(code, scale, zero)
+            error = jnp.where(is_outlier, 0, error)
+        later = jnp.arange(config.group_size) > index
+        group = group - jnp.where(later, factor_row, 0)[:, None] * error
+        return group, (code.astype(jnp.uint8), outliers, error)
+
+    _, results = jax.lax.scan(step, group, (jnp.arange(config.group_size), factor))
+    return results
+
+
+def _rows(solution: Solution, start: int, stop: int) -> Solution:
+    """The part of a solution that belongs to output rows `start` to `stop` (whole statistics groups)."""
+    out = solution.codes.shape[0]
+    return jax.tree.map(lambda a: a[start * len(a) // out : stop * len(a) // out], solution)
+
+
+def _pack(solution: Solution, factor: Factor, config: SpqrConfig) -> SpqrTensor:
+    return pack(
+        solution.codes,
+        solution.scale,
+        solution.zero,
+        bits=config.bits,
+        group_size=config.group_size,
+        scale_bits=config.scale_bits,
+        zero_bits=config.zero_bits,
+        outliers=solution.outliers,
+        permutation=factor.permutation,
+        stats_dtype=config.stats_dtype,
+    )

@@ -1,0 +1,87 @@
+"""Min–max fits of scales and zeros, and their second-level quantization.
+
+Arrays here hold a group's weights along the first axis and output rows along the last.
+"""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, DTypeLike, Float
+
+from pallas_kernels import QuantizedStatistics
+
+Rows = Float[Array, "*batch out"]
+
+# The largest zero a fit may give, in steps: it must not overflow in float16.
+MAX_ZERO = 2.0**15
+
+
+def min_max_fit(low: Rows, high: Rows, bits: int) -> tuple[Rows, Rows]:
+    """Scale and zero that map `low` to code 0 and `high` to code 2^bits − 1.
+
+    scale = (high − low) / (2^bits − 1), zero = −low / scale. A range too narrow for its distance from 0 (a single
+    value, say) is widened to reach 0, which its end then represents exactly; a range that is only 0 has scale 0.
+    """
+    max_code = 2**bits - 1
+    narrow = (high - low) * MAX_ZERO <= max_code * jnp.maximum(jnp.abs(low), jnp.abs(high))
+    low = jnp.where(narrow, jnp.minimum(low, 0), low)
+    high = jnp.where(narrow, jnp.maximum(high, 0), high)
+    scale = (high - low) / max_code
+    return scale, -low / _divisor(scale)
+
+
+def encode(values: Array, scale: Array, zero: Array, bits: int) -> Array:
+    """Codes clip(round(value / scale + zero), 0, 2^bits − 1), in the values' type."""
+    return jnp.clip(jnp.round(values / _divisor(scale) + zero), 0, 2**bits - 1)
+
+
+def decode(codes: Array, scale: Array, zero: Array) -> Array:
+    """scale · (code − zero)."""
+    return scale * (codes - zero)
+
+
+def quantize_statistics(
+    values: Float[Array, " out"], bits: int, stats_group_size: int, dtype: DTypeLike
+) -> tuple[QuantizedStatistics, Float[Array, " out"]]:
+    """Quantizes the scales (or zeros) of one group column, `stats_group_size` rows together.
+
+    The second-level scale and zero are rounded to `dtype` before they are used, so that what the solver sees is what
+    is stored. Returns codes with second-level statistics (one per statistics group), and the values that they stand
+    for.
+    """
+    grouped = values.reshape(-1, stats_group_size)
+    low, high = grouped.min(axis=1), grouped.max(axis=1)
+    scale, zero = (s.astype(dtype).astype(values.dtype)[:, None] for s in min_max_fit(low, high, bits))
+    codes = encode(grouped, scale, zero, bits)
+    quantized = QuantizedStatistics(codes.reshape(-1).astype(jnp.uint8), scale[:, 0], zero[:, 0])
+    return quantized, decode(codes, scale, zero).reshape(values.shape)
+
+
+def leave_one_out_gain(
+    group: Float[Array, "group out"], weights: Float[Array, " group"], bits: int
+) -> Float[Array, "group out"]:
+    """How much a group's Σ_j weights_j (w_j − ŵ_j)² falls when one weight is left out of the fit and kept exact.
+
+    Only the minimum and the maximum change a fit by leaving, so three fits serve all weights: for every other weight
+    the gain is its own squared error.
+    """
+    lowest, highest = _is(jnp.argmin(group, axis=0), group), _is(jnp.argmax(group, axis=0), group)
+
+    def errors(low: Rows, high: Rows) -> Float[Array, "group out"]:
+        scale, zero = min_max_fit(low, high, bits)
+        return jnp.square(group - decode(encode(group, scale, zero, bits), scale, zero)) * weights[:, None]
+
+    def gain_without(left_out: Bool[Array, "group out"]) -> Rows:
+        low = jnp.where(left_out, jnp.inf, group).min(axis=0)
+        high = jnp.where(left_out, -jnp.inf, group).max(axis=0)
+        return total - jnp.where(left_out, 0, errors(low, high)).sum(axis=0)
+
+    own = errors(group.min(axis=0), group.max(axis=0))
+    total = own.sum(axis=0)
+    return jnp.where(lowest, gain_without(lowest), jnp.where(highest, gain_without(highest), own))
+
+
+def _is(index: Array, group: Float[Array, "group out"]) -> Bool[Array, "group out"]:
+    return jnp.arange(group.shape[0])[:, None] == index
+
+
+def _divisor(scale: Array) -> Array:
+    return jnp.where(scale == 0, 1, scale)
