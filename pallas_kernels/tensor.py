@@ -151,8 +151,8 @@ def trim(tensor: SpqrTensor) -> SpqrTensor:
     """Cuts the padding off the outlier arrays. Needs concrete arrays, so it cannot be traced."""
     if tensor.row_offsets is None or tensor.outlier_columns is None or tensor.outlier_values is None:
         return tensor
-    count = int(tensor.row_offsets[-1])
     # Through NumPy: a slice in JAX would compile anew for each count.
+    count = int(np.asarray(tensor.row_offsets)[-1])
     return replace(
         tensor,
         outlier_columns=jnp.array(np.asarray(tensor.outlier_columns)[:count]),

@@ -4,6 +4,7 @@ Source: Dettmers et al. 2023 (arXiv 2306.03078), section 4; the order inside a b
 `--true-sequential`. Here it costs one forward pass per block, because a stage stops where its matrices are needed.
 """
 
+import math
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -13,12 +14,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels import SpqrTensor, bits_per_weight, dequantize, outlier_share, trim
+from pallas_kernels import SpqrTensor, bits_per_weight, outlier_share, trim
 from spqr_jax.config import SpqrConfig
-from spqr_jax.hessian import InputMoments, input_moments, refit, relative_error
+from spqr_jax.hessian import InputMoments, complete, input_moments, refit, relative_error
 from spqr_jax.models.decoder import Block, Context, Decoder, Params, State, layer_name, make_context
 from spqr_jax.models.stacking import unstack_blocks
 from spqr_jax.solver import check_matrix, quantize_shared
+
+SEQUENCES_AT_ONCE = 2
+"""Calibration sequences that go through a stage together."""
 
 
 class MatrixReport(NamedTuple):
@@ -161,7 +165,8 @@ def _quantize_block(
 ) -> tuple[Streams, dict[str, _Solved]]:
     """Solves a block's matrices stage by stage and carries both streams to its output."""
     solved: dict[str, _Solved] = {}
-    running, start = params, streams.quantized
+    running = params
+    start = streams.quantized
     for number, stage in enumerate(block.stages):
         streams, moments = _advance(block, number, running, params, streams, context)
         for feed, matrices in stage.feeds.items():
@@ -183,28 +188,27 @@ def _advance(
 ) -> tuple[Streams, dict[str, InputMoments]]:
     """Takes all sequences through one stage, and sums the moments of the inputs that it makes.
 
-    One sequence at a time, so that activations stay in the cache.
+    A few sequences at a time, so that activations stay in the cache.
     """
     stage = block.stages[stage_index]
+    batch = math.gcd(len(streams.quantized["hidden"]), SEQUENCES_AT_ONCE)
 
     def run(params: Params, state: State) -> Any:
-        batch = jax.tree.map(lambda a: a[None], state)
-        return block.apply({"params": params}, batch, context, method=stage.method)
+        return block.apply({"params": params}, state, context, method=stage.method)
 
-    def step(total: Any, sequence: Streams) -> tuple[Any, Streams]:
-        state = run(running, sequence.quantized)
-        reference = None if sequence.original is None else run(original, sequence.original)
-        moments = {key: input_moments(state[key], reference and reference[key]) for key in stage.feeds}
-        after = jax.tree.map(lambda a: a[0], Streams(state, reference))
-        return jax.tree.map(jnp.add, total, moments), after
+    def step(total: Any, streams: Streams) -> tuple[Any, Streams]:
+        state = run(running, streams.quantized)
+        reference = None if streams.original is None else run(original, streams.original)
+        moments = {feed: input_moments(state[feed], reference and reference[feed]) for feed in stage.feeds}
+        return jax.tree.map(jnp.add, total, moments), Streams(state, reference)
 
-    def zero_moments() -> dict[str, InputMoments]:
-        shapes = jax.eval_shape(run, running, jax.tree.map(lambda a: a[0], streams.quantized))
-        zero = {key: jnp.zeros((shapes[key].shape[-1],) * 2) for key in stage.feeds}
-        return {key: InputMoments(z, None if streams.original is None else z) for key, z in zero.items()}
-
-    total, after = jax.lax.scan(step, zero_moments(), streams)
-    return after, total
+    batches = jax.tree.map(lambda a: a.reshape(-1, batch, *a.shape[1:]), streams)
+    shapes = jax.eval_shape(run, running, jax.tree.map(lambda a: a[0], batches.quantized))
+    zero = {feed: jnp.zeros((shapes[feed].shape[-1],) * 2) for feed in stage.feeds}
+    total = {feed: InputMoments(z, None if streams.original is None else z) for feed, z in zero.items()}
+    total, batches = jax.lax.scan(step, total, batches)
+    after = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), batches)
+    return after, {feed: complete(moments) for feed, moments in total.items()}
 
 
 def _solve(
@@ -244,12 +248,11 @@ def _solve_arrays(
 ) -> tuple[tuple[SpqrTensor, ...], tuple[Float[Array, "in _"], ...], tuple[Array, ...], Bool[Array, ""]]:
     weights = tuple(kernel.T.astype(jnp.float32) for kernel in kernels)
     if moments is not None:
-        weights = tuple(refit(weight, moments) for weight in weights)
-    packed, finite = quantize_shared(weights, None if moments is None else moments.hessian, config)
-    approximations = [dequantize(tensor) for tensor in packed]
+        weights = refit(weights, moments)
+    packed, dense, finite = quantize_shared(weights, None if moments is None else moments.hessian, config)
     hessian = jnp.eye(len(kernels[0])) if moments is None else moments.hessian
-    errors = tuple(relative_error(w, a, hessian) for w, a in zip(weights, approximations, strict=True))
-    return packed, tuple(a.T for a in approximations), errors, finite
+    errors = tuple(relative_error(w, d, hessian) for w, d in zip(weights, dense, strict=True))
+    return packed, tuple(d.T for d in dense), errors, finite
 
 
 def _with_kernels(params: Params, kernels: dict[str, Any]) -> Params:

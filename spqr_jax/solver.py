@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.lax.linalg import cholesky, triangular_solve
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
-from pallas_kernels import SpqrTensor, check_format, pack, trim
+from pallas_kernels import QuantizedStatistics, SpqrTensor, check_format, pack, trim
 from pallas_kernels.tensor import Statistics
 from spqr_jax.config import SpqrConfig
 from spqr_jax.statistics import decode, encode, leave_one_out_gain, min_max_fit, quantize_statistics
@@ -37,7 +37,7 @@ def quantize_matrix(
       >>> error = dequantize(packed) - kernel.T
     """
     check_matrix("weight", weight, config)
-    (packed,), finite = quantize_shared((weight,), hessian, config)
+    (packed,), _, finite = quantize_shared((weight,), hessian, config)
     if isinstance(finite, jax.core.Tracer):
         return packed
     if not finite:
@@ -113,27 +113,27 @@ def factorize(hessian: Float[Array, "in in"], config: SpqrConfig) -> Factor:
         inverse = jnp.matmul(inverse.T, inverse, precision="highest")
         return cholesky(inverse, symmetrize_input=False).T
 
-    def failed(state: tuple[Any, Any, Array]) -> Bool[Array, ""]:
+    def untried_or_failed(state: tuple[Any, Any, Array]) -> Bool[Array, ""]:
         attempt, _, factor = state
-        return (attempt < 3) & ~jnp.isfinite(factor).all()
+        return (attempt < 4) & ~jnp.isfinite(factor[0, 0])  # a failed factorization is NaN throughout
 
-    def damp_more(state: tuple[Any, Any, Array]) -> tuple[Any, Any, Array]:
-        attempt, damping, _ = state
-        damping = jnp.maximum(damping, 1e-3) * 10
-        return attempt + 1, damping, inverse_factor(damping)
+    def attempt(state: tuple[Any, Any, Array]) -> tuple[Any, Any, Array]:
+        count, damping, _ = state
+        return count + 1, jnp.maximum(damping, 1e-3) * 10, inverse_factor(damping)
 
-    damping = jnp.float32(config.damping)
-    _, _, factor = jax.lax.while_loop(failed, damp_more, (0, damping, inverse_factor(damping)))
+    start = 0, jnp.float32(config.damping), jnp.full_like(hessian, jnp.nan)
+    _, _, factor = jax.lax.while_loop(untried_or_failed, attempt, start)
     return Factor(factor, dead, permutation)
 
 
 @partial(jax.jit, static_argnames="config")
 def quantize_shared(
     weights: tuple[Float[Array, "_ in"], ...], hessian: Float[Array, "in in"] | None, config: SpqrConfig
-) -> tuple[tuple[SpqrTensor, ...], Bool[Array, ""]]:
+) -> tuple[tuple[SpqrTensor, ...], tuple[Float[Array, "_ in"], ...], Bool[Array, ""]]:
     """Quantizes matrices that share an input, in one solve over all their rows.
 
-    Returns the packed matrices, outliers not trimmed, and whether the Hessian could be factorized.
+    Returns the packed matrices, outliers not trimmed; what `dequantize` makes of them; and whether the Hessian could
+    be factorized.
     """
     columns = weights[0].shape[1]
     if hessian is None:
@@ -148,8 +148,10 @@ def quantize_shared(
         )
     solution = solve(jnp.concatenate(ordered), factor.inverse_factor, threshold, config)
     starts = [0, *itertools.accumulate(len(w) for w in ordered)]
-    packed = tuple(_pack(_rows(solution, start, stop), factor, config) for start, stop in itertools.pairwise(starts))
-    return packed, jnp.isfinite(factor.inverse_factor).all()
+    parts = [_rows(solution, start, stop) for start, stop in itertools.pairwise(starts)]
+    packed = tuple(_pack(part, factor, config) for part in parts)
+    dense = tuple(_dense(part, factor, config) for part in parts)
+    return packed, dense, jnp.isfinite(factor.inverse_factor).all()
 
 
 def outlier_threshold(
@@ -208,7 +210,7 @@ def solve(
 def _in_order(weight: Float[Array, "out in"], factor: Factor) -> Float[Array, "out in"]:
     """The weight's columns in quantization order, dead features' set to 0."""
     if factor.permutation is not None:
-        weight = weight[:, factor.permutation]
+        weight = weight.T[factor.permutation].T  # rows are moved faster than columns
     return jnp.where(factor.dead, 0, weight)
 
 
@@ -273,6 +275,24 @@ def _rows(solution: Solution, start: int, stop: int) -> Solution:
     """The part of a solution that belongs to output rows `start` to `stop` (whole statistics groups)."""
     out = solution.codes.shape[0]
     return jax.tree.map(lambda a: a[start * len(a) // out : stop * len(a) // out], solution)
+
+
+def _dense(solution: Solution, factor: Factor, config: SpqrConfig) -> Float[Array, "out in"]:
+    """The weight that a solution stands for, columns in the order of the input features."""
+    scale, zero = (jnp.repeat(_values(s), config.group_size, axis=1) for s in (solution.scale, solution.zero))
+    weight = decode(solution.codes, scale, zero)
+    if solution.outliers is not None:
+        is_outlier, residual = solution.outliers
+        weight += jnp.where(is_outlier, residual.astype(jnp.float16), 0)
+    return weight if factor.permutation is None else weight.T[jnp.argsort(factor.permutation)].T
+
+
+def _values(statistics: Statistics) -> Float[Array, "out groups"]:
+    if not isinstance(statistics, QuantizedStatistics):
+        return statistics
+    rows = len(statistics.codes) // len(statistics.scale)
+    scale, zero = (jnp.repeat(s, rows, axis=0) for s in (statistics.scale, statistics.zero))
+    return decode(statistics.codes, scale, zero)
 
 
 def _pack(solution: Solution, factor: Factor, config: SpqrConfig) -> SpqrTensor:

@@ -4,7 +4,7 @@ Arrays here hold a group's weights along the first axis and output rows along th
 """
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, DTypeLike, Float
+from jaxtyping import Array, DTypeLike, Float
 
 from pallas_kernels import QuantizedStatistics
 
@@ -63,24 +63,15 @@ def leave_one_out_gain(
     Only the minimum and the maximum change a fit by leaving, so three fits serve all weights: for every other weight
     the gain is its own squared error.
     """
-    lowest, highest = _is(jnp.argmin(group, axis=0), group), _is(jnp.argmax(group, axis=0), group)
-
-    def errors(low: Rows, high: Rows) -> Float[Array, "group out"]:
-        scale, zero = min_max_fit(low, high, bits)
-        return jnp.square(group - decode(encode(group, scale, zero, bits), scale, zero)) * weights[:, None]
-
-    def gain_without(left_out: Bool[Array, "group out"]) -> Rows:
-        low = jnp.where(left_out, jnp.inf, group).min(axis=0)
-        high = jnp.where(left_out, -jnp.inf, group).max(axis=0)
-        return total - jnp.where(left_out, 0, errors(low, high)).sum(axis=0)
-
-    own = errors(group.min(axis=0), group.max(axis=0))
-    total = own.sum(axis=0)
-    return jnp.where(lowest, gain_without(lowest), jnp.where(highest, gain_without(highest), own))
-
-
-def _is(index: Array, group: Float[Array, "group out"]) -> Bool[Array, "group out"]:
-    return jnp.arange(group.shape[0])[:, None] == index
+    index = jnp.arange(len(group))[:, None]
+    lowest, highest = index == jnp.argmin(group, axis=0), index == jnp.argmax(group, axis=0)
+    kept = ~jnp.stack([jnp.zeros_like(lowest), lowest, highest])
+    low = jnp.where(kept, group, jnp.inf).min(axis=1, keepdims=True)
+    high = jnp.where(kept, group, -jnp.inf).max(axis=1, keepdims=True)
+    scale, zero = min_max_fit(low, high, bits)
+    errors = jnp.square(group - decode(encode(group, scale, zero, bits), scale, zero)) * weights[:, None]
+    total, without_lowest, without_highest = jnp.where(kept, errors, 0).sum(axis=1)
+    return jnp.where(lowest, total - without_lowest, jnp.where(highest, total - without_highest, errors[0]))
 
 
 def _divisor(scale: Array) -> Array:

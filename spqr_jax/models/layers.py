@@ -11,6 +11,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import SpqrTensor, spqr_matmul
 
+QUERY_CHUNK = 256
+"""Queries whose scores are held at once in a forward pass without a KV cache."""
+
 
 class Linear(nn.Module):
     """y = x Wᵀ + b; `kernel` is a dense `[in, out]` array or an `SpqrTensor` of shape `(out, in)`.
@@ -98,12 +101,30 @@ def attend(
 ) -> Float[Array, "batch tokens heads head_dim"]:
     """softmax(Q Kᵀ / sqrt(head_dim)) V where `mask`; each KV head serves heads / kv_heads query heads.
 
-    A row whose mask is empty (padding) gives the mean of the values, never a NaN.
+    The mask must be causal: where slots are tokens, later ones are not even looked at. A row whose mask is empty
+    (padding) gives the mean of the values that it looks at, never a NaN.
     """
+    tokens, slots = queries.shape[1], keys.shape[1]
+    if tokens != slots:
+        return _attend_all(queries, keys, values, mask)
+    parts = []
+    for start in range(0, tokens, QUERY_CHUNK):
+        stop = min(start + QUERY_CHUNK, tokens)
+        chunk = slice(start, stop)
+        parts.append(_attend_all(queries[:, chunk], keys[:, :stop], values[:, :stop], mask[:, chunk, :stop]))
+    return jnp.concatenate(parts, axis=1)
+
+
+def _attend_all(queries: Array, keys: Array, values: Array, mask: Array) -> Array:
     batch, tokens, heads, head_dim = queries.shape
     kv_heads = keys.shape[2]
-    grouped = queries.reshape(batch, tokens, kv_heads, heads // kv_heads, head_dim)
-    scores = jnp.einsum("btkgd,bskd->bkgts", grouped, keys, preferred_element_type=jnp.float32)
-    scores = jnp.where(mask[:, None, None], scores / math.sqrt(head_dim), jnp.finfo(jnp.float32).min)
+    # The query heads of one KV head stand below each other, so each KV head is one matrix product.
+    rows = (queries / math.sqrt(head_dim)).reshape(batch, tokens, kv_heads, -1, head_dim).transpose(0, 2, 3, 1, 4)
+    rows = rows.reshape(batch, kv_heads, -1, head_dim)
+    scores = jnp.matmul(rows, keys.transpose(0, 2, 3, 1), preferred_element_type=jnp.float32)
+    scores = scores.reshape(batch, kv_heads, -1, tokens, keys.shape[1])
+    scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
-    return jnp.einsum("bkgts,bskd->btkgd", weights, values).reshape(queries.shape)
+    weights = weights.reshape(batch, kv_heads, -1, keys.shape[1])
+    attended = jnp.matmul(weights, values.transpose(0, 2, 1, 3))
+    return attended.reshape(batch, heads, tokens, head_dim).transpose(0, 2, 1, 3)
