@@ -20,7 +20,7 @@ def pack_codes(codes: UInt8[Array, "out in"], bits: int) -> UInt32[Array, "bits 
 
     Example:
       >>> pack_codes(jnp.array([[1, 2, 3, 4, 5, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 7]], jnp.uint8), 3)[:, 0, 0]
-      Array([51409, 32768, 32768], dtype=uint32)
+      Array([55505, 32768, 32768], dtype=uint32)
     """
     out, columns = codes.shape
     blocks = _even(-(-columns // BLOCK))

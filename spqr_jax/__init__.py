@@ -1,1 +1,29 @@
-"""SpQR in JAX."""
+"""SpQR in JAX: quantize, evaluate, save, load and run a language model."""
+
+from pallas_kernels import SpqrTensor, bits_per_weight, dequantize
+from spqr_jax.checkpoint import CheckpointError, load, save
+from spqr_jax.config import COMPACT, NEAR_LOSSLESS, SpqrConfig
+from spqr_jax.evaluation import perplexity
+from spqr_jax.generation import generate
+from spqr_jax.pipeline import MatrixReport, quantize, quantize_blocks
+from spqr_jax.solver import quantize_matrix
+from spqr_jax.summary import summarize
+
+__all__ = [
+    "COMPACT",
+    "NEAR_LOSSLESS",
+    "CheckpointError",
+    "MatrixReport",
+    "SpqrConfig",
+    "SpqrTensor",
+    "bits_per_weight",
+    "dequantize",
+    "generate",
+    "load",
+    "perplexity",
+    "quantize",
+    "quantize_blocks",
+    "quantize_matrix",
+    "save",
+    "summarize",
+]

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import SpqrTensor, bits_per_weight, outlier_share, trim
@@ -57,7 +58,7 @@ class Streams(NamedTuple):
 
 
 def quantize(
-    params: Params, calibration_tokens: Int[Array, "sequences tokens"] | None, *, model: Decoder, config: SpqrConfig
+    params: Params, calibration_tokens: Int[ArrayLike, "sequences tokens"] | None, *, model: Decoder, config: SpqrConfig
 ) -> tuple[Params, dict[str, MatrixReport]]:
     """Quantizes every matrix of the decoder blocks; embedding, norms, biases and head stay as they are.
 
@@ -90,7 +91,7 @@ def quantize(
 
 
 def quantize_blocks(
-    params: Params, calibration_tokens: Int[Array, "sequences tokens"] | None, *, model: Decoder, config: SpqrConfig
+    params: Params, calibration_tokens: Int[ArrayLike, "sequences tokens"] | None, *, model: Decoder, config: SpqrConfig
 ) -> Iterator[QuantizedBlock]:
     """The same, block by block, for callers that show progress or write each block when it is finished."""
     params = unstack_blocks(params)
@@ -98,18 +99,21 @@ def quantize_blocks(
     check_weights(params, model, config)
     streams = context = None
     if calibration_tokens is not None:
-        check_tokens(calibration_tokens, params, model)
-        hidden: Any = model.apply({"params": params}, calibration_tokens, method="embed")
+        tokens = jnp.asarray(calibration_tokens)
+        check_tokens(tokens, params, model)
+        hidden: Any = model.apply({"params": params}, tokens, method="embed")
         streams = Streams({"hidden": hidden}, {"hidden": hidden} if config.refit else None)
-        context, _ = make_context(jnp.ones((1, calibration_tokens.shape[1]), bool))
+        context, _ = make_context(jnp.ones((1, tokens.shape[1]), bool))
     for index in range(model.config.num_layers):
         name = layer_name(index)
+        # Once here, not at each use.
+        dense = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params[name])
         if streams is None or context is None:
             solved: dict[str, _Solved] = {}
             for matrix in block.matrices():
-                solved |= _solve((matrix,), params[name], None, config, name)
+                solved |= _solve((matrix,), dense, None, config, name)
         else:
-            streams, solved = _quantize_block(block, params[name], streams, context, config, name)
+            streams, solved = _quantize_block(block, dense, streams, context, config, name)
             _check_hidden(streams, name)
         yield QuantizedBlock(
             name,
@@ -246,7 +250,7 @@ def _solve(
 def _solve_arrays(
     kernels: tuple[Float[Array, "in _"], ...], moments: InputMoments | None, config: SpqrConfig
 ) -> tuple[tuple[SpqrTensor, ...], tuple[Float[Array, "in _"], ...], tuple[Array, ...], Bool[Array, ""]]:
-    weights = tuple(kernel.T.astype(jnp.float32) for kernel in kernels)
+    weights = tuple(kernel.T for kernel in kernels)
     if moments is not None:
         weights = refit(weights, moments)
     packed, dense, finite = quantize_shared(weights, None if moments is None else moments.hessian, config)

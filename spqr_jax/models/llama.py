@@ -76,7 +76,8 @@ class LlamaBlock(Block):
 
     def attention_residual(self, state: State, context: Context) -> State:
         state = dict(state)
-        hidden = state["hidden"] + self.o_proj(state.pop("attention_output"))
+        x = state.pop("attention_output")
+        hidden = state["hidden"] + self.o_proj(x)
         return {**state, "hidden": hidden, "mlp_input": self.post_attention_layernorm(hidden)}
 
     def gate(self, state: State, context: Context) -> State:
@@ -86,7 +87,8 @@ class LlamaBlock(Block):
 
     def mlp_residual(self, state: State, context: Context) -> State:
         state = dict(state)
-        return {**state, "hidden": state["hidden"] + self.down_proj(state.pop("mlp_hidden"))}
+        x = state.pop("mlp_hidden")
+        return {**state, "hidden": state["hidden"] + self.down_proj(x)}
 
 
 class Llama(Decoder):

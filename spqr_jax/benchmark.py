@@ -1,0 +1,110 @@
+"""Speed and memory of quantization: `python -m spqr_jax.benchmark [--json]`.
+
+The solver on matrices of SmolLM2's four shapes, then the whole model (32 × 512 calibration tokens). The official
+code's times beside them were taken once on another machine with 2 cores, in PyTorch, so a ratio holds only on such a
+machine; matrices here are random, which does not change the work.
+"""
+
+import resource
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from converters import find_smollm2, from_pretrained
+from spqr_jax import console
+from spqr_jax.cli import encode
+from spqr_jax.config import COMPACT
+from spqr_jax.corpus import REFERENCE_STARTS, wikitext2, windows_at
+from spqr_jax.pipeline import quantize_blocks
+from spqr_jax.solver import quantize_shared
+from spqr_jax.summary import summarize
+
+OFFICIAL_SECONDS = {(192, 576): 0.37, (576, 576): 0.43, (576, 1536): 1.42, (1536, 576): 0.76}
+OFFICIAL_MODEL_SECONDS = 196.0
+REPETITIONS = 10
+
+
+class SolverRow(NamedTuple):
+    """Times of one matrix `[out, in]`: the median of repeated runs, and the first, which compiles."""
+
+    shape: tuple[int, int]
+    seconds: float
+    compile_seconds: float
+    official_seconds: float
+
+
+def solver_row(shape: tuple[int, int]) -> SolverRow:
+    """Times the solver (factorization, columns, packing) on a random matrix with a random Hessian."""
+    columns = shape[1]
+    rng = np.random.default_rng(0)
+    weight = jnp.asarray(0.05 * rng.standard_t(5, size=shape), jnp.float32)
+    inputs = rng.normal(size=(4 * columns, columns)) * np.exp(0.5 * rng.normal(size=columns))
+    hessian = jnp.asarray(inputs.T @ inputs, jnp.float32)
+
+    def solve() -> Any:
+        return jax.block_until_ready(quantize_shared((weight,), hessian, COMPACT))
+
+    first = timed(solve)
+    median = float(np.median([timed(solve) for _ in range(REPETITIONS)]))
+    return SolverRow(shape, median, first - median, OFFICIAL_SECONDS[shape])
+
+
+def timed(function: Callable[[], Any]) -> float:
+    """Seconds of wall time that a call takes."""
+    started = time.perf_counter()
+    function()
+    return time.perf_counter() - started
+
+
+def whole_model() -> dict[str, float]:
+    """Quantizes SmolLM2 with the default configuration; seconds include compilation."""
+    model, params, tokenizer = from_pretrained(find_smollm2(), dtype=np.float16)
+    ids = np.array(encode(tokenizer, wikitext2("valid")))
+    tokens = windows_at(ids, np.array(REFERENCE_STARTS), 512)
+    blocks, solver_seconds = dict(params), 0.0
+    started = time.perf_counter()
+    steps = quantize_blocks(params, tokens, model=model, config=COMPACT)
+    for block in console.track(steps, model.config.num_layers, "quantizing blocks"):
+        blocks[block.name] = block.params
+        solver_seconds += sum(matrix.seconds for matrix in block.report.values())
+    seconds = time.perf_counter() - started
+    return {
+        "seconds": seconds,
+        "solver_seconds": solver_seconds,
+        "official_seconds": OFFICIAL_MODEL_SECONDS,
+        "bits_per_weight": summarize(blocks).bits_per_weight,
+        "outlier_share": summarize(blocks).outlier_share,
+        "peak_gigabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
+    }
+
+
+def main() -> None:
+    """Measures and prints."""
+    # The whole model first: it then pays for its own compilation, and its peak memory is its own.
+    model = whole_model()
+    jax.clear_caches()
+    rows = [solver_row(shape) for shape in OFFICIAL_SECONDS]
+    if "--json" in sys.argv[1:]:
+        console.emit({"solver": [row._asdict() for row in rows], "model": model}, as_json=True)
+        return
+    table = Table("matrix (out x in)", "seconds", "compile", "official", "times as fast", title="solver")
+    for row in rows:
+        shape = f"{row.shape[0]} x {row.shape[1]}"
+        ratio = row.official_seconds / row.seconds
+        table.add_row(
+            shape, f"{row.seconds:.3f}", f"{row.compile_seconds:.1f}", f"{row.official_seconds:.2f}", f"{ratio:.1f}"
+        )
+    Console().print(table)
+    console.emit(model, as_json=False)
+
+
+if __name__ == "__main__":
+    console.quiet()
+    console.run(main)

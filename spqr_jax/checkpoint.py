@@ -1,0 +1,397 @@
+"""A model as one directory: its parameters, its configuration and its tokenizer.
+
+What is in such a directory:
+
+  * `spqr.json`: what `describe` returns, for people and programs;
+  * `params/`: the arrays, in Orbax's format, each under its path (`layers_0.q_proj.kernel.codes`);
+  * `tokenizer/`: what the tokenizer's `save_pretrained` writes, if there is one;
+  * `manifest.json`: size and BLAKE2b checksum of every other file, checked at loading.
+
+A directory gets its name only when all of it is on the disk. An interrupted save leaves `<name>.incomplete-<random>`
+beside it, which can be deleted.
+"""
+
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from os import PathLike
+from pathlib import Path
+from typing import Any, NamedTuple, get_type_hints
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from flax.traverse_util import flatten_dict, unflatten_dict
+from transformers import PreTrainedTokenizerFast
+
+from pallas_kernels import SpqrTensor, trim
+from pallas_kernels.tensor import ARRAY_FIELDS
+from spqr_jax.models import Decoder, Llama, LlamaConfig
+from spqr_jax.models.decoder import Params
+from spqr_jax.models.stacking import unstack_blocks
+
+FORMAT_VERSION = 1
+HEADER, MANIFEST, PARAMS, TOKENIZER = "spqr.json", "manifest.json", "params", "tokenizer"
+
+Leaf = SpqrTensor | np.ndarray
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be written or read; the message says why and what to do."""
+
+
+class Checkpoint(NamedTuple):
+    """A model, its parameters (NumPy arrays, in host memory) and its tokenizer, None if it was saved without."""
+
+    model: Decoder
+    params: Params
+    tokenizer: PreTrainedTokenizerFast | None
+
+
+class Family(NamedTuple):
+    """The classes of one family of models."""
+
+    model: type[Decoder]
+    config: type
+
+
+FAMILIES = {"llama": Family(Llama, LlamaConfig)}
+
+
+def save(
+    directory: str | PathLike[str],
+    model: Decoder,
+    params: Params,
+    *,
+    tokenizer: PreTrainedTokenizerFast | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Writes a model, dense, quantized or partly so, into a new directory that is enough to run it.
+
+    Stacked blocks are unstacked and outliers trimmed, so no padding is stored.
+
+    Args:
+      directory: where to; what is missing above it is made.
+      model: the Flax module; its configuration and `dtype` are stored.
+      params: its parameters.
+      tokenizer: stored too, if given.
+      overwrite: replace a checkpoint that is there, once the new one is complete.
+
+    Raises:
+      CheckpointError: the destination is taken (see `check_destination`), the model is of a family that is not
+        supported, or writing failed, as on a full disk; the destination is then as it was.
+
+    Example:
+      >>> save("smollm2-3bit", model, quantized, tokenizer=tokenizer)
+    """
+    destination = Path(directory).resolve()
+    check_destination(destination, overwrite=overwrite)
+    leaves = _leaves(params)
+    header = _header(model, leaves, tokenizer)
+    try:
+        with _temporary_directory(destination) as incomplete:
+            _write(incomplete, header, leaves, tokenizer)
+            _publish(incomplete, destination)
+    except Exception as error:  # on a full disk: OSError, from TensorStore ValueError, from tokenizers plain Exception
+        size = sum(leaf.nbytes for leaf in leaves.values())
+        free = shutil.disk_usage(_existing(destination.parent)).free
+        raise CheckpointError(
+            f"{destination} could not be written: {_reason(error)}; its parameters take {size} bytes, {free} are free."
+        ) from error
+
+
+def load(directory: str | PathLike[str]) -> Checkpoint:
+    """Reads what `save` wrote; every array is bit for bit the one that was saved.
+
+    The arrays stay in host memory; `jax.device_put(params)` moves them.
+
+    Raises:
+      CheckpointError: there is no checkpoint, it is of another version or family, or a file is missing or damaged.
+
+    Example:
+      >>> model, params, tokenizer = load("smollm2-3bit")
+      >>> logits = model.apply({"params": jax.device_put(params)}, jnp.array([tokenizer.encode("The sky is")]))
+    """
+    root = Path(directory).resolve()
+    header = describe(root)
+    for name, fingerprint in _read_json(root / MANIFEST).items():
+        _verify(root / name, fingerprint)
+    model = _model(header, root)
+    arrays = _orbax(ocp.PyTreeCheckpointer().restore, root / PARAMS)
+    arrays |= {path: np.zeros(entry["shape"], jnp.dtype(entry["dtype"])) for path, entry in header["empty"].items()}
+    leaves: dict[str, Any] = {path: arrays[path] for path in header["dense"]}
+    for path, entry in header["matrices"].items():
+        leaves[path] = SpqrTensor(
+            **{name: arrays.get(f"{path}.{name}") for name in ARRAY_FIELDS},
+            in_features=entry["shape"][1],
+            group_size=entry["group_size"],
+        )
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(root / TOKENIZER) if header["tokenizer"] else None
+    return Checkpoint(model, unflatten_dict(leaves, sep="."), tokenizer)
+
+
+def describe(directory: str | PathLike[str]) -> dict[str, Any]:
+    """What a checkpoint holds, without reading its arrays.
+
+    Returns:
+      `version`, `family`, `dtype` (of activations) and `config` of the model; `tokenizer`, whether there is one;
+      `matrices`, for the path of each packed matrix its `shape` (out, in), `bits`, `group_size`, `scale_bits` and
+      `zero_bits` (None: not quantized), `outliers` (their number; None: quantized without) and `bytes`; `dense`, for
+      the path of each other array its `shape`, `dtype` and `bytes`; `empty`, the arrays without elements, which
+      Orbax does not store.
+
+    Raises:
+      CheckpointError: there is no checkpoint, it is of another version, or its `spqr.json` is damaged.
+
+    Example:
+      >>> sum(matrix["bytes"] for matrix in describe("smollm2-3bit")["matrices"].values())
+    """
+    root = Path(directory).resolve()
+    if not root.is_dir():
+        raise CheckpointError(f"{root} {'is not a directory' if root.exists() else 'does not exist'}.")
+    if not is_checkpoint(root):
+        raise CheckpointError(f"{root} is not a checkpoint of this library: it has no {HEADER}.")
+    header = _read_json(root / HEADER)
+    if header.get("version") != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{root / HEADER} is of format version {header.get('version')!r}, but this release reads {FORMAT_VERSION}; "
+            "use the release that wrote it."
+        )
+    _verify(root / HEADER, _read_json(root / MANIFEST).get(HEADER))
+    return header
+
+
+def is_checkpoint(path: str | PathLike[str]) -> bool:
+    """Whether a path is a directory that `save` wrote, judged by its `spqr.json`.
+
+    Example:
+      >>> model, params, tokenizer = load(path) if is_checkpoint(path) else from_pretrained(path)
+    """
+    return (Path(path) / HEADER).is_file()
+
+
+def check_destination(directory: str | PathLike[str], *, overwrite: bool = False) -> None:
+    """Raises a CheckpointError where `save` would refuse to write; to be called before long work.
+
+    A path that exists needs `overwrite`, and must then be empty or hold a checkpoint and nothing else.
+
+    Example:
+      >>> check_destination("smollm2-3bit")
+    """
+    destination = Path(directory).resolve()
+    if not destination.exists():
+        parent = _existing(destination.parent)
+        if not (parent.is_dir() and os.access(parent, os.W_OK)):
+            raise CheckpointError(f"{destination} cannot be made, because {parent} is not a writable directory.")
+        return
+    if not overwrite:
+        raise CheckpointError(f"{destination} exists already; choose another path or set overwrite to replace it.")
+    if not destination.is_dir():
+        raise CheckpointError(f"{destination} is not a directory, so it is not overwritten; choose another path.")
+    found = {path.name for path in destination.iterdir()}
+    foreign = found - ({HEADER, MANIFEST, PARAMS, TOKENIZER} if is_checkpoint(destination) else set())
+    if foreign:
+        raise CheckpointError(
+            f"{destination} holds {min(foreign)}, which is not part of a checkpoint, so it is not overwritten; "
+            "choose another path."
+        )
+
+
+def _leaves(params: Params) -> dict[str, Leaf]:
+    """Path → packed matrix or array, in host memory and without padding."""
+    flat = flatten_dict(unstack_blocks(params), sep=".")
+    trimmed = {path: trim(leaf) if isinstance(leaf, SpqrTensor) else leaf for path, leaf in flat.items()}
+    return jax.tree.map(np.asarray, jax.device_get(trimmed))
+
+
+def _arrays(leaves: Mapping[str, Leaf]) -> dict[str, np.ndarray]:
+    """Path → array, those of a packed matrix under its path and their field."""
+    tree = {path: leaf.arrays() if isinstance(leaf, SpqrTensor) else leaf for path, leaf in leaves.items()}
+    return flatten_dict(tree, sep=".")
+
+
+def _header(model: Decoder, leaves: Mapping[str, Leaf], tokenizer: Any) -> dict[str, Any]:
+    """Content of `spqr.json`, see `describe`."""
+    names = [name for name, family in FAMILIES.items() if type(model) is family.model]
+    if not names:
+        raise CheckpointError(f"a {type(model).__name__} cannot be saved; supported families: {', '.join(FAMILIES)}.")
+    arrays = _arrays(leaves).items()
+    return {
+        "version": FORMAT_VERSION,
+        "family": names[0],
+        "dtype": jnp.dtype(model.dtype).name,
+        "config": dataclasses.asdict(model.config),
+        "tokenizer": tokenizer is not None,
+        "matrices": {path: _packed_entry(leaf) for path, leaf in leaves.items() if isinstance(leaf, SpqrTensor)},
+        "dense": {path: _dense_entry(leaf) for path, leaf in leaves.items() if isinstance(leaf, np.ndarray)},
+        "empty": {path: _dense_entry(array) for path, array in arrays if array.size == 0},
+    }
+
+
+def _packed_entry(tensor: SpqrTensor) -> dict[str, Any]:
+    return {
+        "shape": tensor.shape,
+        "bits": tensor.bits,
+        "group_size": tensor.group_size,
+        "scale_bits": None if tensor.scale_codes is None else tensor.scale_codes.shape[0],
+        "zero_bits": None if tensor.zero_codes is None else tensor.zero_codes.shape[0],
+        "outliers": None if tensor.row_offsets is None else int(tensor.row_offsets[-1]),
+        "bytes": tensor.nbytes,
+    }
+
+
+def _dense_entry(array: np.ndarray) -> dict[str, Any]:
+    return {"shape": array.shape, "dtype": array.dtype.name, "bytes": array.nbytes}
+
+
+def _model(header: Mapping[str, Any], root: Path) -> Decoder:
+    name = header["family"]
+    if name not in FAMILIES:
+        raise CheckpointError(f"{root} is a model of family {name!r}, but supported are {', '.join(FAMILIES)}.")
+    family = FAMILIES[name]
+    try:
+        config = _from_dict(family.config, header["config"])
+    except TypeError as error:
+        raise CheckpointError(f"{root / HEADER} does not fit {family.config.__name__}: {error}.") from error
+    return family.model(config, dtype=jnp.dtype(header["dtype"]))
+
+
+def _from_dict(cls: Any, values: Mapping[str, Any]) -> Any:
+    """Inverse of `dataclasses.asdict`."""
+    nested = {name: kind for name, kind in get_type_hints(cls).items() if dataclasses.is_dataclass(kind)}
+    return cls(**{name: _from_dict(nested[name], v) if name in nested else v for name, v in values.items()})
+
+
+def _write(root: Path, header: Mapping[str, Any], leaves: Mapping[str, Leaf], tokenizer: Any) -> None:
+    """Fills a directory, the manifest last, and waits until all of it is on the disk."""
+    arrays = {path: array for path, array in _arrays(leaves).items() if array.size}
+    _orbax(ocp.PyTreeCheckpointer().save, root / PARAMS, arrays)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(root / TOKENIZER)
+    (root / HEADER).write_text(json.dumps(header, indent=2) + "\n", encoding="utf-8")
+    files = sorted(path for path in root.rglob("*") if path.is_file())
+    manifest = {path.relative_to(root).as_posix(): _fingerprint(path) for path in files}
+    (root / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    for path in (root, *root.rglob("*")):
+        _synchronize(path)
+
+
+def _publish(complete: Path, destination: Path) -> None:
+    """Gives a complete directory its name; what had it before is deleted afterwards."""
+    if destination.exists():
+        replaced = _sibling(destination, "replaced")
+        destination.rename(replaced)
+        try:
+            complete.rename(destination)
+        except BaseException:
+            replaced.rename(destination)
+            raise
+        shutil.rmtree(replaced, ignore_errors=True)
+    else:
+        complete.rename(destination)
+    _synchronize(destination.parent)
+
+
+@contextmanager
+def _temporary_directory(destination: Path) -> Iterator[Path]:
+    path = _sibling(destination, "incomplete")
+    path.mkdir(parents=True)
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _sibling(destination: Path, purpose: str) -> Path:
+    return destination.with_name(f"{destination.name}.{purpose}-{uuid.uuid4().hex[:8]}")
+
+
+def _synchronize(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _fingerprint(path: Path) -> str:
+    """Size and checksum of a file."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=8)).hexdigest()
+    return f"{path.stat().st_size} bytes with BLAKE2b {digest}"
+
+
+def _verify(path: Path, expected: str | None) -> None:
+    """Raises a CheckpointError where a file is not the one that was saved."""
+    found = _fingerprint(path) if path.is_file() else "missing"
+    if found != expected:
+        raise CheckpointError(
+            f"{path} is {found}, but {MANIFEST} says {expected}; copy the checkpoint again or save it anew."
+        )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON: {error}.") from error
+    if isinstance(content, dict):
+        return content
+    raise CheckpointError(f"{path} is not a JSON object.")
+
+
+def _existing(path: Path) -> Path:
+    """The path itself, or the nearest one above it that exists."""
+    return next(p for p in (path, *path.parents) if p.exists())
+
+
+def _reason(error: Exception) -> str:
+    """What the operating system said; TensorStore buries its error number in a long message."""
+    number = re.search(r"os_error_code='(\d+)'", str(error))
+    return os.strerror(int(number[1])) if number else getattr(error, "strerror", None) or str(error)
+
+
+def _orbax(function: Callable[..., Any], *args: Any) -> Any:
+    """Calls a function of Orbax, of which nothing but its result or its error is to be seen.
+
+    It gets its own thread, because it unsets the event loop of the thread that it runs in, which a notebook needs.
+    After a failed write, TensorStore goes on with the other arrays and reports for each that nobody waits for it: this
+    does wait, until the reports have ended, so that no file appears after the directory is deleted.
+    """
+    reports: list[Any] = []
+    report = sys.unraisablehook
+    logger = logging.getLogger("absl")
+
+    def collect(unraisable: Any) -> None:
+        (reports.append if str(unraisable.exc_value) == "Event loop is closed" else report)(unraisable)
+
+    def keep(record: logging.LogRecord) -> bool:
+        return "_SignalingThread.run() raised" not in record.getMessage()
+
+    sys.unraisablehook = collect
+    logger.addFilter(keep)
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(function, *args).result()
+    except Exception:
+        count = -1
+        while count < len(reports):
+            count = len(reports)
+            time.sleep(0.5)
+        raise
+    finally:
+        sys.unraisablehook = report
+        logger.removeFilter(keep)

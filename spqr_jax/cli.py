@@ -1,0 +1,300 @@
+"""The command line `spqr`: quantize, eval, generate, inspect.
+
+Results go to standard output, progress to standard error. Exit status: 0 done, 1 an error told in one line, 2 wrong
+usage.
+"""
+
+import shutil
+import time
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from spqr_jax import console
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+Model = Annotated[str, typer.Argument(help="A checkpoint of spqr, a Hugging Face directory or hub id, or a GGUF file.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+
+
+class Method(StrEnum):
+    """What to quantize with."""
+
+    SPQR = "spqr"
+    GPTQ = "gptq"
+    RTN = "rtn"
+
+
+class Preset(StrEnum):
+    """The paper's two settings."""
+
+    COMPACT = "compact"
+    NEAR_LOSSLESS = "near-lossless"
+
+
+class Order(StrEnum):
+    """Orders of input features."""
+
+    ACT_ORDER = "act_order"
+    IDENTITY = "identity"
+
+
+def main() -> None:
+    """Entry point of `spqr`."""
+    console.quiet()
+    console.run(app)
+
+
+@app.callback()
+def about() -> None:
+    """Near-lossless compression of language models to 3-4 bits per weight."""
+
+
+@app.command()
+def quantize(
+    source: Model,
+    destination: Annotated[Path, typer.Argument(help="Directory to write.")],
+    preset: Annotated[Preset, typer.Option(help="compact: 3 bits; near-lossless: 4 bits.")] = Preset.COMPACT,
+    method: Annotated[Method, typer.Option(help="gptq: no outliers; rtn: round-to-nearest.")] = Method.SPQR,
+    bits: Annotated[int | None, typer.Option(help="Width of a weight code: 2, 3, 4, 5 or 8.")] = None,
+    group_size: Annotated[int | None, typer.Option(help="Weights that share a scale: 8, 16, 32, 64 or 128.")] = None,
+    stats_bits: Annotated[int | None, typer.Option(help="Width of scale and zero codes; 0 for 16-bit floats.")] = None,
+    outlier_threshold: Annotated[float | None, typer.Option(help="The paper's τ; lower keeps more outliers.")] = None,
+    permutation: Annotated[Order | None, typer.Option(help="Order in which input features are quantized.")] = None,
+    damping: Annotated[float | None, typer.Option(help="Share of mean diag H added to it.")] = None,
+    calibration: Annotated[Path | None, typer.Option(help="Text file; default: WikiText-2's validation text.")] = None,
+    sequences: Annotated[int, typer.Option(help="Calibration sequences.")] = 32,
+    sequence_length: Annotated[int, typer.Option(help="Tokens per calibration sequence.")] = 512,
+    seed: Annotated[int, typer.Option(help="Seed of the places where sequences are cut.")] = 0,
+    overwrite: Annotated[bool, typer.Option(help="Replace a checkpoint at the destination.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Quantize a model and save it.
+
+    Example: spqr quantize HuggingFaceTB/SmolLM2-135M-Instruct smollm2-3bit
+    """
+    from dataclasses import replace
+
+    from spqr_jax import checkpoint, pipeline
+    from spqr_jax.config import COMPACT, NEAR_LOSSLESS
+    from spqr_jax.summary import summarize
+
+    config = {Preset.COMPACT: COMPACT, Preset.NEAR_LOSSLESS: NEAR_LOSSLESS}[preset]
+    chosen = {
+        "bits": bits,
+        "group_size": group_size,
+        "outlier_threshold": outlier_threshold,
+        "permutation": None if permutation is None else permutation.value,
+        "damping": damping,
+    }
+    config = replace(config, **{name: value for name, value in chosen.items() if value is not None})  # type: ignore[arg-type]
+    if stats_bits is not None:
+        config = replace(config, scale_bits=stats_bits or None, zero_bits=stats_bits or None)
+    if method is not Method.SPQR:
+        config = replace(config, outlier_threshold=None)
+
+    checkpoint.check_destination(destination, overwrite=overwrite)
+    model, params, tokenizer = load_model(source, "float16")
+    check_disk(destination, params)
+    tokens = None
+    if method is not Method.RTN:
+        tokens = calibration_tokens(tokenizer, calibration, sequences, sequence_length, seed)
+
+    started = time.perf_counter()
+    quantized = dict(params)
+    report: dict[str, pipeline.MatrixReport] = {}
+    blocks = pipeline.quantize_blocks(params, tokens, model=model, config=config)
+    for block in console.track(blocks, model.config.num_layers, "quantizing blocks"):
+        quantized[block.name] = block.params
+        report |= block.report
+    seconds = time.perf_counter() - started
+    checkpoint.save(destination, model, quantized, tokenizer=tokenizer, overwrite=overwrite)
+    totals = summarize(quantized)
+    console.emit(
+        {
+            "destination": str(destination),
+            "bits_per_weight": totals.bits_per_weight,
+            "outlier_share": totals.outlier_share,
+            "seconds": seconds,
+            "bytes_on_disk": console.bytes_on_disk(destination),
+            "matrices": {name: matrix._asdict() for name, matrix in report.items()},
+        },
+        as_json,
+    )
+
+
+@app.command("eval")
+def evaluate(
+    source: Model,
+    text: Annotated[Path | None, typer.Option(help="Text file; default: the start of WikiText-2's test text.")] = None,
+    window: Annotated[int, typer.Option(help="Tokens per window.")] = 1024,
+    windows: Annotated[int | None, typer.Option(help="Use only the first so many windows.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure perplexity on a text.
+
+    Example: spqr eval smollm2-3bit --windows 20
+    """
+    import numpy as np
+
+    from spqr_jax.corpus import wikitext2
+    from spqr_jax.evaluation import cut_windows, window_losses
+    from spqr_jax.summary import summarize
+
+    model, params, tokenizer = load_model(source, "float32")
+    started = time.perf_counter()
+    ids = encode(tokenizer, wikitext2("test") if text is None else text.read_text(encoding="utf-8"))
+    parts = cut_windows(ids, window=window, max_windows=windows)
+    losses = list(console.track(window_losses(model, params, parts), len(parts), "perplexity"))
+    totals = summarize(params)
+    result: dict[str, Any] = {"perplexity": float(np.exp(np.mean(losses))), "tokens": parts.size}
+    if totals.weights:
+        result |= {"bits_per_weight": totals.bits_per_weight, "outlier_share": totals.outlier_share}
+    console.emit(result | {"seconds": time.perf_counter() - started}, as_json)
+
+
+@app.command()
+def generate(
+    source: Model,
+    prompt: Annotated[str, typer.Argument(help="What to say to the model.")],
+    max_new_tokens: Annotated[int, typer.Option(help="Stop after so many tokens.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
+    top_k: Annotated[int | None, typer.Option(help="Sample among the k likeliest tokens.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Sample among the likeliest tokens of this total share.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    chat: Annotated[bool, typer.Option(help="Use the tokenizer's chat template where it has one.")] = True,
+    as_json: Json = False,
+) -> None:
+    """Generate text.
+
+    Example: spqr generate smollm2-3bit "Why is the sky blue?" --temperature 0.7
+    """
+    from spqr_jax.generation import chat_prompt, stream
+
+    model, params, tokenizer = load_model(source, "float32")
+    require(tokenizer)
+    ids = chat_prompt(tokenizer, prompt) if chat else encode(tokenizer, prompt)
+    stops = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
+    started = time.perf_counter()
+    steps = stream(
+        model,
+        params,
+        [ids],
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        stop_tokens=stops,
+    )
+    tokens: list[int] = []
+    said = ""
+    for (new,) in steps:
+        tokens += new
+        now = tokenizer.decode(tokens, skip_special_tokens=True)
+        # A character of several tokens is shown when it is complete.
+        if not as_json and not now.endswith("\N{REPLACEMENT CHARACTER}"):
+            print(now[len(said) :], end="", flush=True)
+            said = now
+    if not as_json:
+        print()
+        return
+    text = tokenizer.decode(tokens, skip_special_tokens=True)
+    console.emit({"text": text, "tokens": tokens, "seconds": time.perf_counter() - started}, as_json)
+
+
+@app.command()
+def inspect(
+    directory: Annotated[Path, typer.Argument(help="A checkpoint of spqr.")],
+    as_json: Json = False,
+) -> None:
+    """Show what is in a checkpoint, matrix by matrix.
+
+    Example: spqr inspect smollm2-3bit
+    """
+    from spqr_jax.checkpoint import describe
+
+    header = describe(directory)
+    matrices = header["matrices"]
+    for matrix in matrices.values():
+        weights = matrix["shape"][0] * matrix["shape"][1]
+        matrix["bits_per_weight"] = 8 * matrix["bytes"] / weights
+        matrix["outlier_share"] = (matrix["outliers"] or 0) / weights
+    if as_json:
+        console.emit(header, as_json)
+        return
+    table = Table("matrix", "out x in", "bits", "group", "statistics", "outliers", "bits per weight")
+    for path, matrix in matrices.items():
+        statistics = "16 bit" if matrix["scale_bits"] is None else f"{matrix['scale_bits']} bit"
+        shape = f"{matrix['shape'][0]} x {matrix['shape'][1]}"
+        share, size = f"{matrix['outlier_share']:.2%}", f"{matrix['bits_per_weight']:.3f}"
+        table.add_row(path, shape, str(matrix["bits"]), str(matrix["group_size"]), statistics, share, size)
+    for path, array in header["dense"].items():
+        table.add_row(path, " x ".join(map(str, array["shape"])), array["dtype"], "", "", "", "")
+    Console().print(table)
+
+
+def load_model(source: str, dtype: str) -> tuple[Any, Any, Any]:
+    """Model, parameters and tokenizer of a checkpoint of ours or of another project.
+
+    Dense parameters come as `dtype`.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    from converters import from_pretrained
+    from spqr_jax import checkpoint
+
+    if not checkpoint.is_checkpoint(source):
+        model, params, tokenizer = from_pretrained(source, dtype=jnp.dtype(dtype))
+        return model, params, tokenizer
+    model, params, tokenizer = checkpoint.load(source)
+
+    def cast(leaf: Any) -> Any:
+        is_weight = not isinstance(leaf, checkpoint.SpqrTensor) and jnp.issubdtype(leaf.dtype, jnp.floating)
+        return leaf.astype(dtype) if is_weight else leaf
+
+    params = jax.tree.map(cast, params, is_leaf=lambda leaf: isinstance(leaf, checkpoint.SpqrTensor))
+    return model, params, tokenizer
+
+
+def require(tokenizer: Any) -> None:
+    """Raises a ValueError where a checkpoint came without a tokenizer."""
+    if tokenizer is None:
+        raise ValueError("the checkpoint has no tokenizer; add its tokenizer.json and tokenizer_config.json")
+
+
+def encode(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of a text, without special tokens."""
+    require(tokenizer)
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def calibration_tokens(tokenizer: Any, text: Path | None, sequences: int, length: int, seed: int) -> Any:
+    """Calibration windows at random places of a text file, or of the package's."""
+    import numpy as np
+
+    from spqr_jax.corpus import random_windows, wikitext2
+
+    ids = encode(tokenizer, wikitext2("valid") if text is None else text.read_text(encoding="utf-8"))
+    return random_windows(np.array(ids), sequences, length, seed)
+
+
+def check_disk(destination: Path, params: Any) -> None:
+    """Raises an OSError where the disk cannot even hold half of the unquantized model."""
+    import jax
+
+    need = sum(leaf.nbytes for leaf in jax.tree.leaves(params)) // 2
+    parent = next(path for path in destination.resolve().parents if path.exists())
+    free = shutil.disk_usage(parent).free
+    if free < need:
+        raise OSError(f"{parent} has {free:,} bytes free, but the quantized model takes up to {need:,}")
+
+
+if __name__ == "__main__":
+    main()

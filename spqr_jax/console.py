@@ -1,0 +1,62 @@
+"""What commands share: progress bars and tables on standard error, results on standard output, one-line errors."""
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+T = TypeVar("T")
+
+console = Console(stderr=True)
+
+
+def track(items: Iterable[T], total: int, label: str) -> Iterator[T]:
+    """The items, with a progress bar on standard error while they come."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as progress:
+        yield from progress.track(items, total=total, description=label)
+
+
+def emit(result: dict[str, Any], as_json: bool) -> None:
+    """Prints a command's result: JSON for machines, or its plain values as a table."""
+    if as_json:
+        print(json.dumps(result))
+        return
+    table = Table(show_header=False)
+    for key, value in result.items():
+        if not isinstance(value, dict | list):
+            table.add_row(key.replace("_", " "), f"{value:,.4g}" if isinstance(value, float) else str(value))
+    Console().print(table)
+
+
+def bytes_on_disk(directory: Path) -> int:
+    """Bytes of all files below a directory."""
+    return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
+
+
+def quiet() -> None:
+    """Keeps advice that no user of the command line can act on off the screen."""
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.getLogger("absl").setLevel(logging.ERROR)
+
+
+def run(command: Callable[[], Any]) -> None:
+    """Runs a command; what a user can cause ends in one line on standard error and exit status 1."""
+    try:
+        command()
+    except (ValueError, OSError) as error:
+        message = " ".join(str(error).split())
+        print(f"error: {message}", file=sys.stderr)
+        raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
