@@ -23,4 +23,5 @@ def spqr_matmul(x: Float[Array, "*batch in"], w: SpqrTensor) -> Float[Array, "*b
     if w.permutation is not None:
         x = x[..., w.permutation]
     weight = dequantize_in_order(w).astype(x.dtype)
-    return jnp.einsum("...i,oi->...o", x, weight, preferred_element_type=jnp.float32).astype(x.dtype)
+    # Not an einsum: XLA for CPUs cannot run the product that it makes of permuted bfloat16.
+    return jnp.matmul(x, weight.T, preferred_element_type=jnp.float32).astype(x.dtype)

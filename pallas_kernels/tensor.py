@@ -151,12 +151,12 @@ def trim(tensor: SpqrTensor) -> SpqrTensor:
     """Cuts the padding off the outlier arrays. Needs concrete arrays, so it cannot be traced."""
     if tensor.row_offsets is None or tensor.outlier_columns is None or tensor.outlier_values is None:
         return tensor
-    # Through NumPy: a slice in JAX would compile anew for each count.
+    # Through NumPy: JAX would compile a slice anew for each count. Copied, so that the padding is not kept alive.
     count = int(np.asarray(tensor.row_offsets)[-1])
     return replace(
         tensor,
-        outlier_columns=jnp.array(np.asarray(tensor.outlier_columns)[:count]),
-        outlier_values=jnp.array(np.asarray(tensor.outlier_values)[:count]),
+        outlier_columns=jax.device_put(np.asarray(tensor.outlier_columns)[:count].copy()),
+        outlier_values=jax.device_put(np.asarray(tensor.outlier_values)[:count].copy()),
     )
 
 

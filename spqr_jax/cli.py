@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from spqr_jax import console
 
@@ -228,7 +228,8 @@ def inspect(
     if as_json:
         console.emit(header, as_json)
         return
-    table = Table("matrix", "out x in", "bits", "group", "statistics", "outliers", "bits per weight")
+    columns = ("out x in", "bits", "group", "statistics", "outliers", "bits/weight")
+    table = Table(Column("matrix", no_wrap=True), *columns, box=None)
     for path, matrix in matrices.items():
         statistics = "16 bit" if matrix["scale_bits"] is None else f"{matrix['scale_bits']} bit"
         shape = f"{matrix['shape'][0]} x {matrix['shape'][1]}"
@@ -236,7 +237,9 @@ def inspect(
         table.add_row(path, shape, str(matrix["bits"]), str(matrix["group_size"]), statistics, share, size)
     for path, array in header["dense"].items():
         table.add_row(path, " x ".join(map(str, array["shape"])), array["dtype"], "", "", "", "")
-    Console().print(table)
+    terminal = Console()
+    # Where nobody looks, a file or a pipe, nothing is cut.
+    Console(width=None if terminal.is_terminal else 120).print(table)
 
 
 def load_model(source: str, dtype: str) -> tuple[Any, Any, Any]:

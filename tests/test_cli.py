@@ -1,0 +1,173 @@
+"""The command line, on a tiny checkpoint."""
+
+import contextlib
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import pytest
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
+from transformers import PreTrainedTokenizerFast
+
+from spqr_jax import save
+from spqr_jax.cli import main
+from spqr_jax.models import Llama, LlamaConfig, RotaryConfig
+
+CONFIG = LlamaConfig(257, 64, 128, 2, 4, 2, 16, RotaryConfig())
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per byte, and an end of text."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(BPE({byte: i for i, byte in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>")
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("cli") / "plain"
+    model = Llama(CONFIG)
+    params = model.init(jax.random.key(0), jnp.zeros((1, 4), int))["params"]
+    save(directory, model, params, tokenizer=byte_tokenizer())
+    return directory
+
+
+@pytest.fixture(scope="module")
+def quantized(plain: Path) -> Path:
+    directory = plain.parent / "quantized"
+    assert spqr("quantize", plain, directory, "--sequences", 4, "--sequence-length", 64).returncode == 0
+    return directory
+
+
+class Done(NamedTuple):
+    """What a command left behind."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def spqr(*arguments: object) -> Done:
+    """Runs the entry point in this process, which saves compiling anew."""
+    stdout, stderr = io.StringIO(), io.StringIO()
+    with (
+        mock.patch.object(sys, "argv", ["spqr", *map(str, arguments)]),
+        contextlib.redirect_stdout(stdout),
+        contextlib.redirect_stderr(stderr),
+    ):
+        try:
+            main()
+        except SystemExit as stop:
+            status = int(stop.code or 0)
+    return Done(status, stdout.getvalue(), stderr.getvalue())
+
+
+def result(*arguments: object) -> dict:
+    done = spqr(*arguments, "--json")
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_help_of_every_command_has_an_example() -> None:
+    for command in ("quantize", "eval", "generate", "inspect"):
+        done = spqr(command, "--help")
+        assert done.returncode == 0
+        assert f"Example: spqr {command} " in " ".join(done.stdout.split())
+
+
+def test_quantize_reports_and_saves(plain: Path, tmp_path: Path) -> None:
+    arguments = ("--sequences", 4, "--sequence-length", 64, "--bits", 4, "--method", "gptq")
+    report = result("quantize", plain, tmp_path / "out", *arguments)
+    assert report["outlier_share"] == 0
+    # 4 bits, 6/16 of first-level and 4·16/256 of second-level statistics, and the permutations.
+    assert 4.625 < report["bits_per_weight"] < 4.625 + 16 / 32 + 0.01
+    assert report["bytes_on_disk"] == sum(p.stat().st_size for p in (tmp_path / "out").rglob("*") if p.is_file())
+    assert set(report["matrices"]["layers_1.v_proj"]) == {
+        "bits_per_weight",
+        "outlier_share",
+        "relative_error",
+        "seconds",
+    }
+    assert result("inspect", tmp_path / "out")["matrices"]["layers_1.v_proj.kernel"]["bits"] == 4
+
+
+def test_round_to_nearest_needs_no_text(plain: Path, tmp_path: Path) -> None:
+    report = result("quantize", plain, tmp_path / "out", "--method", "rtn", "--stats-bits", 0)
+    assert report["bits_per_weight"] == 3 + 32 / 16
+
+
+def test_eval_reads_plain_and_quantized_models(plain: Path, quantized: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 20)
+    before, after = (result("eval", path, "--text", text, "--window", 128) for path in (plain, quantized))
+    assert before["tokens"] == after["tokens"] == 896
+    assert after["perplexity"] == pytest.approx(before["perplexity"], rel=0.2)
+    assert "bits_per_weight" not in before
+    assert 3.6 < after["bits_per_weight"] < 5
+
+
+def test_generate_prints_text_as_it_says_in_json(quantized: Path) -> None:
+    said = spqr("generate", quantized, "hello", "--max-new-tokens", 12)
+    told = result("generate", quantized, "hello", "--max-new-tokens", 12)
+    assert len(told["tokens"]) <= 12
+    assert said.stdout.rstrip("\n") == told["text"].rstrip("\N{REPLACEMENT CHARACTER}").rstrip("\n")
+
+
+def test_inspect_lists_every_matrix(quantized: Path) -> None:
+    done = spqr("inspect", quantized)
+    assert done.returncode == 0
+    for name in ("layers_0.q_proj", "layers_1.down_proj", "embed_tokens"):
+        assert name in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("eval", "no/such/path/anywhere"), ["no/such/path/anywhere"]),
+        (("inspect", "no/such/path"), ["no/such/path", "does not exist"]),
+        (("quantize", "PLAIN", "QUANTIZED"), ["exists", "overwrite"]),
+        (("quantize", "PLAIN", "NEW", "--bits", 6), ["bits is 6", "layers_0"]),
+        (("quantize", "PLAIN", "NEW", "--group-size", 128), ["64 input features", "128"]),
+        (("quantize", "PLAIN", "NEW", "--calibration", "TEXT"), ["too few", "512"]),
+        (("quantize", "QUANTIZED", "NEW", "--sequence-length", 64), ["quantized already"]),
+        (("eval", "PLAIN", "--text", "TEXT"), ["fewer than one window", "1024"]),
+        (("eval", "PLAIN", "--text", "missing.txt"), ["missing.txt"]),
+        (("generate", "PLAIN", "hi", "--max-new-tokens", 0), ["max_new_tokens"]),
+    ],
+)
+def test_errors_are_one_line_and_exit_status_1(
+    arguments: tuple, words: list[str], plain: Path, quantized: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "short.txt").write_text("too short")
+    places = {"PLAIN": plain, "QUANTIZED": quantized, "NEW": tmp_path / "new", "TEXT": tmp_path / "short.txt"}
+    done = spqr(*(places.get(argument, argument) for argument in arguments))
+    assert done.returncode == 1
+    (line,) = done.stderr.strip().splitlines()[-1:]
+    assert line.startswith("error: ")
+    assert "Traceback" not in done.stderr
+    for word in words:
+        assert word in line
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_process_of_its_own_says_the_same(quantized: Path) -> None:
+    command = [sys.executable, "-m", "spqr_jax.cli", "inspect", str(quantized), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == result("inspect", quantized)
+    failed = subprocess.run([*command[:3], "inspect", "no/such/path"], capture_output=True, text=True, check=False)
+    assert failed.returncode == 1
+    assert failed.stderr == spqr("inspect", "no/such/path").stderr
+
+
+def test_wrong_usage_is_exit_status_2() -> None:
+    assert spqr("quantize").returncode == 2
+    assert spqr("eval", "somewhere", "--no-such-option").returncode == 2
