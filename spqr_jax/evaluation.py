@@ -11,9 +11,9 @@ import optax
 from jaxtyping import Array, Float, Int
 from numpy.typing import ArrayLike
 
-from spqr_jax.generation import check_vocabulary
 from spqr_jax.models.decoder import Decoder, Params
 from spqr_jax.models.stacking import stack_blocks
+from spqr_jax.vocabulary import check_vocabulary
 
 # Positions whose logits are in memory at once.
 _HEAD_POSITIONS = 256

@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
-from numpy.typing import ArrayLike
 
 from spqr_jax.models.decoder import Decoder, KVCache, Params
 from spqr_jax.models.stacking import stack_blocks
+from spqr_jax.vocabulary import check_vocabulary
 
 # Lengths are rounded up to a multiple of this, so that prompts of similar lengths share a compiled program.
 _BUCKET = 64
@@ -169,14 +169,6 @@ def chat_prompt(tokenizer: Any, message: str) -> list[int]:
         return list(tokenizer.encode(message))
     conversation = [{"role": "user", "content": message}]
     return list(tokenizer.apply_chat_template(conversation, add_generation_prompt=True, return_dict=False))
-
-
-def check_vocabulary(ids: ArrayLike, vocab_size: int) -> None:
-    """Raises a ValueError that names the first token id outside [0, vocab_size)."""
-    flat = np.asarray(ids).reshape(-1)
-    outside = flat[(flat < 0) | (flat >= vocab_size)]
-    if outside.size:
-        raise ValueError(f"token id {outside[0]} is outside the vocabulary of {vocab_size} tokens")
 
 
 @partial(jax.jit, static_argnames=("model", "policy"), donate_argnames="state")

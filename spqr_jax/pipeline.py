@@ -21,6 +21,7 @@ from spqr_jax.hessian import InputMoments, complete, input_moments, refit, relat
 from spqr_jax.models.decoder import Block, Context, Decoder, Params, State, layer_name, make_context
 from spqr_jax.models.stacking import unstack_blocks
 from spqr_jax.solver import check_matrix, quantize_shared
+from spqr_jax.vocabulary import check_vocabulary
 
 SEQUENCES_AT_ONCE = 2
 """Calibration sequences that go through a stage together."""
@@ -147,13 +148,8 @@ def check_tokens(tokens: Int[Array, "sequences tokens"], params: Params, model: 
         raise ValueError(
             f"calibration sequences have {tokens.shape[1]} tokens, but the model takes {model.config.max_positions}"
         )
-    if isinstance(tokens, jax.core.Tracer):
-        return
-    low, high = int(tokens.min()), int(tokens.max())
-    if low < 0 or high >= model.config.vocab_size:
-        raise ValueError(
-            f"calibration token {low if low < 0 else high} is outside the vocabulary of {model.config.vocab_size}"
-        )
+    if not isinstance(tokens, jax.core.Tracer):
+        check_vocabulary(tokens, model.config.vocab_size)
 
 
 class _Solved(NamedTuple):
