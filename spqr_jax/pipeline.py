@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 from pallas_kernels import SpqrTensor, bits_per_weight, outlier_share, trim
 from spqr_jax.config import SpqrConfig
 from spqr_jax.hessian import InputMoments, complete, input_moments, refit, relative_error
-from spqr_jax.models.decoder import Block, Context, Decoder, Params, State, layer_name, make_context
+from spqr_jax.models.decoder import Block, Decoder, Params, State, layer_name, make_context
 from spqr_jax.models.stacking import unstack_blocks
 from spqr_jax.solver import check_matrix, quantize_shared
 from spqr_jax.vocabulary import check_vocabulary
@@ -98,23 +98,22 @@ def quantize_blocks(
     params = unstack_blocks(params)
     block = model.block(model.config, parent=None)
     check_weights(params, model, config)
-    streams = context = None
+    streams: tuple[Streams, ...] = ()
     if calibration_tokens is not None:
         tokens = jnp.asarray(calibration_tokens)
         check_tokens(tokens, params, model)
         hidden: Any = model.apply({"params": params}, tokens, method="embed")
-        streams = Streams({"hidden": hidden}, {"hidden": hidden} if config.refit else None)
-        context, _ = make_context(jnp.ones((1, tokens.shape[1]), bool))
+        streams = _split(hidden, config)
     for index in range(model.config.num_layers):
         name = layer_name(index)
         # Once here, not at each use.
         dense = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params[name])
-        if streams is None or context is None:
+        if not streams:
             solved: dict[str, _Solved] = {}
             for matrix in block.matrices():
-                solved |= _solve((matrix,), dense, None, config, name)
+                solved |= _solve((matrix,), dense, (), config, name)
         else:
-            streams, solved = _quantize_block(block, dense, streams, context, config, name)
+            streams, solved = _quantize_block(block, dense, streams, config, name)
             _check_hidden(streams, name)
         yield QuantizedBlock(
             name,
@@ -160,38 +159,55 @@ class _Solved(NamedTuple):
     report: MatrixReport
 
 
+def _split(hidden: Float[Array, "sequences tokens hidden"], config: SpqrConfig) -> tuple[Streams, ...]:
+    """The sequences with which the original model is followed, for the refit, and those without.
+
+    Half of the sequences say nearly as well as all where inputs drifted to, and following them costs as much again.
+    """
+    if not config.refit:
+        return (Streams({"hidden": hidden}, None),)
+    half = -(-len(hidden) // 2)
+    paired = Streams({"hidden": hidden[:half]}, {"hidden": hidden[:half]})
+    return (paired, Streams({"hidden": hidden[half:]}, None)) if len(hidden) > half else (paired,)
+
+
 def _quantize_block(
-    block: Block, params: Params, streams: Streams, context: Context, config: SpqrConfig, name: str
-) -> tuple[Streams, dict[str, _Solved]]:
-    """Solves a block's matrices stage by stage and carries both streams to its output."""
+    block: Block, params: Params, streams: tuple[Streams, ...], config: SpqrConfig, name: str
+) -> tuple[tuple[Streams, ...], dict[str, _Solved]]:
+    """Solves a block's matrices stage by stage and carries all streams to its output."""
+
+    def advance(streams: tuple[Streams, ...], number: int, running: Params) -> tuple[Any, ...]:
+        return tuple(zip(*(_advance(block, number, running, params, part) for part in streams), strict=True))
+
     solved: dict[str, _Solved] = {}
-    running = params
-    start = streams.quantized
+    running, before = params, () if config.sequential else streams
     for number, stage in enumerate(block.stages):
-        streams, moments = _advance(block, number, running, params, streams, context)
+        streams, moments = advance(streams, number, running)
         for feed, matrices in stage.feeds.items():
-            solved |= _solve(matrices, params, moments[feed], config, name)
+            solved |= _solve(matrices, params, tuple(part[feed] for part in moments), config, name)
         if config.sequential:
             running = _with_kernels(params, {matrix: s.kernel for matrix, s in solved.items()})
     if not config.sequential:
         running = _with_kernels(params, {matrix: s.kernel for matrix, s in solved.items()})
-        again = Streams(start, None)
+        again = tuple(Streams(part.quantized, None) for part in before)
         for number in range(len(block.stages)):
-            again, _ = _advance(block, number, running, params, again, context)
-        streams = Streams(again.quantized, streams.original)
+            again, _ = advance(again, number, running)
+        streams = tuple(Streams(new.quantized, old.original) for new, old in zip(again, streams, strict=True))
     return streams, solved
 
 
 @partial(jax.jit, static_argnames=("block", "stage_index"))
 def _advance(
-    block: Block, stage_index: int, running: Params, original: Params, streams: Streams, context: Context
+    block: Block, stage_index: int, running: Params, original: Params, streams: Streams
 ) -> tuple[Streams, dict[str, InputMoments]]:
     """Takes all sequences through one stage, and sums the moments of the inputs that it makes.
 
     A few sequences at a time, so that activations stay in the cache.
     """
     stage = block.stages[stage_index]
-    batch = math.gcd(len(streams.quantized["hidden"]), SEQUENCES_AT_ONCE)
+    sequences, tokens = streams.quantized["hidden"].shape[:2]
+    batch = math.gcd(sequences, SEQUENCES_AT_ONCE)
+    context, _ = make_context(jnp.ones((batch, tokens), bool))
 
     def run(params: Params, state: State) -> Any:
         return block.apply({"params": params}, state, context, method=stage.method)
@@ -212,7 +228,7 @@ def _advance(
 
 
 def _solve(
-    matrices: tuple[str, ...], params: Params, moments: InputMoments | None, config: SpqrConfig, block_name: str
+    matrices: tuple[str, ...], params: Params, moments: tuple[InputMoments, ...], config: SpqrConfig, block_name: str
 ) -> dict[str, _Solved]:
     """Quantizes matrices that share an input, and reports on each."""
     # JAX runs ahead of Python: what is still being computed is not the solver's time.
@@ -244,14 +260,16 @@ def _solve(
 
 @partial(jax.jit, static_argnames="config")
 def _solve_arrays(
-    kernels: tuple[Float[Array, "in _"], ...], moments: InputMoments | None, config: SpqrConfig
+    kernels: tuple[Float[Array, "in _"], ...], moments: tuple[InputMoments, ...], config: SpqrConfig
 ) -> tuple[tuple[SpqrTensor, ...], tuple[Float[Array, "in _"], ...], tuple[Array, ...], Bool[Array, ""]]:
+    """Refits, quantizes and compares matrices, given the moments of their input over each part of the sequences."""
     weights = tuple(kernel.T for kernel in kernels)
-    if moments is not None:
-        weights = refit(weights, moments)
-    packed, dense, finite = quantize_shared(weights, None if moments is None else moments.hessian, config)
-    hessian = jnp.eye(len(kernels[0])) if moments is None else moments.hessian
-    errors = tuple(relative_error(w, d, hessian) for w, d in zip(weights, dense, strict=True))
+    hessian: Any = sum(part.hessian for part in moments) if moments else None
+    if moments:
+        weights = refit(weights, moments[0])
+    packed, dense, finite = quantize_shared(weights, hessian, config)
+    metric = jnp.eye(len(kernels[0])) if hessian is None else hessian
+    errors = tuple(relative_error(w, d, metric) for w, d in zip(weights, dense, strict=True))
     return packed, tuple(d.T for d in dense), errors, finite
 
 
@@ -260,7 +278,7 @@ def _with_kernels(params: Params, kernels: dict[str, Any]) -> Params:
     return params | {name: params[name] | {"kernel": kernel} for name, kernel in kernels.items()}
 
 
-def _check_hidden(streams: Streams, name: str) -> None:
-    for hidden in (streams.quantized["hidden"], *(s["hidden"] for s in (streams.original,) if s)):
+def _check_hidden(streams: tuple[Streams, ...], name: str) -> None:
+    for hidden in jax.tree.leaves(streams):
         if not isinstance(hidden, jax.core.Tracer) and not bool(jnp.isfinite(hidden).all()):
             raise ValueError(f"{name}: its output has values that are NaN or infinite on the calibration tokens")

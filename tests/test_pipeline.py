@@ -134,7 +134,9 @@ def expected_errors(quantized: dict[str, Any], config: SpqrConfig) -> dict[str, 
             x, x0 = flat(inputs[matrix]), flat(original_inputs[matrix])
             weight = np.asarray(PARAMS[name][matrix]["kernel"], np.float64).T
             if config.refit:
-                hessian, cross = x.T @ x, x0.T @ x
+                # The drift is measured on the first half of the sequences.
+                half = TOKENS.size // 2
+                hessian, cross = x[:half].T @ x[:half], x0[:half].T @ x[:half]
                 ridge = 0.1 * np.mean(np.diag(hessian)) * np.eye(len(hessian))
                 weight = weight + weight @ (cross - hessian) @ np.linalg.inv(hessian + ridge)
             error = weight - np.asarray(solved[matrix]["kernel"], np.float64).T
