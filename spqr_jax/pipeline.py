@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
@@ -20,7 +21,7 @@ from spqr_jax.config import SpqrConfig
 from spqr_jax.hessian import InputMoments, complete, input_moments, refit, relative_error
 from spqr_jax.models.decoder import Block, Decoder, Params, State, layer_name, make_context
 from spqr_jax.models.stacking import unstack_blocks
-from spqr_jax.solver import check_matrix, quantize_shared
+from spqr_jax.solver import check_finite, check_matrix, quantize_shared
 from spqr_jax.vocabulary import check_vocabulary
 
 SEQUENCES_AT_ONCE = 2
@@ -123,13 +124,18 @@ def quantize_blocks(
 
 
 def check_weights(params: Params, model: Decoder, config: SpqrConfig) -> None:
-    """Raises a ValueError that names the first matrix that cannot be quantized, and why."""
-    for index in range(model.config.num_layers):
-        for matrix in model.block.matrices():
-            kernel = params[layer_name(index)][matrix]["kernel"]
-            if isinstance(kernel, SpqrTensor):
-                raise ValueError(f"{layer_name(index)}.{matrix} is quantized already; start from the original weights")
-            check_matrix(f"{layer_name(index)}.{matrix}", kernel.T, config)
+    """Raises a ValueError that names the first tensor that cannot be used, and why."""
+    matrices = {
+        f"{layer_name(index)}.{matrix}" for index in range(model.config.num_layers) for matrix in model.block.matrices()
+    }
+    for path, leaf in flatten_dict(params, sep=".").items():
+        name = path.removesuffix(".kernel")
+        if isinstance(leaf, SpqrTensor):
+            raise ValueError(f"{name} is quantized already; start from the original weights")
+        if name in matrices:
+            check_matrix(name, leaf.T, config)
+        else:
+            check_finite(name, leaf)
 
 
 def check_tokens(tokens: Int[Array, "sequences tokens"], params: Params, model: Decoder) -> None:

@@ -21,6 +21,9 @@ from spqr_jax.statistics import decode, encode, leave_one_out_gain, min_max_fit,
 BLOCK_COLUMNS = 128
 """Columns after which errors are carried to the whole rest of the matrix."""
 
+LARGEST_WEIGHT = 2.0**14
+"""A quarter of float16's range: room for residuals and for the corrections of other columns' errors."""
+
 
 def quantize_matrix(
     weight: Float[Array, "out in"], hessian: Float[Array, "in in"] | None, config: SpqrConfig
@@ -58,9 +61,19 @@ def check_matrix(name: str, weight: Float[Array, "out in"], config: SpqrConfig) 
         )
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
-    if isinstance(weight, jax.core.Tracer):
+    check_finite(name, weight)
+    if not isinstance(weight, jax.core.Tracer) and (largest := float(jnp.abs(weight).max())) > LARGEST_WEIGHT:
+        raise ValueError(
+            f"{name} has weights up to {largest:g}, but scales and outliers are float16: "
+            f"scale it down to {LARGEST_WEIGHT:g}"
+        )
+
+
+def check_finite(name: str, array: Float[Array, "..."]) -> None:
+    """Raises a ValueError that names the array where a value is NaN or infinite; traced values pass."""
+    if isinstance(array, jax.core.Tracer):
         return
-    if bad := int(weight.size - jnp.isfinite(weight).sum()):
+    if bad := int(array.size - jnp.isfinite(array).sum()):
         raise ValueError(f"{name} has {bad} values that are NaN or infinite")
 
 

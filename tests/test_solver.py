@@ -359,6 +359,12 @@ def test_values_that_are_not_finite_are_counted():
         quantize_matrix(weight, hessian, SMALL)
 
 
+def test_weights_too_large_for_float16_are_an_error():
+    weight, hessian = random_matrix(0)
+    with pytest.raises(ValueError, match=r"weight has weights up to .* float16: scale it down to 16384"):
+        quantize_matrix(weight * 1e6, hessian, SMALL)
+
+
 @pytest.mark.parametrize(
     ("out", "columns", "message"),
     [
