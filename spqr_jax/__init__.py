@@ -1,5 +1,10 @@
 """SpQR in JAX: quantize, evaluate, save, load and run a language model."""
 
+import os
+
+# transformers, here for its tokenizers, otherwise advises at import to install PyTorch.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+
 from pallas_kernels import SpqrTensor, bits_per_weight, dequantize
 from spqr_jax.checkpoint import CheckpointError, load, save
 from spqr_jax.config import COMPACT, NEAR_LOSSLESS, SpqrConfig

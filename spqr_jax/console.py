@@ -43,7 +43,6 @@ def bytes_on_disk(directory: Path) -> int:
 
 def quiet() -> None:
     """Keeps advice that no user of the command line can act on off the screen."""
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.getLogger("absl").setLevel(logging.ERROR)
