@@ -170,7 +170,8 @@ def _split(hidden: Float[Array, "sequences tokens hidden"], config: SpqrConfig) 
 
     Half of the sequences say nearly as well as all where inputs drifted to, and following them costs as much again.
     """
-    if not config.refit:
+    # In one pass for the whole block, a later matrix would make up again for what an earlier one has made up for.
+    if not (config.refit and config.sequential):
         return (Streams({"hidden": hidden}, None),)
     half = -(-len(hidden) // 2)
     paired = Streams({"hidden": hidden[:half]}, {"hidden": hidden[:half]})
@@ -195,10 +196,9 @@ def _quantize_block(
             running = _with_kernels(params, {matrix: s.kernel for matrix, s in solved.items()})
     if not config.sequential:
         running = _with_kernels(params, {matrix: s.kernel for matrix, s in solved.items()})
-        again = tuple(Streams(part.quantized, None) for part in before)
+        streams = before
         for number in range(len(block.stages)):
-            again, _ = advance(again, number, running)
-        streams = tuple(Streams(new.quantized, old.original) for new, old in zip(again, streams, strict=True))
+            streams, _ = advance(streams, number, running)
     return streams, solved
 
 
