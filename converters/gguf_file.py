@@ -50,4 +50,4 @@ def _stored(tensor: gguf.ReaderTensor, path: Path) -> StoredTensor:
                 f"{path}: {tensor.name} has type {tensor.tensor_type.name}, which cannot be dequantized."
             ) from error
 
-    return StoredTensor(tuple(int(size) for size in reversed(tensor.shape)), read)
+    return StoredTensor(tuple(int(size) for size in reversed(tensor.shape)), tensor.tensor_type.name, read)

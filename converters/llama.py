@@ -11,6 +11,8 @@ from jaxtyping import Float
 
 from converters.errors import ConversionError
 from converters.gguf_file import GgufFile
+from converters.options import number, require_neutral, size
+from converters.rotary import rotary_from_huggingface
 from converters.tensors import Layout, Target, Transform
 from spqr_jax.models import LlamaConfig, RotaryConfig, layer_name
 
@@ -76,53 +78,27 @@ def from_huggingface(content: Mapping[str, Any]) -> LlamaConfig:
     Raises:
       ConversionError: a size is missing or not a positive integer, or an option is not supported.
     """
-    _require_neutral({"hidden_act": "silu", **content}, HUGGINGFACE_NEUTRAL)
-    hidden_size = _size(content, "hidden_size")
-    num_heads = _size(content, "num_attention_heads")
-    num_kv_heads = _size(content, "num_key_value_heads", num_heads)
+    require_neutral({"hidden_act": "silu", **content}, HUGGINGFACE_NEUTRAL)
+    hidden_size = size(content, "hidden_size")
+    num_heads = size(content, "num_attention_heads")
+    num_kv_heads = size(content, "num_key_value_heads", num_heads)
     _require_groups(num_heads, num_kv_heads)
-    max_positions = _size(content, "max_position_embeddings", 2048)
+    max_positions = size(content, "max_position_embeddings", 2048)
     return LlamaConfig(
-        vocab_size=_size(content, "vocab_size"),
+        vocab_size=size(content, "vocab_size"),
         hidden_size=hidden_size,
-        mlp_size=_size(content, "intermediate_size"),
-        num_layers=_size(content, "num_hidden_layers"),
+        mlp_size=size(content, "intermediate_size"),
+        num_layers=size(content, "num_hidden_layers"),
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
-        head_dim=_size(content, "head_dim", hidden_size // num_heads),
-        rotary=_rotary_from_huggingface(content, max_positions),
-        norm_epsilon=_number(content, "rms_norm_eps", 1e-6),
+        head_dim=size(content, "head_dim", hidden_size // num_heads),
+        rotary=rotary_from_huggingface(content, max_positions),
+        norm_epsilon=number(content, "rms_norm_eps", 1e-6),
         attention_bias=content.get("attention_bias", False),
         mlp_bias=content.get("mlp_bias", False),
         tie_embeddings=content.get("tie_word_embeddings", False),
         max_positions=max_positions,
     )
-
-
-def _rotary_from_huggingface(content: Mapping[str, Any], max_positions: int) -> RotaryConfig:
-    """`rope_theta` and `rope_scaling` (transformers 4), or `rope_parameters` with both (transformers 5)."""
-    rope = content.get("rope_scaling") or content.get("rope_parameters") or {}
-    if not isinstance(rope, dict):
-        raise ConversionError(f"rope_parameters {rope!r} is not an object.")
-    _require_neutral(rope, {"partial_rotary_factor": HUGGINGFACE_NEUTRAL["partial_rotary_factor"]})
-    theta = _number(rope, "rope_theta", _number(content, "rope_theta", 10000.0))
-    scaling = rope.get("rope_type", rope.get("type", "default"))
-    if scaling == "default":
-        return RotaryConfig(theta)
-    if scaling == "linear":
-        return RotaryConfig(theta, "linear", _number(rope, "factor"))
-    if scaling == "llama3":
-        # As in transformers, a number beside the rotary parameters goes before one in them.
-        given = {key: value for key, value in content.items() if value is not None}
-        return RotaryConfig(
-            theta,
-            "llama3",
-            _number(rope, "factor"),
-            _number(rope, "low_freq_factor"),
-            _number(rope, "high_freq_factor"),
-            _size({**rope, **given}, "original_max_position_embeddings", max_positions),
-        )
-    raise ConversionError(f"Rotary scaling {scaling!r} is not supported, only default, linear and llama3.")
 
 
 def from_gguf(file: GgufFile) -> LlamaConfig:
@@ -137,34 +113,34 @@ def from_gguf(file: GgufFile) -> LlamaConfig:
         raise ConversionError(
             f"Options that are not supported: {', '.join(f'llama.{key}' for key in sorted(unknown))}."
         )
-    _require_neutral(content, GGUF_NEUTRAL)
-    hidden_size = _size(content, "embedding_length")
-    num_heads = _size(content, "attention.head_count")
-    num_kv_heads = _size(content, "attention.head_count_kv", num_heads)
+    require_neutral(content, GGUF_NEUTRAL)
+    hidden_size = size(content, "embedding_length")
+    num_heads = size(content, "attention.head_count")
+    num_kv_heads = size(content, "attention.head_count_kv", num_heads)
     _require_groups(num_heads, num_kv_heads)
-    head_dim = _size(content, "attention.key_length", hidden_size // num_heads)
-    _require_neutral(content, {"attention.value_length": (head_dim,), "rope.dimension_count": (head_dim,)})
+    head_dim = size(content, "attention.key_length", hidden_size // num_heads)
+    require_neutral(content, {"attention.value_length": (head_dim,), "rope.dimension_count": (head_dim,)})
     return LlamaConfig(
-        vocab_size=_size(content, "vocab_size", len(file.metadata.get("tokenizer.ggml.tokens", ())) or None),
+        vocab_size=size(content, "vocab_size", len(file.metadata.get("tokenizer.ggml.tokens", ())) or None),
         hidden_size=hidden_size,
-        mlp_size=_size(content, "feed_forward_length"),
-        num_layers=_size(content, "block_count"),
+        mlp_size=size(content, "feed_forward_length"),
+        num_layers=size(content, "block_count"),
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         rotary=_rotary_from_gguf(content, file, head_dim),
-        norm_epsilon=_number(content, "attention.layer_norm_rms_epsilon"),
+        norm_epsilon=number(content, "attention.layer_norm_rms_epsilon"),
         attention_bias="blk.0.attn_q.bias" in file.tensors,
         mlp_bias="blk.0.ffn_gate.bias" in file.tensors,
         tie_embeddings="output.weight" not in file.tensors,
-        max_positions=_size(content, "context_length", 2048),
+        max_positions=size(content, "context_length", 2048),
     )
 
 
 def _rotary_from_gguf(content: Mapping[str, Any], file: GgufFile, head_dim: int) -> RotaryConfig:
     """The scaling keys as llama.cpp reads them: a factor alone means linear scaling, a factor of 0 none."""
-    theta = _number(content, "rope.freq_base", 10000.0)
-    factor = _number(content, "rope.scaling.factor", _number(content, "rope.scale_linear", 0.0))
+    theta = number(content, "rope.freq_base", 10000.0)
+    factor = number(content, "rope.scaling.factor", number(content, "rope.scale_linear", 0.0))
     linear = content.get("rope.scaling.type") != "none" and factor not in (0.0, 1.0)
     if "rope_freqs.weight" not in file.tensors:
         return RotaryConfig(theta, "linear", factor) if linear else RotaryConfig(theta)
@@ -262,32 +238,6 @@ def halves_from_pairs(rows: Float[np.ndarray, "out *in"], head_dim: int) -> Floa
     return pairs.swapaxes(1, 2).reshape(rows.shape)
 
 
-def _require_neutral(content: Mapping[str, Any], neutral: Mapping[str, tuple[Any, ...]]) -> None:
-    for key, values in neutral.items():
-        if key in content and content[key] not in values:
-            choice = " or ".join(repr(value) for value in values if value is not None) or "its absence"
-            raise ConversionError(f"{key} {content[key]!r} is not supported, only {choice}.")
-
-
 def _require_groups(num_heads: int, num_kv_heads: int) -> None:
     if num_heads % num_kv_heads:
         raise ConversionError(f"{num_heads} attention heads cannot share {num_kv_heads} key-value heads evenly.")
-
-
-def _size(content: Mapping[str, Any], key: str, default: int | None = None) -> int:
-    """A positive integer; null means the default, and a GGUF list of one per block must be of equal ones."""
-    value = content.get(key)
-    value = default if value is None else value
-    if isinstance(value, list) and len(set(value)) == 1:
-        value = value[0]
-    if not isinstance(value, int) or value < 1:
-        raise ConversionError(f"{key} must be a positive integer, found {value!r}.")
-    return value
-
-
-def _number(content: Mapping[str, Any], key: str, default: float | None = None) -> float:
-    value = content.get(key)
-    value = default if value is None else value
-    if not isinstance(value, int | float):
-        raise ConversionError(f"{key} must be a number, found {value!r}.")
-    return float(value)

@@ -1,25 +1,24 @@
 """Load a model of another project: from a Hugging Face directory or hub id, or from a GGUF file."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import NamedTuple
 
 import huggingface_hub
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from transformers import PreTrainedTokenizerFast
 
-from converters import llama
 from converters.errors import ConversionError
-from converters.gguf_file import GgufFile, open_gguf
+from converters.families import FAMILIES, Family
+from converters.gguf_file import open_gguf
 from converters.gguf_tokenizer import build_tokenizer
 from converters.json_files import read_json
 from converters.safetensors_files import INDEX, open_safetensors
-from converters.tensors import Layout, Params, assemble
-from spqr_jax.models import Decoder, Llama
+from converters.tensors import Params, assemble
+from spqr_jax.models import Decoder
 
 HUB_FILES = ("config.json", "model*.safetensors", INDEX, "tokenizer*", "special_tokens_map.json", "chat_template*")
 
@@ -30,27 +29,6 @@ class Pretrained(NamedTuple):
     model: Decoder
     params: Params
     tokenizer: PreTrainedTokenizerFast | None
-
-
-@dataclass(frozen=True)
-class Family:
-    """What it takes to read the checkpoints of one family.
-
-    Attributes:
-      model: the Flax module, made from a configuration.
-      from_huggingface: configuration from the content of `config.json`.
-      from_gguf: configuration from a GGUF file.
-      layout: the checkpoint's tensors, under the names of either project.
-    """
-
-    model: type[Decoder]
-    from_huggingface: Callable[[Mapping[str, Any]], Any]
-    from_gguf: Callable[[GgufFile], Any]
-    layout: Callable[[Any, Literal["huggingface", "gguf"]], Layout]
-
-
-# Keys: `model_type` of Hugging Face, which is also `general.architecture` of GGUF.
-FAMILIES = {"llama": Family(Llama, llama.from_huggingface, llama.from_gguf, llama.layout)}
 
 
 def from_pretrained(path_or_hub_id: str | PathLike[str], *, dtype: DTypeLike = jnp.float32) -> Pretrained:

@@ -12,14 +12,13 @@ from converters.tensors import StoredTensor
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-FLOATING = ("F64", "F32", "F16", "BF16")
 
 
 def open_safetensors(directory: Path) -> dict[str, StoredTensor]:
     """Names, shapes and readers of all tensors in `directory`; nothing is read before it is asked for.
 
     Raises:
-      ConversionError: there is no safetensors file, or one is missing, damaged or not of floating point.
+      ConversionError: there is no safetensors file, or one is missing or damaged.
     """
     if (directory / SINGLE).is_file():
         return _open_file(directory / SINGLE)
@@ -43,13 +42,9 @@ def _open_file(path: Path) -> dict[str, StoredTensor]:
         raise ConversionError(f"{path} is not a readable safetensors file: {error}.") from error
 
     def stored(name: str) -> StoredTensor:
-        kind = slices[name].get_dtype()
-        if kind not in FLOATING:
-            raise ConversionError(f"{path}: {name} has type {kind}; only {', '.join(FLOATING)} are supported.")
-
         def read() -> Float[np.ndarray, "..."]:
             return file.get_tensor(name)
 
-        return StoredTensor(tuple(slices[name].get_shape()), read)
+        return StoredTensor(tuple(slices[name].get_shape()), slices[name].get_dtype(), read)
 
     return {name: stored(name) for name in slices}

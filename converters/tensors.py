@@ -10,6 +10,11 @@ from jax.typing import DTypeLike
 from jaxtyping import Float
 
 from converters.errors import ConversionError
+from pallas_kernels import SpqrTensor
+
+PACKED = "SpQR"
+# Types that are no weights by themselves: integers, and numbers that need scales beside them.
+CODES = re.compile(r"BOOL|[IU]\d+|F[48](_.*)?")
 
 Params = dict[str, Any]
 Transform = Callable[[Float[np.ndarray, "..."]], Float[np.ndarray, "..."]]
@@ -17,10 +22,17 @@ Transform = Callable[[Float[np.ndarray, "..."]], Float[np.ndarray, "..."]]
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor that stays in its file until `read` is called."""
+    """A tensor that stays in its file until `read` is called.
+
+    Attributes:
+      shape: `[out, in]` for a matrix, packed ones too.
+      kind: name of its type in the file's own words, such as `BF16` or `Q4_1`; for a packed matrix, `SpQR`.
+      read: gives the array, or the packed matrix.
+    """
 
     shape: tuple[int, ...]
-    read: Callable[[], Float[np.ndarray, "..."]]
+    kind: str
+    read: Callable[[], Any]
 
 
 @dataclass(frozen=True)
@@ -56,7 +68,7 @@ class Layout:
 
 
 def assemble(layout: Layout, stored: Mapping[str, StoredTensor], *, dtype: DTypeLike, origin: object) -> Params:
-    """Reads every target, one tensor at a time, into a nested dict of NumPy arrays.
+    """Reads every target, one tensor at a time, into a nested dict of NumPy arrays and packed matrices.
 
     Args:
       layout: which tensors there must be.
@@ -81,13 +93,17 @@ def assemble(layout: Layout, stored: Mapping[str, StoredTensor], *, dtype: DType
         parent = params
         for key in target.path[:-1]:
             parent = parent.setdefault(key, {})
-        # A copy, in C order: nothing in the tree refers to the file's memory.
-        parent[target.path[-1]] = np.array(target.transform(stored[target.source].read()), dtype=dtype, order="C")
+        value = stored[target.source].read()
+        if not isinstance(value, SpqrTensor):
+            # A copy, in C order: nothing in the tree refers to the file's memory.
+            value = np.array(target.transform(value), dtype=dtype, order="C")
+        parent[target.path[-1]] = value
     return params
 
 
 def _misfits(layout: Layout, stored: Mapping[str, StoredTensor]) -> Iterator[str]:
     expected = {target.source: target.shape for target in layout.targets}
+    kernels = {target.source for target in layout.targets if target.path[-1] == "kernel"}
     for name in expected.keys() | stored.keys():
         if name in layout.copies and layout.copies[name] in stored:
             if not np.array_equal(stored[name].read(), stored[layout.copies[name]].read()):
@@ -97,3 +113,5 @@ def _misfits(layout: Layout, stored: Mapping[str, StoredTensor]) -> Iterator[str
             found = list(stored[name].shape) if name in stored else "none"
             if wanted != found:
                 yield f"{name}: expected {wanted}, found {found}"
+            elif CODES.fullmatch(stored[name].kind) or (stored[name].kind == PACKED and name not in kernels):
+                yield f"{name}: expected floating point, found {stored[name].kind}"

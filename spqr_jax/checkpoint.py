@@ -20,10 +20,8 @@ import re
 import shutil
 import sys
 import time
-import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple, get_type_hints
@@ -37,7 +35,8 @@ from transformers import PreTrainedTokenizerFast
 
 from pallas_kernels import SpqrTensor, trim
 from pallas_kernels.tensor import ARRAY_FIELDS
-from spqr_jax.models import Decoder, Llama, LlamaConfig
+from spqr_jax.directories import existing_parent, new_directory
+from spqr_jax.models import FAMILIES, Decoder
 from spqr_jax.models.decoder import Params
 from spqr_jax.models.stacking import unstack_blocks
 
@@ -57,16 +56,6 @@ class Checkpoint(NamedTuple):
     model: Decoder
     params: Params
     tokenizer: PreTrainedTokenizerFast | None
-
-
-class Family(NamedTuple):
-    """The classes of one family of models."""
-
-    model: type[Decoder]
-    config: type
-
-
-FAMILIES = {"llama": Family(Llama, LlamaConfig)}
 
 
 def save(
@@ -100,12 +89,11 @@ def save(
     leaves = _leaves(params)
     header = _header(model, leaves, tokenizer)
     try:
-        with _temporary_directory(destination) as incomplete:
+        with new_directory(destination) as incomplete:
             _write(incomplete, header, leaves, tokenizer)
-            _publish(incomplete, destination)
     except Exception as error:  # on a full disk: OSError, from TensorStore ValueError, from tokenizers plain Exception
         size = sum(leaf.nbytes for leaf in leaves.values())
-        free = shutil.disk_usage(_existing(destination.parent)).free
+        free = shutil.disk_usage(existing_parent(destination)).free
         raise CheckpointError(
             f"{destination} could not be written: {_reason(error)}; its parameters take {size} bytes, {free} are free."
         ) from error
@@ -191,7 +179,7 @@ def check_destination(directory: str | PathLike[str], *, overwrite: bool = False
     """
     destination = Path(directory).resolve()
     if not destination.exists():
-        parent = _existing(destination.parent)
+        parent = existing_parent(destination)
         if not (parent.is_dir() and os.access(parent, os.W_OK)):
             raise CheckpointError(f"{destination} cannot be made, because {parent} is not a writable directory.")
         return
@@ -223,7 +211,7 @@ def _arrays(leaves: Mapping[str, Leaf]) -> dict[str, np.ndarray]:
 
 def _header(model: Decoder, leaves: Mapping[str, Leaf], tokenizer: Any) -> dict[str, Any]:
     """Content of `spqr.json`, see `describe`."""
-    names = [name for name, family in FAMILIES.items() if type(model) is family.model]
+    names = [name for name, family in FAMILIES.items() if type(model) is family]
     if not names:
         raise CheckpointError(f"a {type(model).__name__} cannot be saved; supported families: {', '.join(FAMILIES)}.")
     arrays = _arrays(leaves).items()
@@ -259,12 +247,12 @@ def _model(header: Mapping[str, Any], root: Path) -> Decoder:
     name = header["family"]
     if name not in FAMILIES:
         raise CheckpointError(f"{root} is a model of family {name!r}, but supported are {', '.join(FAMILIES)}.")
-    family = FAMILIES[name]
+    config_class = get_type_hints(FAMILIES[name])["config"]
     try:
-        config = _from_dict(family.config, header["config"])
+        config = _from_dict(config_class, header["config"])
     except TypeError as error:
-        raise CheckpointError(f"{root / HEADER} does not fit {family.config.__name__}: {error}.") from error
-    return family.model(config, dtype=jnp.dtype(header["dtype"]))
+        raise CheckpointError(f"{root / HEADER} does not fit {config_class.__name__}: {error}.") from error
+    return FAMILIES[name](config, dtype=jnp.dtype(header["dtype"]))
 
 
 def _from_dict(cls: Any, values: Mapping[str, Any]) -> Any:
@@ -274,7 +262,7 @@ def _from_dict(cls: Any, values: Mapping[str, Any]) -> Any:
 
 
 def _write(root: Path, header: Mapping[str, Any], leaves: Mapping[str, Leaf], tokenizer: Any) -> None:
-    """Fills a directory, the manifest last, and waits until all of it is on the disk."""
+    """Fills a directory, the manifest last."""
     arrays = {path: array for path, array in _arrays(leaves).items() if array.size}
     _orbax(ocp.PyTreeCheckpointer().save, root / PARAMS, arrays)
     if tokenizer is not None:
@@ -283,46 +271,6 @@ def _write(root: Path, header: Mapping[str, Any], leaves: Mapping[str, Leaf], to
     files = sorted(path for path in root.rglob("*") if path.is_file())
     manifest = {path.relative_to(root).as_posix(): _fingerprint(path) for path in files}
     (root / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-    for path in (root, *root.rglob("*")):
-        _synchronize(path)
-
-
-def _publish(complete: Path, destination: Path) -> None:
-    """Gives a complete directory its name; what had it before is deleted afterwards."""
-    if destination.exists():
-        replaced = _sibling(destination, "replaced")
-        destination.rename(replaced)
-        try:
-            complete.rename(destination)
-        except BaseException:
-            replaced.rename(destination)
-            raise
-        shutil.rmtree(replaced, ignore_errors=True)
-    else:
-        complete.rename(destination)
-    _synchronize(destination.parent)
-
-
-@contextmanager
-def _temporary_directory(destination: Path) -> Iterator[Path]:
-    path = _sibling(destination, "incomplete")
-    path.mkdir(parents=True)
-    try:
-        yield path
-    finally:
-        shutil.rmtree(path, ignore_errors=True)
-
-
-def _sibling(destination: Path, purpose: str) -> Path:
-    return destination.with_name(f"{destination.name}.{purpose}-{uuid.uuid4().hex[:8]}")
-
-
-def _synchronize(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _fingerprint(path: Path) -> str:
@@ -351,11 +299,6 @@ def _read_json(path: Path) -> dict[str, Any]:
     if isinstance(content, dict):
         return content
     raise CheckpointError(f"{path} is not a JSON object.")
-
-
-def _existing(path: Path) -> Path:
-    """The path itself, or the nearest one above it that exists."""
-    return next(p for p in (path, *path.parents) if p.exists())
 
 
 def _reason(error: Exception) -> str:

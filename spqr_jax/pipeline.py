@@ -97,7 +97,7 @@ def quantize_blocks(
 ) -> Iterator[QuantizedBlock]:
     """The same, block by block, for callers that show progress or write each block when it is finished."""
     params = unstack_blocks(params)
-    block = model.block(model.config, parent=None)
+    block = model.new_block()
     check_weights(params, model, config)
     streams: tuple[Streams, ...] = ()
     if calibration_tokens is not None:
@@ -125,9 +125,8 @@ def quantize_blocks(
 
 def check_weights(params: Params, model: Decoder, config: SpqrConfig) -> None:
     """Raises a ValueError that names the first tensor that cannot be used, and why."""
-    matrices = {
-        f"{layer_name(index)}.{matrix}" for index in range(model.config.num_layers) for matrix in model.block.matrices()
-    }
+    names = model.new_block().matrices()
+    matrices = {f"{layer_name(index)}.{matrix}" for index in range(model.config.num_layers) for matrix in names}
     for path, leaf in flatten_dict(params, sep=".").items():
         name = path.removesuffix(".kernel")
         if isinstance(leaf, SpqrTensor):
@@ -143,7 +142,7 @@ def check_tokens(tokens: Int[Array, "sequences tokens"], params: Params, model: 
     if tokens.ndim != 2:
         raise ValueError(f"calibration tokens must have shape [sequences, tokens], not {tokens.shape}")
     # A Hessian of n tokens has rank n at most; under an eighth of the features, damping is most of it.
-    widest = max(params[layer_name(0)][matrix]["kernel"].shape[0] for matrix in model.block.matrices())
+    widest = max(params[layer_name(0)][matrix]["kernel"].shape[0] for matrix in model.new_block().matrices())
     if tokens.size * 8 < widest:
         raise ValueError(
             f"{tokens.size} calibration tokens are too few for matrices with {widest} input features: "

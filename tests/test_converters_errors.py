@@ -170,7 +170,7 @@ def test_integers_are_not_weights(tmp_path: Path) -> None:
     tensors = random_tensors(tiny_config())
     write_checkpoint(tmp_path, tiny_config(), tensors)
     save_file({**tensors, "model.norm.weight": np.ones(64, np.int8)}, tmp_path / "model.safetensors")
-    assert "model.norm.weight has type I8" in message(tmp_path)
+    assert "model.norm.weight: expected floating point, found I8" in message(tmp_path)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.0001, 0.001, 0.01, 0.5, 0.99])

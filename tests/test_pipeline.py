@@ -31,7 +31,7 @@ MODEL = Llama(
         max_positions=64,
     )
 )
-BLOCK = MODEL.block(MODEL.config, parent=None)
+BLOCK = MODEL.new_block()
 TOKENS = np.random.default_rng(0).integers(0, 256, (4, 32)).astype(np.int32)
 
 FULL = SpqrConfig()

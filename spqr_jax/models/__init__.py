@@ -4,7 +4,11 @@ from spqr_jax.models.decoder import Block, Context, Decoder, KVCache, Stage, lay
 from spqr_jax.models.layers import RotaryConfig
 from spqr_jax.models.llama import Llama, LlamaConfig
 
+FAMILIES: dict[str, type[Decoder]] = {"llama": Llama}
+"""Name of each family, as Hugging Face's `model_type`, and its module."""
+
 __all__ = [
+    "FAMILIES",
     "Block",
     "Context",
     "Decoder",

@@ -41,11 +41,13 @@ class Context:
     Attributes:
       positions: place of each token in its sequence, padding not counted.
       mask: which slots a token may attend to; without a KV cache the slots are the tokens.
+      slot_positions: place of the token in each slot in its sequence; 0 or less where there is none.
       offset: first slot to be written in the KV cache.
     """
 
     positions: Int[Array, "batch tokens"]
     mask: Bool[Array, "batch tokens slots"]
+    slot_positions: Int[Array, "batch slots"]
     offset: Int[Array, ""]
 
 
@@ -69,17 +71,20 @@ class Block(nn.Module):
     """A decoder block as a chain of stages over a state that starts as `{"hidden": x}` and ends as such."""
 
     config: Any
-    stages: ClassVar[tuple[Stage, ...]]
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """The parts of the block in order; they may depend on its configuration."""
+        raise NotImplementedError
 
     def __call__(self, state: State, context: Context) -> State:
         for stage in self.stages:
             state = getattr(self, stage.method)(state, context)
         return state
 
-    @classmethod
-    def matrices(cls) -> tuple[str, ...]:
+    def matrices(self) -> tuple[str, ...]:
         """Names of the matrices that are quantized, in the order in which they are used."""
-        return tuple(name for stage in cls.stages for names in stage.feeds.values() for name in names)
+        return tuple(name for stage in self.stages for names in stage.feeds.values() for name in names)
 
 
 class Decoder(nn.Module):
@@ -136,7 +141,7 @@ class Decoder(nn.Module):
 
         stacked = self.variables["params"].get("blocks")
         if stacked is not None:
-            block = self.block(self.config, parent=None)
+            block = self.new_block()
 
             def step(hidden: Array, inputs: tuple[Params, State]) -> tuple[Array, State]:
                 block_params, block_cache = inputs
@@ -155,6 +160,10 @@ class Decoder(nn.Module):
         if cache is not None:
             cache = KVCache(caches["keys"], caches["values"], valid, cache.length + tokens.shape[1])
         return self.norm(hidden), cache
+
+    def new_block(self) -> Block:
+        """One block, not bound to parameters: `block.apply({"params": params["layers_0"]}, state, context)`."""
+        return self.block(self.config, parent=None)
 
     def embed(self, tokens: Int[Array, "batch tokens"]) -> Float[Array, "batch tokens hidden"]:
         """Input of the first block."""
@@ -187,7 +196,8 @@ def make_context(
         offset, seen = cache.length, cache.valid.sum(axis=1, keepdims=True)
     positions = jnp.maximum(seen + jnp.cumsum(mask, axis=1) - 1, 0)
     causal = jnp.arange(valid.shape[1]) <= (offset + jnp.arange(tokens))[:, None]
-    return Context(positions, causal & valid[:, None, :], offset), valid
+    slot_positions = (jnp.cumsum(valid, axis=1) - 1) * valid
+    return Context(positions, causal & valid[:, None, :], slot_positions, offset), valid
 
 
 def layer_name(index: int) -> str:

@@ -34,13 +34,16 @@ class LlamaBlock(Block):
     """h = x + o(attention(q, k, v of norm(x))); y = h + down(silu(gate(norm(h))) · up(norm(h)))."""
 
     config: LlamaConfig
-    stages: ClassVar[tuple[Stage, ...]] = (
-        Stage("normalize", {"attention_input": ("q_proj", "k_proj", "v_proj")}),
-        Stage("attention", {"attention_output": ("o_proj",)}),
-        Stage("attention_residual", {"mlp_input": ("gate_proj", "up_proj")}),
-        Stage("gate", {"mlp_hidden": ("down_proj",)}),
-        Stage("mlp_residual", {}),
-    )
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        return (
+            Stage("normalize", {"attention_input": ("q_proj", "k_proj", "v_proj")}),
+            Stage("attention", {"attention_output": ("o_proj",)}),
+            Stage("attention_residual", {"mlp_input": ("gate_proj", "up_proj")}),
+            Stage("gate", {"mlp_hidden": ("down_proj",)}),
+            Stage("mlp_residual", {}),
+        )
 
     def setup(self) -> None:
         c = self.config
