@@ -1,5 +1,7 @@
 """The metadata and tensors of a GGUF file, dequantized by the `gguf` package."""
 
+import math
+import mmap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +12,26 @@ import numpy as np
 from jaxtyping import Float
 
 from converters.errors import ConversionError
+from converters.gguf_header import Entry, read_header
 from converters.tensors import StoredTensor
+
+# Keys whose values are used as they are. The sizes and options of a model are checked where they are read.
+TYPES: dict[str, Any] = {
+    "general.architecture": str,
+    "split.count": int,
+    "tokenizer.chat_template": str,
+    "tokenizer.ggml.model": str,
+    "tokenizer.ggml.pre": str,
+    **{f"tokenizer.ggml.{role}_token_id": int for role in ("bos", "eos", "unknown", "padding")},
+}
+LIST_TYPES: dict[str, Any] = {
+    "tokenizer.ggml.tokens": str,
+    "tokenizer.ggml.merges": str,
+    "tokenizer.ggml.scores": int | float,
+    "tokenizer.ggml.token_type": int,
+}
+# One entry for each token.
+PER_TOKEN = ("tokenizer.ggml.scores", "tokenizer.ggml.token_type")
 
 
 @dataclass(frozen=True)
@@ -21,33 +42,64 @@ class GgufFile:
     tensors: Mapping[str, StoredTensor]
 
 
+def is_gguf(path: Path) -> bool:
+    """Whether a file says that it is GGUF, by its name or in its first bytes.
+
+    Example:
+      >>> is_gguf(Path("model.gguf"))
+      True
+    """
+    if path.suffix == ".gguf":
+        return True
+    with path.open("rb") as file:
+        return file.read(4) == b"GGUF"
+
+
 def open_gguf(path: Path) -> GgufFile:
     """Maps a GGUF file into memory and lists what is in it.
 
     A tensor's shape is `[out, in]`, as in PyTorch; the format itself names the dimensions the other way round.
 
     Raises:
-      ConversionError: the file is damaged, big-endian, or one part of several.
+      ConversionError: the file is damaged, big-endian, or one part of several, or the architecture or the tokenizer in
+        its metadata is not of the type that the format prescribes.
+
+    Example:
+      >>> open_gguf(Path("model.gguf")).metadata["general.architecture"]
+      'llama'
     """
     try:
-        reader = gguf.GGUFReader(path)
-        metadata = {name: field.contents() for name, field in reader.fields.items()}
-    except (ValueError, IndexError, KeyError, OSError, OverflowError) as error:
+        with path.open("rb") as opened:
+            file = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
+        metadata, entries = read_header(file)
+    except (ValueError, OSError) as error:
         raise ConversionError(f"{path} is not a readable GGUF file: {error}.") from error
-    if reader.byte_order == "S":
-        raise ConversionError(f"{path} is a GGUF file in the other byte order, which is not supported.")
+    _check_types(metadata, path)
     if metadata.get("split.count", 1) > 1:
         raise ConversionError(f"{path} is one of {metadata['split.count']} parts; merge them with gguf-split first.")
-    return GgufFile(metadata, {tensor.name: _stored(tensor, path) for tensor in reader.tensors})
+    return GgufFile(metadata, {name: _stored(file, name, entry, path) for name, entry in entries.items()})
 
 
-def _stored(tensor: gguf.ReaderTensor, path: Path) -> StoredTensor:
+def _check_types(metadata: Mapping[str, Any], path: Path) -> None:
+    for key, wanted in TYPES.items():
+        if key in metadata and not isinstance(metadata[key], wanted):
+            raise ConversionError(f"{path}: {key} is not of type {wanted.__name__}.")
+    for key, wanted in LIST_TYPES.items():
+        values = metadata.get(key, [])
+        if not isinstance(values, list) or not all(isinstance(value, wanted) for value in values):
+            raise ConversionError(f"{path}: {key} is not a list of type {getattr(wanted, '__name__', wanted)}.")
+    count = len(metadata.get("tokenizer.ggml.tokens", ()))
+    for key in PER_TOKEN:
+        if key in metadata and len(metadata[key]) != count:
+            raise ConversionError(f"{path}: {key} has {len(metadata[key])} entries for {count} tokens.")
+
+
+def _stored(file: mmap.mmap, name: str, entry: Entry, path: Path) -> StoredTensor:
     def read() -> Float[np.ndarray, "..."]:
+        stored = np.frombuffer(file, np.uint8, math.prod(entry.byte_shape), entry.start).reshape(entry.byte_shape)
         try:
-            return gguf.dequantize(tensor.data, tensor.tensor_type)
+            return gguf.dequantize(stored, entry.kind)
         except NotImplementedError as error:
-            raise ConversionError(
-                f"{path}: {tensor.name} has type {tensor.tensor_type.name}, which cannot be dequantized."
-            ) from error
+            raise ConversionError(f"{path}: {name} has type {entry.kind.name}, which cannot be dequantized.") from error
 
-    return StoredTensor(tuple(int(size) for size in reversed(tensor.shape)), tensor.tensor_type.name, read)
+    return StoredTensor(entry.shape, entry.kind.name, read)

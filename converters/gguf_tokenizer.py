@@ -22,6 +22,7 @@ LLAMA3 = (
 # Each expression in turn cuts its matches out of the pieces that the one before has left.
 SPLITS = {
     "default": (r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", r"[0-9][0-9][0-9]"),
+    "falcon": (r"[\p{P}\$\+<=>\^~\|`]+", GPT2, r"[0-9][0-9][0-9]"),
     "gpt-2": (GPT2,),
     "llama-bpe": (LLAMA3,),
     # Decimal digits one by one; llama.cpp cuts out \p{N}, so also characters such as ½.
@@ -68,7 +69,7 @@ def build_tokenizer(metadata: Mapping[str, Any]) -> PreTrainedTokenizerFast | No
 
 
 def _byte_level(content: Mapping[str, Any], tokens: Sequence[str]) -> Tokenizer:
-    """BPE over bytes: SmolLM2 and LLaMA 3."""
+    """BPE over bytes: SmolLM2, LLaMA 3 and Falcon."""
     pre = content.get("ggml.pre", "default")
     if pre not in SPLITS:
         raise ConversionError(f"tokenizer.ggml.pre {pre!r} is not supported, only {', '.join(SPLITS)}.")
@@ -138,7 +139,7 @@ def _vocabulary(tokens: Sequence[str]) -> dict[str, int]:
 
 
 def _token(content: Mapping[str, Any], tokens: Sequence[str], key: str) -> str:
-    if content[key] >= len(tokens):
+    if not 0 <= content[key] < len(tokens):
         raise ConversionError(f"tokenizer.{key} is {content[key]}, but there are {len(tokens)} tokens.")
     return tokens[content[key]]
 

@@ -11,8 +11,14 @@ from jaxtyping import Float
 
 from converters.errors import ConversionError
 from converters.gguf_file import GgufFile
-from converters.options import number, require_neutral, size
-from converters.rotary import rotary_from_huggingface
+from converters.options import flag, gguf_options, number, require_groups, require_neutral, size
+from converters.rotary import (
+    ROTARY_KNOWN,
+    ROTARY_NEUTRAL,
+    rotary_from_gguf,
+    rotary_from_huggingface,
+    rotary_to_huggingface,
+)
 from converters.tensors import Layout, Target, Transform
 from spqr_jax.models import LlamaConfig, RotaryConfig, layer_name
 
@@ -36,7 +42,7 @@ ENDS = (("model.embed_tokens", "model.norm", "lm_head"), ("token_embd", "output_
 
 # Options of config.json that change what the model computes, with the values under which they do not.
 HUGGINGFACE_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "architectures": (None, ["LlamaForCausalLM"]),
+    "architectures": (None, [], ["LlamaForCausalLM"]),
     "hidden_act": ("silu", "swish"),
     "partial_rotary_factor": (None, 1.0),
     "pretraining_tp": (None, 1),
@@ -45,15 +51,16 @@ HUGGINGFACE_NEUTRAL: dict[str, tuple[Any, ...]] = {
     "sliding_window": (None,),
 }
 
-# The same for the keys of a GGUF file; the rest of its `llama.` keys are either read below or unknown, an error.
+# The same for the keys of a GGUF file; the rest of its `llama.` keys are either known or an error.
 GGUF_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    **ROTARY_NEUTRAL,
     "attention.causal": (True,),
     "attention.sliding_window": (0,),
     "expert_count": (0,),
     "expert_used_count": (0,),
-    "rope.scaling.type": ("none", "linear"),
 }
-GGUF_READ = {
+GGUF_KNOWN = {
+    *ROTARY_KNOWN,
     "attention.head_count",
     "attention.head_count_kv",
     "attention.key_length",
@@ -64,12 +71,9 @@ GGUF_READ = {
     "embedding_length",
     "feed_forward_length",
     "rope.dimension_count",
-    "rope.freq_base",
-    "rope.scale_linear",
-    "rope.scaling.factor",
+    "tensor_data_layout",
     "vocab_size",
 }
-GGUF_WITHOUT_EFFECT = {"rope.scaling.finetuned", "rope.scaling.original_context_length", "tensor_data_layout"}
 
 
 def from_huggingface(content: Mapping[str, Any]) -> LlamaConfig:
@@ -82,7 +86,7 @@ def from_huggingface(content: Mapping[str, Any]) -> LlamaConfig:
     hidden_size = size(content, "hidden_size")
     num_heads = size(content, "num_attention_heads")
     num_kv_heads = size(content, "num_key_value_heads", num_heads)
-    _require_groups(num_heads, num_kv_heads)
+    require_groups(num_heads, num_kv_heads)
     max_positions = size(content, "max_position_embeddings", 2048)
     return LlamaConfig(
         vocab_size=size(content, "vocab_size"),
@@ -94,11 +98,33 @@ def from_huggingface(content: Mapping[str, Any]) -> LlamaConfig:
         head_dim=size(content, "head_dim", hidden_size // num_heads),
         rotary=rotary_from_huggingface(content, max_positions),
         norm_epsilon=number(content, "rms_norm_eps", 1e-6),
-        attention_bias=content.get("attention_bias", False),
-        mlp_bias=content.get("mlp_bias", False),
-        tie_embeddings=content.get("tie_word_embeddings", False),
+        attention_bias=flag(content, "attention_bias", False),
+        mlp_bias=flag(content, "mlp_bias", False),
+        tie_embeddings=flag(content, "tie_word_embeddings", False),
         max_positions=max_positions,
     )
+
+
+def to_huggingface(config: LlamaConfig) -> dict[str, Any]:
+    """Content of `config.json`; inverse of `from_huggingface`."""
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.mlp_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "hidden_act": "silu",
+        "rms_norm_eps": config.norm_epsilon,
+        "attention_bias": config.attention_bias,
+        "mlp_bias": config.mlp_bias,
+        "tie_word_embeddings": config.tie_embeddings,
+        "max_position_embeddings": config.max_positions,
+        **rotary_to_huggingface(config.rotary),
+    }
 
 
 def from_gguf(file: GgufFile) -> LlamaConfig:
@@ -107,17 +133,11 @@ def from_gguf(file: GgufFile) -> LlamaConfig:
     Raises:
       ConversionError: a size is missing, differs from block to block, or an option is not supported.
     """
-    content = {key.removeprefix("llama."): v for key, v in file.metadata.items() if key.startswith("llama.")}
-    unknown = content.keys() - GGUF_READ - GGUF_WITHOUT_EFFECT - GGUF_NEUTRAL.keys()
-    if unknown:
-        raise ConversionError(
-            f"Options that are not supported: {', '.join(f'llama.{key}' for key in sorted(unknown))}."
-        )
-    require_neutral(content, GGUF_NEUTRAL)
+    content = gguf_options(file.metadata, "llama", GGUF_KNOWN, GGUF_NEUTRAL)
     hidden_size = size(content, "embedding_length")
     num_heads = size(content, "attention.head_count")
     num_kv_heads = size(content, "attention.head_count_kv", num_heads)
-    _require_groups(num_heads, num_kv_heads)
+    require_groups(num_heads, num_kv_heads)
     head_dim = size(content, "attention.key_length", hidden_size // num_heads)
     require_neutral(content, {"attention.value_length": (head_dim,), "rope.dimension_count": (head_dim,)})
     return LlamaConfig(
@@ -138,18 +158,15 @@ def from_gguf(file: GgufFile) -> LlamaConfig:
 
 
 def _rotary_from_gguf(content: Mapping[str, Any], file: GgufFile, head_dim: int) -> RotaryConfig:
-    """The scaling keys as llama.cpp reads them: a factor alone means linear scaling, a factor of 0 none."""
-    theta = number(content, "rope.freq_base", 10000.0)
-    factor = number(content, "rope.scaling.factor", number(content, "rope.scale_linear", 0.0))
-    linear = content.get("rope.scaling.type") != "none" and factor not in (0.0, 1.0)
+    rotary = rotary_from_gguf(content)
     if "rope_freqs.weight" not in file.tensors:
-        return RotaryConfig(theta, "linear", factor) if linear else RotaryConfig(theta)
-    if linear:
+        return rotary
+    if rotary.scaling == "linear":
         raise ConversionError("Linear rotary scaling together with rope_freqs.weight is not supported.")
     divisors = file.tensors["rope_freqs.weight"]
     if divisors.shape != (head_dim // 2,):
         raise ConversionError(f"rope_freqs.weight: expected [{head_dim // 2}], found {list(divisors.shape)}.")
-    return rotary_from_divisors(theta, divisors.read())
+    return rotary_from_divisors(rotary.theta, divisors.read())
 
 
 def rotary_from_divisors(theta: float, divisors: Float[np.ndarray, " half"]) -> RotaryConfig:
@@ -236,8 +253,3 @@ def halves_from_pairs(rows: Float[np.ndarray, "out *in"], head_dim: int) -> Floa
     """
     pairs = rows.reshape(-1, head_dim // 2, 2, *rows.shape[1:])
     return pairs.swapaxes(1, 2).reshape(rows.shape)
-
-
-def _require_groups(num_heads: int, num_kv_heads: int) -> None:
-    if num_heads % num_kv_heads:
-        raise ConversionError(f"{num_heads} attention heads cannot share {num_kv_heads} key-value heads evenly.")

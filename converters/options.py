@@ -1,6 +1,7 @@
 """Options of a checkpoint's configuration, checked as they are read."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Set
 from typing import Any
 
 from converters.errors import ConversionError
@@ -14,13 +15,19 @@ def require_neutral(content: Mapping[str, Any], neutral: Mapping[str, tuple[Any,
             raise ConversionError(f"{key} {content[key]!r} is not supported, only {choice}.")
 
 
+def require_groups(num_heads: int, num_kv_heads: int) -> None:
+    """Raises a ConversionError where key-value heads do not serve equally many attention heads each."""
+    if num_heads % num_kv_heads:
+        raise ConversionError(f"{num_heads} attention heads cannot share {num_kv_heads} key-value heads evenly.")
+
+
 def size(content: Mapping[str, Any], key: str, default: int | None = None) -> int:
     """A positive integer; null means the default, and a GGUF list of one per block must be of equal ones."""
     value = content.get(key)
     value = default if value is None else value
-    if isinstance(value, list) and len(set(value)) == 1:
+    if isinstance(value, list) and len(set(map(repr, value))) == 1:
         value = value[0]
-    if not isinstance(value, int) or value < 1:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ConversionError(f"{key} must be a positive integer, found {value!r}.")
     return value
 
@@ -28,6 +35,33 @@ def size(content: Mapping[str, Any], key: str, default: int | None = None) -> in
 def number(content: Mapping[str, Any], key: str, default: float | None = None) -> float:
     value = content.get(key)
     value = default if value is None else value
-    if not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise ConversionError(f"{key} must be a number, found {value!r}.")
     return float(value)
+
+
+def flag(content: Mapping[str, Any], key: str, default: bool) -> bool:
+    """True or false, nothing else: what null means, false or the default, differs among readers."""
+    value = content.get(key, default)
+    if not isinstance(value, bool):
+        raise ConversionError(f"{key} must be true or false, found {value!r}.")
+    return value
+
+
+def gguf_options(
+    metadata: Mapping[str, Any], architecture: str, known: Set[str], neutral: Mapping[str, tuple[Any, ...]]
+) -> dict[str, Any]:
+    """A GGUF file's keys that begin with the architecture, without it; keys of other families might change the model.
+
+    Raises:
+      ConversionError: a key is neither known nor neutral, or has a value that is not neutral.
+    """
+    prefix = f"{architecture}."
+    content = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
+    unknown = content.keys() - known - neutral.keys()
+    if unknown:
+        raise ConversionError(
+            f"Options that are not supported: {', '.join(f'{prefix}{key}' for key in sorted(unknown))}."
+        )
+    require_neutral(content, neutral)
+    return content

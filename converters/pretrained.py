@@ -1,26 +1,22 @@
-"""Load a model of another project: from a Hugging Face directory or hub id, or from a GGUF file."""
+"""Load a model of another project, in whichever form its checkpoint is."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import huggingface_hub
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from transformers import PreTrainedTokenizerFast
 
 from converters.errors import ConversionError
 from converters.families import FAMILIES, Family
-from converters.gguf_file import open_gguf
+from converters.forms import Form, Source, open_source
+from converters.gguf_file import GgufFile
 from converters.gguf_tokenizer import build_tokenizer
-from converters.json_files import read_json
-from converters.safetensors_files import INDEX, open_safetensors
 from converters.tensors import Params, assemble
 from spqr_jax.models import Decoder
-
-HUB_FILES = ("config.json", "model*.safetensors", INDEX, "tokenizer*", "special_tokens_map.json", "chat_template*")
 
 
 class Pretrained(NamedTuple):
@@ -32,19 +28,26 @@ class Pretrained(NamedTuple):
 
 
 def from_pretrained(path_or_hub_id: str | PathLike[str], *, dtype: DTypeLike = jnp.float32) -> Pretrained:
-    """Reads a LLaMA checkpoint into a Flax model, its parameters and its tokenizer.
+    """Reads a LLaMA or Falcon checkpoint into a Flax model, its parameters and its tokenizer.
 
     Tensors are read one at a time, so the peak is the parameters and one tensor. They stay in host memory, because a
     model to be quantized may be larger than the accelerator's; `jax.device_put(params)` moves them.
 
     Args:
-      path_or_hub_id: a directory with `config.json` and `model.safetensors` (or an index and its shards), a `.gguf`
-        file, or a repository of the Hugging Face hub, of which only those files are downloaded. The cache and
-        `HF_HUB_OFFLINE` are respected; code of a checkpoint is never run.
-      dtype: type of the parameters and of the model's activations.
+      path_or_hub_id: one of
+        a `.gguf` file, of any type of quantization that the `gguf` package can dequantize;
+        a Hugging Face directory: `config.json` and `model.safetensors` (or an index and its shards), or the same with
+        `pytorch_model.bin`, which needs PyTorch; dense, or packed by SpQR;
+        a directory that the official SpQR code has written, which needs PyTorch too; its configuration and tokenizer
+        come from the directory itself or from the model that it names;
+        a repository of the Hugging Face hub, of which only the files above are downloaded. The cache and
+        `HF_HUB_OFFLINE` are respected.
+        Code in a checkpoint is never run.
+      dtype: type of the dense parameters and of the model's activations.
 
     Returns:
-      `(model, params, tokenizer)`; every `kernel` is `[in, out]`.
+      `(model, params, tokenizer)`; every `kernel` is an array `[in, out]`, or an `SpqrTensor` where the checkpoint has
+      it packed by SpQR.
 
     Raises:
       ConversionError: a file is missing or damaged, the model is of another family or uses an option that is not
@@ -54,41 +57,40 @@ def from_pretrained(path_or_hub_id: str | PathLike[str], *, dtype: DTypeLike = j
       >>> model, params, tokenizer = from_pretrained("HuggingFaceTB/SmolLM2-135M")
       >>> logits = model.apply({"params": params}, jnp.array([tokenizer.encode("The sky is")]))
     """
-    path = Path(path_or_hub_id)
-    if path.is_file():
-        return _from_gguf(path, dtype)
-    return _from_directory(path if path.is_dir() else _download(str(path_or_hub_id)), dtype)
-
-
-def _from_directory(directory: Path, dtype: DTypeLike) -> Pretrained:
-    path = directory / "config.json"
-    content = read_json(path)
-    family = _family(content.get("model_type"), path)
-    with _naming(path):
-        config = family.from_huggingface(content)
-    tokenizer = _tokenizer(directory)
-    layout = family.layout(config, "huggingface")
-    params = assemble(layout, open_safetensors(directory), dtype=dtype, origin=directory)
+    source = open_source(path_or_hub_id)
+    family = _family(source)
+    with _naming(source.description):
+        config = _config(family, source)
+        # The layout is as long as the configuration says, and that number may be damaged.
+        if config.num_layers > len(source.tensors):
+            raise ConversionError(
+                f"The model is to have {config.num_layers} blocks, but {source.path} has {len(source.tensors)} tensors."
+            )
+    tokenizer = _tokenizer(source)
+    layout = family.layout(config, "gguf" if source.form is Form.GGUF else "huggingface")
+    params = assemble(layout, source.tensors, dtype=dtype, origin=source.path)
     return Pretrained(family.model(config, dtype=jnp.dtype(dtype)), params, tokenizer)
 
 
-def _from_gguf(path: Path, dtype: DTypeLike) -> Pretrained:
-    file = open_gguf(path)
-    family = _family(file.metadata.get("general.architecture"), path)
-    with _naming(path):
-        config = family.from_gguf(file)
-        tokenizer = build_tokenizer(file.metadata)
-    params = assemble(family.layout(config, "gguf"), file.tensors, dtype=dtype, origin=path)
-    return Pretrained(family.model(config, dtype=jnp.dtype(dtype)), params, tokenizer)
+def _family(source: Source) -> Family:
+    if not isinstance(source.model_type, str) or source.model_type not in FAMILIES:
+        raise ConversionError(
+            f"{source.description} is a model of type {source.model_type!r}; supported: {', '.join(FAMILIES)}."
+        )
+    return FAMILIES[source.model_type]
 
 
-def _family(name: str | None, path: Path) -> Family:
-    if name not in FAMILIES:
-        raise ConversionError(f"{path} is a model of type {name!r}; supported: {', '.join(FAMILIES)}.")
-    return FAMILIES[name]
+def _config(family: Family, source: Source) -> Any:
+    if source.form is Form.GGUF:
+        return family.from_gguf(GgufFile(source.metadata, source.tensors))
+    return family.from_huggingface(source.metadata)
 
 
-def _tokenizer(directory: Path) -> PreTrainedTokenizerFast | None:
+def _tokenizer(source: Source) -> PreTrainedTokenizerFast | None:
+    if source.form is Form.GGUF:
+        with _naming(source.path):
+            return build_tokenizer(source.metadata)
+    directory = source.description.parent
     if not (directory / "tokenizer.json").is_file():
         if (directory / "tokenizer.model").is_file():
             raise ConversionError(
@@ -99,14 +101,6 @@ def _tokenizer(directory: Path) -> PreTrainedTokenizerFast | None:
         return PreTrainedTokenizerFast.from_pretrained(directory, local_files_only=True)
     except Exception as error:  # the Rust library raises plain Exception
         raise ConversionError(f"{directory / 'tokenizer.json'} cannot be read: {error}.") from error
-
-
-def _download(hub_id: str) -> Path:
-    try:
-        return Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=list(HUB_FILES)))
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise ConversionError(f"{hub_id} is neither a file nor a directory, nor on the hub: {reason}") from error
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The rotary embedding in Hugging Face's `config.json`."""
+"""The rotary embedding in Hugging Face's `config.json` and in GGUF's metadata."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,6 +6,16 @@ from typing import Any
 from converters.errors import ConversionError
 from converters.options import number, require_neutral, size
 from spqr_jax.models import RotaryConfig
+
+# GGUF's keys, without the architecture before them: those that are read or change nothing, and those that must not.
+ROTARY_KNOWN = {
+    "rope.freq_base",
+    "rope.scale_linear",
+    "rope.scaling.factor",
+    "rope.scaling.finetuned",
+    "rope.scaling.original_context_length",
+}
+ROTARY_NEUTRAL: dict[str, tuple[Any, ...]] = {"rope.scaling.type": ("none", "linear")}
 
 
 def rotary_from_huggingface(content: Mapping[str, Any], max_positions: int) -> RotaryConfig:
@@ -32,3 +42,25 @@ def rotary_from_huggingface(content: Mapping[str, Any], max_positions: int) -> R
             size({**rope, **given}, "original_max_position_embeddings", max_positions),
         )
     raise ConversionError(f"Rotary scaling {scaling!r} is not supported, only default, linear and llama3.")
+
+
+def rotary_to_huggingface(rotary: RotaryConfig) -> dict[str, Any]:
+    """`rope_theta` and `rope_scaling`, which transformers 4 and 5 both read; inverse of `rotary_from_huggingface`."""
+    scaling: dict[str, Any] | None = None
+    if rotary.scaling != "default":
+        scaling = {"rope_type": rotary.scaling, "factor": rotary.factor}
+    if scaling and rotary.scaling == "llama3":
+        scaling |= {
+            "low_freq_factor": rotary.low_freq_factor,
+            "high_freq_factor": rotary.high_freq_factor,
+            "original_max_position_embeddings": rotary.original_context,
+        }
+    return {"rope_theta": rotary.theta, "rope_scaling": scaling}
+
+
+def rotary_from_gguf(content: Mapping[str, Any]) -> RotaryConfig:
+    """The scaling keys as llama.cpp reads them: a factor alone means linear scaling, a factor of 0 none."""
+    theta = number(content, "rope.freq_base", 10000.0)
+    factor = number(content, "rope.scaling.factor", number(content, "rope.scale_linear", 0.0))
+    linear = content.get("rope.scaling.type") != "none" and factor not in (0.0, 1.0)
+    return RotaryConfig(theta, "linear", factor) if linear else RotaryConfig(theta)

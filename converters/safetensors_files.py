@@ -1,4 +1,4 @@
-"""The tensors of a Hugging Face directory: one safetensors file, or many and an index."""
+"""The tensors of safetensors files."""
 
 from pathlib import Path
 
@@ -7,11 +7,11 @@ from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 
 from converters.errors import ConversionError
-from converters.json_files import read_json
+from converters.shards import index_of, open_shards
 from converters.tensors import StoredTensor
 
 SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
+INDEX = index_of(SINGLE)
 
 
 def open_safetensors(directory: Path) -> dict[str, StoredTensor]:
@@ -20,21 +20,10 @@ def open_safetensors(directory: Path) -> dict[str, StoredTensor]:
     Raises:
       ConversionError: there is no safetensors file, or one is missing or damaged.
     """
-    if (directory / SINGLE).is_file():
-        return _open_file(directory / SINGLE)
-    if not (directory / INDEX).is_file():
-        raise ConversionError(f"{directory} holds neither {SINGLE} nor {INDEX}.")
-    weight_map = read_json(directory / INDEX).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
-        raise ConversionError(f"{directory / INDEX} has no weight_map from tensor names to file names.")
-    shards = {shard: _open_file(directory / shard) for shard in sorted(set(weight_map.values()))}
-    # A tensor that the index promises and its shard lacks is left out here, and so reported with the missing ones.
-    return {name: shards[shard][name] for name, shard in weight_map.items() if name in shards[shard]}
+    return open_shards(directory, SINGLE, _open_file)
 
 
 def _open_file(path: Path) -> dict[str, StoredTensor]:
-    if not path.is_file():
-        raise ConversionError(f"{path} is missing.")
     try:
         file = safe_open(path, framework="numpy")
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118, not a mapping

@@ -430,7 +430,7 @@ def test_what_is_no_checkpoint_is_refused(tmp_path, saved):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"family": "falcon"}, "is a model of family 'falcon', but supported are llama"),
+        ({"family": "gpt2"}, "is a model of family 'gpt2', but supported are llama, falcon"),
         (
             {"config": {"vocab_size": 3, "window": 4}},
             "does not fit LlamaConfig: .*unexpected keyword argument 'window'",

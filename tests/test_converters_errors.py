@@ -26,7 +26,7 @@ def message(path: Path) -> str:
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"model_type": "falcon"}, "'falcon'"),
+        ({"model_type": "gpt2"}, "'gpt2'"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
         ({"sliding_window": 128}, "sliding_window 128"),

@@ -1,10 +1,11 @@
 """Flax models that run from dense or packed weights."""
 
 from spqr_jax.models.decoder import Block, Context, Decoder, KVCache, Stage, layer_name, make_context
+from spqr_jax.models.falcon import Falcon, FalconConfig
 from spqr_jax.models.layers import RotaryConfig
 from spqr_jax.models.llama import Llama, LlamaConfig
 
-FAMILIES: dict[str, type[Decoder]] = {"llama": Llama}
+FAMILIES: dict[str, type[Decoder]] = {"llama": Llama, "falcon": Falcon}
 """Name of each family, as Hugging Face's `model_type`, and its module."""
 
 __all__ = [
@@ -12,6 +13,8 @@ __all__ = [
     "Block",
     "Context",
     "Decoder",
+    "Falcon",
+    "FalconConfig",
     "KVCache",
     "Llama",
     "LlamaConfig",

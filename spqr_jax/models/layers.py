@@ -50,6 +50,21 @@ class RMSNorm(nn.Module):
         return normal.astype(x.dtype) * scale.astype(x.dtype)
 
 
+class LayerNorm(nn.Module):
+    """(x − mean(x)) · scale / sqrt(var(x) + epsilon) + bias, all in float32 (Ba et al. 2016)."""
+
+    epsilon: float
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*batch features"]) -> Float[Array, "*batch features"]:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
+        x32 = x.astype(jnp.float32)
+        centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+        normal = centred * jax.lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + self.epsilon)
+        return (normal * scale.astype(jnp.float32) + bias.astype(jnp.float32)).astype(x.dtype)
+
+
 @dataclass(frozen=True)
 class RotaryConfig:
     """How positions become angles (Su et al. 2021), with the two scalings that LLaMA checkpoints use.
@@ -93,29 +108,51 @@ def rotate(
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
+def extend_cache(
+    state: dict[str, Array],
+    keys: Float[Array, "batch tokens kv_heads head_dim"],
+    values: Float[Array, "batch tokens kv_heads head_dim"],
+    offset: Int[Array, ""],
+) -> tuple[dict[str, Array], Array, Array]:
+    """Puts new keys and values into the cache that a state holds, as `keys` and `values`, from slot `offset` on.
+
+    Returns:
+      The state with the new cache, and the keys and values of all slots, `[batch, slots, kv_heads, head_dim]`. A state
+      without a cache stays as it is, and the tokens are the slots.
+    """
+    if "keys" not in state:
+        return state, keys, values
+    start = (0, offset, 0, 0)
+    keys = jax.lax.dynamic_update_slice(state["keys"], keys, start)
+    values = jax.lax.dynamic_update_slice(state["values"], values, start)
+    return {**state, "keys": keys, "values": values}, keys, values
+
+
 def attend(
     queries: Float[Array, "batch tokens heads head_dim"],
     keys: Float[Array, "batch slots kv_heads head_dim"],
     values: Float[Array, "batch slots kv_heads head_dim"],
     mask: Bool[Array, "batch tokens slots"],
+    bias: Float[Array, "batch heads slots"] | None = None,
 ) -> Float[Array, "batch tokens heads head_dim"]:
-    """softmax(Q Kᵀ / sqrt(head_dim)) V where `mask`; each KV head serves heads / kv_heads query heads.
+    """softmax(Q Kᵀ / sqrt(head_dim) + bias) V where `mask`; each KV head serves heads / kv_heads query heads.
 
     The mask must be causal: where slots are tokens, later ones are not even looked at. A row whose mask is empty
     (padding) gives the mean of the values that it looks at, never a NaN.
     """
     tokens, slots = queries.shape[1], keys.shape[1]
     if tokens != slots:
-        return _attend_all(queries, keys, values, mask)
+        return _attend_all(queries, keys, values, mask, bias)
     parts = []
     for start in range(0, tokens, QUERY_CHUNK):
         stop = min(start + QUERY_CHUNK, tokens)
         chunk = slice(start, stop)
-        parts.append(_attend_all(queries[:, chunk], keys[:, :stop], values[:, :stop], mask[:, chunk, :stop]))
+        seen = None if bias is None else bias[..., :stop]
+        parts.append(_attend_all(queries[:, chunk], keys[:, :stop], values[:, :stop], mask[:, chunk, :stop], seen))
     return jnp.concatenate(parts, axis=1)
 
 
-def _attend_all(queries: Array, keys: Array, values: Array, mask: Array) -> Array:
+def _attend_all(queries: Array, keys: Array, values: Array, mask: Array, bias: Array | None) -> Array:
     batch, tokens, heads, head_dim = queries.shape
     kv_heads = keys.shape[2]
     # The query heads of one KV head stand below each other, so each KV head is one matrix product.
@@ -123,6 +160,8 @@ def _attend_all(queries: Array, keys: Array, values: Array, mask: Array) -> Arra
     rows = rows.reshape(batch, kv_heads, -1, head_dim)
     scores = jnp.matmul(rows, keys.transpose(0, 2, 3, 1), preferred_element_type=jnp.float32)
     scores = scores.reshape(batch, kv_heads, -1, tokens, keys.shape[1])
+    if bias is not None:
+        scores = scores + bias.reshape(batch, kv_heads, -1, 1, keys.shape[1])
     scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
     weights = weights.reshape(batch, kv_heads, -1, keys.shape[1])

@@ -8,7 +8,7 @@ import jax
 from jaxtyping import Array
 
 from spqr_jax.models.decoder import Block, Context, Decoder, Stage, State
-from spqr_jax.models.layers import Linear, RMSNorm, RotaryConfig, attend, rotate
+from spqr_jax.models.layers import Linear, RMSNorm, RotaryConfig, attend, extend_cache, rotate
 
 
 @dataclass(frozen=True)
@@ -70,10 +70,7 @@ class LlamaBlock(Block):
         queries = rotate(heads(self.q_proj), context.positions, self.config.rotary)
         keys = rotate(heads(self.k_proj), context.positions, self.config.rotary)
         values = heads(self.v_proj)
-        if "keys" in state:
-            start = (0, context.offset, 0, 0)
-            keys = state["keys"] = jax.lax.dynamic_update_slice(state["keys"], keys, start)
-            values = state["values"] = jax.lax.dynamic_update_slice(state["values"], values, start)
+        state, keys, values = extend_cache(state, keys, values, context.offset)
         attended = attend(queries, keys, values, context.mask)
         return {**state, "attention_output": attended.reshape(*x.shape[:2], -1)}
 
