@@ -1,8 +1,16 @@
-"""Checkpoints of other projects, read into Flax models."""
+"""Checkpoints of other projects: read into Flax models, and written from them."""
 
 import spqr_jax  # noqa: F401 (first: it quiets an import of transformers)
 from converters.errors import ConversionError
+from converters.export import export_hf_spqr, export_huggingface
 from converters.pretrained import Pretrained, from_pretrained
 from converters.smollm2 import find_smollm2
 
-__all__ = ["ConversionError", "Pretrained", "find_smollm2", "from_pretrained"]
+__all__ = [
+    "ConversionError",
+    "Pretrained",
+    "export_hf_spqr",
+    "export_huggingface",
+    "find_smollm2",
+    "from_pretrained",
+]

@@ -1,4 +1,4 @@
-"""The command line `spqr`: quantize, eval, generate, inspect.
+"""The command line `spqr`: quantize, eval, generate, inspect, export.
 
 Results go to standard output, progress to standard error. Exit status: 0 done, 1 an error told in one line, 2 wrong
 usage.
@@ -6,6 +6,7 @@ usage.
 
 import shutil
 import time
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,12 +14,19 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Column, Table
+from rich.text import Text
 
 from spqr_jax import console
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 
-Model = Annotated[str, typer.Argument(help="A checkpoint of spqr, a Hugging Face directory or hub id, or a GGUF file.")]
+Model = Annotated[
+    str,
+    typer.Argument(
+        help="A checkpoint of spqr; a Hugging Face directory or hub id (safetensors, PyTorch or SpQR); "
+        "a directory that the official SpQR code has written; or a GGUF file."
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 
@@ -42,6 +50,22 @@ class Order(StrEnum):
 
     ACT_ORDER = "act_order"
     IDENTITY = "identity"
+
+
+class Format(StrEnum):
+    """What to write a checkpoint as."""
+
+    SPQR = "spqr"
+    HF = "hf"
+    HF_SPQR = "hf-spqr"
+
+
+class Dtype(StrEnum):
+    """Types of exported dense weights."""
+
+    FLOAT16 = "float16"
+    BFLOAT16 = "bfloat16"
+    FLOAT32 = "float32"
 
 
 def main() -> None:
@@ -209,37 +233,93 @@ def generate(
 
 
 @app.command()
-def inspect(
-    directory: Annotated[Path, typer.Argument(help="A checkpoint of spqr.")],
-    as_json: Json = False,
-) -> None:
-    """Show what is in a checkpoint, matrix by matrix.
+def inspect(source: Model, as_json: Json = False) -> None:
+    """Show what is in a checkpoint, tensor by tensor, without reading the tensors.
 
     Example: spqr inspect smollm2-3bit
     """
+    from spqr_jax import checkpoint
+
+    content, table = inspect_own(source) if checkpoint.is_checkpoint(source) else inspect_foreign(source)
+    if as_json:
+        console.emit(content, as_json)
+        return
+    terminal = Console()
+    # Where nobody looks, a file or a pipe, nothing is cut.
+    output = Console(width=None if terminal.is_terminal else 120)
+    for label in ("form", "family"):
+        output.print(f"{label}: {content[label]}", highlight=False, markup=False)
+    output.print(table)
+
+
+@app.command()
+def export(
+    source: Model,
+    destination: Annotated[Path, typer.Argument(help="Directory to write; must not exist.")],
+    as_format: Annotated[
+        Format,
+        typer.Option(
+            "--format",
+            help="hf: Hugging Face, dequantized; hf-spqr: the official packed format; spqr: a checkpoint of spqr.",
+        ),
+    ],
+    dtype: Annotated[Dtype, typer.Option(help="Type of the weights, with --format hf.")] = Dtype.FLOAT16,
+    as_json: Json = False,
+) -> None:
+    """Write a checkpoint in another form.
+
+    Example: spqr export smollm2-3bit smollm2-hf-spqr --format hf-spqr
+    """
+    from converters import export_hf_spqr, export_huggingface
+    from spqr_jax import checkpoint
+
+    checkpoint.check_destination(destination)
+    model, params, tokenizer = load_model(source, dtype if as_format is Format.HF else "float16")
+    if as_format is Format.HF:
+        export_huggingface(destination, model, params, tokenizer=tokenizer, dtype=dtype.value)
+    elif as_format is Format.HF_SPQR:
+        export_hf_spqr(destination, model, params, tokenizer=tokenizer)
+    else:
+        checkpoint.save(destination, model, params, tokenizer=tokenizer)
+    result = {"destination": str(destination), "bytes_on_disk": console.bytes_on_disk(destination)}
+    console.emit(result, as_json)
+
+
+def inspect_own(directory: str) -> tuple[dict[str, Any], Table]:
+    """Content of a checkpoint of ours, for machines and for people."""
     from spqr_jax.checkpoint import describe
 
     header = describe(directory)
-    matrices = header["matrices"]
-    for matrix in matrices.values():
+    columns = ("out x in", "bits", "group", "statistics", "outliers", "bits/weight")
+    table = Table(Column("matrix", no_wrap=True), *columns, box=None)
+    for path, matrix in header["matrices"].items():
         weights = matrix["shape"][0] * matrix["shape"][1]
         matrix["bits_per_weight"] = 8 * matrix["bytes"] / weights
         matrix["outlier_share"] = (matrix["outliers"] or 0) / weights
-    if as_json:
-        console.emit(header, as_json)
-        return
-    columns = ("out x in", "bits", "group", "statistics", "outliers", "bits/weight")
-    table = Table(Column("matrix", no_wrap=True), *columns, box=None)
-    for path, matrix in matrices.items():
         statistics = "16 bit" if matrix["scale_bits"] is None else f"{matrix['scale_bits']} bit"
-        shape = f"{matrix['shape'][0]} x {matrix['shape'][1]}"
         share, size = f"{matrix['outlier_share']:.2%}", f"{matrix['bits_per_weight']:.3f}"
-        table.add_row(path, shape, str(matrix["bits"]), str(matrix["group_size"]), statistics, share, size)
+        numbers = (str(matrix["bits"]), str(matrix["group_size"]), statistics, share, size)
+        table.add_row(path, times(matrix["shape"]), *numbers)
     for path, array in header["dense"].items():
-        table.add_row(path, " x ".join(map(str, array["shape"])), array["dtype"], "", "", "", "")
-    terminal = Console()
-    # Where nobody looks, a file or a pipe, nothing is cut.
-    Console(width=None if terminal.is_terminal else 120).print(table)
+        table.add_row(path, times(array["shape"]), array["dtype"], "", "", "", "")
+    return {"form": "spqr-jax checkpoint", **header}, table
+
+
+def inspect_foreign(source: str) -> tuple[dict[str, Any], Table]:
+    """Content of a checkpoint of another project, for machines and for people."""
+    from converters.forms import open_source
+
+    found = open_source(source)
+    table = Table(Column("tensor", no_wrap=True), "shape", "type", box=None)
+    for name, tensor in found.tensors.items():
+        table.add_row(Text(name), times(tensor.shape), tensor.kind)
+    tensors = {name: {"shape": tensor.shape, "kind": tensor.kind} for name, tensor in found.tensors.items()}
+    return {"form": found.form, "path": str(found.path), "family": found.model_type, "tensors": tensors}, table
+
+
+def times(shape: Sequence[int]) -> str:
+    """A shape as people write it."""
+    return " x ".join(map(str, shape))
 
 
 def load_model(source: str, dtype: str) -> tuple[Any, Any, Any]:

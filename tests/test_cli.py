@@ -3,33 +3,25 @@
 import contextlib
 import io
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
 
+import huggingface_hub
 import jax
 import jax.numpy as jnp
 import pytest
-from tokenizers import Tokenizer, decoders, pre_tokenizers
-from tokenizers.models import BPE
-from transformers import PreTrainedTokenizerFast
+from byte_tokenizer import byte_tokenizer
+from tiny_models import random_tensors, tiny_config, write_checkpoint, write_gguf
 
 from spqr_jax import save
 from spqr_jax.cli import main
 from spqr_jax.models import Llama, LlamaConfig, RotaryConfig
 
 CONFIG = LlamaConfig(257, 64, 128, 2, 4, 2, 16, RotaryConfig())
-
-
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per byte, and an end of text."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(BPE({byte: i for i, byte in enumerate(alphabet)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>")
 
 
 @pytest.fixture(scope="module")
@@ -127,13 +119,81 @@ def test_inspect_lists_every_matrix(quantized: Path) -> None:
     assert done.returncode == 0
     for name in ("layers_0.q_proj", "layers_1.down_proj", "embed_tokens"):
         assert name in done.stdout
+    assert "form: spqr-jax checkpoint" in done.stdout.splitlines()
+    assert result("inspect", quantized)["form"] == "spqr-jax checkpoint"
+
+
+@pytest.fixture(scope="module")
+def foreign(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One tiny model in the forms of other projects."""
+    root = tmp_path_factory.mktemp("foreign")
+    config = tiny_config(vocab_size=257)
+    tensors = random_tensors(config)
+    write_checkpoint(root / "safetensors", config, tensors)
+    tokenizer = byte_tokenizer()
+    tokenizer.save_pretrained(root / "safetensors")
+    metadata = {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "gpt-2",
+        "tokenizer.ggml.tokens": tokenizer.convert_ids_to_tokens(range(257)),
+        "tokenizer.ggml.token_type": [1] * 256 + [3],
+        "tokenizer.ggml.merges": ["Ġ t"],
+        "tokenizer.ggml.eos_token_id": 256,
+    }
+    metadata["tokenizer.ggml.tokens"][255] = "Ġt"  # in place of a byte that no text here has
+    return {
+        "safetensors": root / "safetensors",
+        "gguf": write_gguf(root / "model.gguf", config, tensors, metadata=metadata),
+    }
+
+
+@pytest.mark.parametrize(
+    ("form", "name", "tensor"),
+    [
+        ("Hugging Face directory, safetensors", "safetensors", "model.norm.weight"),
+        ("GGUF file", "gguf", "output_norm.weight"),
+    ],
+)
+def test_inspect_names_form_and_tensors_of_other_projects(
+    foreign: dict[str, Path], form: str, name: str, tensor: str
+) -> None:
+    told = result("inspect", foreign[name])
+    assert (told["form"], told["family"], told["path"]) == (form, "llama", str(foreign[name]))
+    assert told["tensors"][tensor] == {"shape": [64], "kind": "F32"}
+    assert len(told["tensors"]) == 21
+    lines = [line.split() for line in spqr("inspect", foreign[name]).stdout.splitlines()]
+    assert ["form:", *form.split()] in lines
+    assert ["family:", "llama"] in lines
+    assert [tensor, "64", "F32"] in lines
+
+
+def test_inspect_takes_a_hub_id(foreign: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    repository = tmp_path / "models--someone--tiny"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("abc")
+    shutil.copytree(foreign["safetensors"], repository / "snapshots" / "abc")
+    assert result("inspect", "someone/tiny")["path"] == str(repository / "snapshots" / "abc")
+    assert spqr("inspect", "someone/other").returncode == 1
+
+
+@pytest.mark.slow
+def test_commands_take_other_forms(foreign: dict[str, Path], tmp_path: Path) -> None:
+    told = {name: result("generate", path, "hello", "--max-new-tokens", 3)["tokens"] for name, path in foreign.items()}
+    assert told["safetensors"] == told["gguf"]
+    for name, path in foreign.items():
+        result("quantize", path, tmp_path / name, "--method", "rtn")
+    quantized = {name: result("inspect", tmp_path / name)["matrices"] for name in foreign}
+    assert quantized["safetensors"] == quantized["gguf"]
+    assert len(quantized["gguf"]) == 14
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (("eval", "no/such/path/anywhere"), ["no/such/path/anywhere"]),
-        (("inspect", "no/such/path"), ["no/such/path", "does not exist"]),
+        (("inspect", "no/such/path"), ["no/such/path", "neither a file nor a directory"]),
         (("quantize", "PLAIN", "QUANTIZED"), ["exists", "overwrite"]),
         (("quantize", "PLAIN", "NEW", "--bits", 6), ["bits is 6", "layers_0"]),
         (("quantize", "PLAIN", "NEW", "--group-size", 128), ["64 input features", "128"]),

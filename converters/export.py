@@ -1,0 +1,201 @@
+"""Models of this library as directories that other programs read: ordinary Hugging Face, and official SpQR."""
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict
+from jax.typing import DTypeLike
+from jaxtyping import Float
+from safetensors.numpy import save_file
+from transformers import PreTrainedTokenizerFast
+
+from converters.errors import ConversionError
+from converters.families import family_of
+from converters.hf_spqr import ADDED
+from converters.official_tiles import encode_tensor
+from converters.safetensors_files import INDEX, SINGLE
+from pallas_kernels import SpqrTensor, dequantize
+from spqr_jax.directories import existing_parent, new_directory
+from spqr_jax.models import Decoder
+from spqr_jax.models.decoder import Params
+from spqr_jax.models.stacking import unstack_blocks
+
+SHARD_BYTES = 5_000_000_000
+
+DEQUANTIZE = jax.jit(dequantize)
+
+Named = tuple[str, Any]
+
+
+def export_huggingface(
+    directory: str | PathLike[str],
+    model: Decoder,
+    params: Params,
+    *,
+    tokenizer: PreTrainedTokenizerFast | None = None,
+    dtype: Literal["float16", "bfloat16", "float32"] = "float16",
+) -> None:
+    """Writes an ordinary Hugging Face checkpoint, packed matrices dequantized: ŵ = scale · (code − zero) + residual.
+
+    Args:
+      directory: where to; must not exist.
+      model: the Flax module.
+      params: its parameters, dense, packed or partly so.
+      tokenizer: written too, if given.
+      dtype: type of all weights.
+
+    Raises:
+      ConversionError: the directory exists, writing failed, or a weight overflows `dtype`.
+
+    Example:
+      >>> model, params, tokenizer = load("smollm2-3bit")
+      >>> export_huggingface("smollm2-dequantized", model, params, tokenizer=tokenizer, dtype="bfloat16")
+    """
+    config = family_of(model).to_huggingface(model.config) | {"torch_dtype": dtype}
+    tensors = ((name, _dense(name, leaf, dtype)) for name, leaf in _weights(model, params))
+    _write(Path(directory), config, tensors, tokenizer)
+
+
+def export_hf_spqr(
+    directory: str | PathLike[str],
+    model: Decoder,
+    params: Params,
+    *,
+    tokenizer: PreTrainedTokenizerFast | None = None,
+) -> None:
+    """Writes a checkpoint in the official SpQR format, as transformers and the package `spqr_quant` load it.
+
+    The official reader adds an outlier's value to the weight of the code beneath it. The values written are those for
+    which that sum is the outlier's weight; `"outlier_values": "added"` in the quantization configuration tells this
+    library's reader so, because the official writer stores the weight itself.
+
+    Args:
+      directory: where to; must not exist.
+      model: the Flax module.
+      params: its parameters; packed matrices must have 3 bits, groups of 16, 3-bit statistics in groups of 16.
+      tokenizer: written too, if given.
+
+    Raises:
+      ConversionError: the directory exists, writing failed, no matrix is packed, or one is packed otherwise than the
+        format has it or has a bias, which the official module lacks.
+
+    Example:
+      >>> model, params, tokenizer = load("smollm2-3bit")
+      >>> export_hf_spqr("smollm2-hf-spqr", model, params, tokenizer=tokenizer)
+    """
+    weights = dict(_weights(model, params))
+    packed = {name.removesuffix(".weight"): leaf for name, leaf in weights.items() if isinstance(leaf, SpqrTensor)}
+    if not packed:
+        raise ConversionError("The model holds no packed matrix; quantize it first.")
+    arrays: dict[str, np.ndarray] = {}
+    for module, tensor in packed.items():
+        if f"{module}.bias" in weights:
+            raise ConversionError(f"{module} has a bias, which the official SpQR format cannot hold.")
+        arrays |= {f"{module}.{field}": array for field, array in encode_tensor(tensor, module).items()}
+    dense = {name: leaf for name, leaf in weights.items() if not isinstance(leaf, SpqrTensor)}
+    quantization = {
+        "quant_method": "spqr",
+        "bits": 3,
+        "beta1": 16,
+        "beta2": 16,
+        **ADDED,
+        "modules_to_not_convert": [
+            "lm_head",
+            *(name.removesuffix(".weight") for name, leaf in dense.items() if leaf.ndim == 2),
+        ],
+        "shapes": {f"{name}.shape": len(array) for name, array in arrays.items()},
+    }
+    config = family_of(model).to_huggingface(model.config)
+    config |= {"torch_dtype": "float16", "quantization_config": quantization}
+    tensors = ((name, _dense(name, leaf, jnp.float16)) for name, leaf in dense.items())
+    _write(Path(directory), config, [*arrays.items(), *tensors], tokenizer)
+
+
+def _weights(model: Decoder, params: Params) -> Iterator[Named]:
+    """Hugging Face's name of each tensor, with its array, in PyTorch's orientation, or its packed matrix."""
+    flat = flatten_dict(unstack_blocks(params))
+    for target in family_of(model).layout(model.config, "huggingface").targets:
+        leaf = flat[target.path]
+        yield target.source, leaf.T if target.path[-1] == "kernel" and not isinstance(leaf, SpqrTensor) else leaf
+
+
+def _dense(name: str, leaf: Any, dtype: DTypeLike) -> np.ndarray:
+    weight = _dequantized(leaf) if isinstance(leaf, SpqrTensor) else np.asarray(leaf)
+    with np.errstate(over="ignore"):
+        result = np.ascontiguousarray(weight.astype(dtype))
+    if not np.isfinite(result.astype(np.float32)).all():
+        largest = np.abs(weight.astype(np.float32)).max()
+        raise ConversionError(f"{name} has a weight of {largest:g}, too large for {jnp.dtype(dtype).name}.")
+    return result
+
+
+def _dequantized(tensor: SpqrTensor) -> Float[np.ndarray, "out in"]:
+    if tensor.row_offsets is None or tensor.outlier_columns is None or tensor.outlier_values is None:
+        return np.asarray(DEQUANTIZE(tensor))
+    # Outliers go on afterwards: JAX would compile anew for each number of them.
+    dense = replace(tensor, row_offsets=None, outlier_columns=None, outlier_values=None)
+    weight = np.array(DEQUANTIZE(dense))
+    count = int(tensor.row_offsets[-1])
+    rows = np.repeat(np.arange(len(weight)), np.diff(np.asarray(tensor.row_offsets)))
+    columns = np.asarray(tensor.outlier_columns)[:count]
+    if tensor.permutation is not None:
+        columns = np.asarray(tensor.permutation)[columns]
+    weight[rows, columns] += np.asarray(tensor.outlier_values)[:count].astype(np.float32)
+    return weight
+
+
+def _write(
+    directory: Path, config: dict[str, Any], tensors: Iterable[Named], tokenizer: PreTrainedTokenizerFast | None
+) -> None:
+    """A complete directory or none: config.json, the tensors in one file or in shards, the tokenizer's files."""
+    destination = directory.resolve()
+    if destination.exists():
+        raise ConversionError(f"{destination} exists already; choose another path.")
+    try:
+        with new_directory(destination) as incomplete:
+            (incomplete / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            if tokenizer is not None:
+                tokenizer.save_pretrained(incomplete)
+            _write_shards(incomplete, tensors)
+    except ConversionError:
+        raise
+    except Exception as error:  # on a full disk: OSError, or what the Rust libraries raise
+        parent = existing_parent(destination)
+        raise ConversionError(f"{destination} could not be written: {error}; look at the space in {parent}.") from error
+
+
+def _write_shards(directory: Path, tensors: Iterable[Named]) -> None:
+    """One shard in memory at a time; how many there are is known, and put into their names, at the end."""
+    names: list[list[str]] = []
+    total = 0
+    for shard in _shards(tensors):
+        save_file(shard, directory / f"shard-{len(names)}", metadata={"format": "pt"})
+        names.append(list(shard))
+        total += sum(array.nbytes for array in shard.values())
+    if len(names) == 1:
+        (directory / "shard-0").rename(directory / SINGLE)
+        return
+    weight_map: dict[str, str] = {}
+    for index, in_shard in enumerate(names):
+        file = f"model-{index + 1:05}-of-{len(names):05}.safetensors"
+        (directory / f"shard-{index}").rename(directory / file)
+        weight_map |= dict.fromkeys(in_shard, file)
+    content = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (directory / INDEX).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _shards(tensors: Iterable[Named]) -> Iterator[dict[str, np.ndarray]]:
+    shard: dict[str, np.ndarray] = {}
+    for name, array in tensors:
+        if shard and sum(a.nbytes for a in shard.values()) + array.nbytes > SHARD_BYTES:
+            yield shard
+            shard = {}
+        shard[name] = array
+    yield shard
