@@ -160,9 +160,13 @@ def _write(
         raise ConversionError(f"{destination} exists already; choose another path.")
     try:
         with new_directory(destination) as incomplete:
-            (incomplete / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
             if tokenizer is not None:
                 tokenizer.save_pretrained(incomplete)
+                # Else transformers would end a text at the family's default tokens.
+                config = config | {
+                    key: getattr(tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")
+                }
+            (incomplete / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
             _write_shards(incomplete, tensors)
     except ConversionError:
         raise
