@@ -263,7 +263,7 @@ def export(
             help="hf: Hugging Face, dequantized; hf-spqr: the official packed format; spqr: a checkpoint of spqr.",
         ),
     ],
-    dtype: Annotated[Dtype, typer.Option(help="Type of the weights, with --format hf.")] = Dtype.FLOAT16,
+    dtype: Annotated[Dtype | None, typer.Option(help="Type of the weights of hf; default: float16.")] = None,
     as_json: Json = False,
 ) -> None:
     """Write a checkpoint in another form.
@@ -273,10 +273,13 @@ def export(
     from converters import export_hf_spqr, export_huggingface
     from spqr_jax import checkpoint
 
+    if dtype is not None and as_format is not Format.HF:
+        raise ValueError(f"--dtype {dtype} goes with --format hf, not with {as_format}")
+    kind = dtype or Dtype.FLOAT16
     checkpoint.check_destination(destination)
-    model, params, tokenizer = load_model(source, dtype if as_format is Format.HF else "float16")
+    model, params, tokenizer = load_model(source, kind)
     if as_format is Format.HF:
-        export_huggingface(destination, model, params, tokenizer=tokenizer, dtype=dtype.value)
+        export_huggingface(destination, model, params, tokenizer=tokenizer, dtype=kind.value)
     elif as_format is Format.HF_SPQR:
         export_hf_spqr(destination, model, params, tokenizer=tokenizer)
     else:

@@ -70,7 +70,7 @@ def result(*arguments: object) -> dict:
 
 
 def test_help_of_every_command_has_an_example() -> None:
-    for command in ("quantize", "eval", "generate", "inspect"):
+    for command in ("quantize", "eval", "generate", "inspect", "export"):
         done = spqr(command, "--help")
         assert done.returncode == 0
         assert f"Example: spqr {command} " in " ".join(done.stdout.split())
@@ -112,6 +112,20 @@ def test_generate_prints_text_as_it_says_in_json(quantized: Path) -> None:
     told = result("generate", quantized, "hello", "--max-new-tokens", 12)
     assert len(told["tokens"]) <= 12
     assert said.stdout.rstrip("\n") == told["text"].rstrip("\N{REPLACEMENT CHARACTER}").rstrip("\n")
+
+
+@pytest.mark.parametrize("form", ["hf", "hf-spqr", "spqr"])
+def test_every_exported_form_is_recognised_and_as_good(form: str, quantized: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 10)
+    export = result("export", quantized, tmp_path / "out", "--format", form)
+    assert export["bytes_on_disk"] == sum(p.stat().st_size for p in (tmp_path / "out").rglob("*") if p.is_file())
+    forms = {"hf": "safetensors", "hf-spqr": "SpQR", "spqr": "spqr-jax checkpoint"}
+    assert result("inspect", tmp_path / "out")["form"].endswith(forms[form])
+    before, after = (
+        result("eval", path, "--text", tmp_path / "text.txt", "--window", 128) for path in (quantized, tmp_path / "out")
+    )
+    assert after["perplexity"] == pytest.approx(before["perplexity"], rel=5e-3)
+    assert ("bits_per_weight" in after) == (form != "hf")
 
 
 def test_inspect_lists_every_matrix(quantized: Path) -> None:
@@ -202,6 +216,9 @@ def test_commands_take_other_forms(foreign: dict[str, Path], tmp_path: Path) -> 
         (("eval", "PLAIN", "--text", "TEXT"), ["fewer than one window", "1024"]),
         (("eval", "PLAIN", "--text", "missing.txt"), ["missing.txt"]),
         (("generate", "PLAIN", "hi", "--max-new-tokens", 0), ["max_new_tokens"]),
+        (("export", "PLAIN", "NEW", "--format", "hf-spqr"), ["no packed matrix"]),
+        (("export", "QUANTIZED", "PLAIN", "--format", "hf"), ["exists"]),
+        (("export", "QUANTIZED", "NEW", "--format", "hf-spqr", "--dtype", "bfloat16"), ["--dtype", "hf-spqr"]),
     ],
 )
 def test_errors_are_one_line_and_exit_status_1(
