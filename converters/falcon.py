@@ -10,7 +10,7 @@ from jaxtyping import Float
 
 from converters.errors import ConversionError
 from converters.gguf_file import GgufFile
-from converters.options import flag, gguf_options, number, require_groups, require_neutral, size
+from converters.options import flag, gguf_options, number, require_even, require_groups, require_neutral, size
 from converters.rotary import (
     ROTARY_KNOWN,
     ROTARY_NEUTRAL,
@@ -152,10 +152,7 @@ def _arrangement(content: Mapping[str, Any]) -> Literal["sequential", "parallel"
 def _require_heads(hidden_size: int, num_heads: int) -> None:
     if hidden_size % num_heads:
         raise ConversionError(f"hidden_size {hidden_size} cannot be divided among {num_heads} attention heads.")
-    if hidden_size // num_heads % 2:
-        raise ConversionError(
-            f"Heads of {hidden_size // num_heads} features are not supported, only of an even number."
-        )
+    require_even(hidden_size // num_heads)
 
 
 def to_huggingface(config: FalconConfig) -> dict[str, Any]:

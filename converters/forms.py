@@ -1,5 +1,6 @@
 """The forms of checkpoints of other projects, and which one a path holds."""
 
+import os.path
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -120,7 +121,7 @@ def _from_official(directory: Path) -> Source:
 
 def _directory_of(model: str, directory: Path) -> Path:
     """Where the configuration and the tokenizer of the model are from which a directory was made."""
-    if Path(model).is_dir():
+    if os.path.isdir(model):  # false also for a name that no directory can have
         return Path(model)
     try:
         return hub.download_description(model)

@@ -98,7 +98,8 @@ def _stored(file: mmap.mmap, name: str, entry: Entry, path: Path) -> StoredTenso
     def read() -> Float[np.ndarray, "..."]:
         stored = np.frombuffer(file, np.uint8, math.prod(entry.byte_shape), entry.start).reshape(entry.byte_shape)
         try:
-            return gguf.dequantize(stored, entry.kind)
+            with np.errstate(all="ignore"):  # scales may be infinite
+                return gguf.dequantize(stored, entry.kind)
         except NotImplementedError as error:
             raise ConversionError(f"{path}: {name} has type {entry.kind.name}, which cannot be dequantized.") from error
 

@@ -6,6 +6,7 @@ Every quantized `<module>` has four tensors, `<module>.dense_weights` and so on 
 
 from collections.abc import Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from converters.errors import ConversionError
@@ -23,13 +24,14 @@ NEUTRAL = {
     "beta2": (None, TILE),
     "outlier_values": (None, "added"),
 }
+KNOWN = {*NEUTRAL, "modules_to_not_convert", "shapes"}
 
 ADDED = {"outlier_values": "added"}
 """Marks, in a quantization configuration, that outliers are stored as what `official_tiles.encode_tensor` writes."""
 
 
 def open_hf_spqr(
-    stored: Mapping[str, StoredTensor], quantization_config: Mapping[str, Any], origin: object
+    stored: Mapping[str, StoredTensor], quantization_config: Mapping[str, Any], directory: Path
 ) -> dict[str, StoredTensor]:
     """The same tensors with each module's four replaced by one packed matrix, `<module>.weight`, read when asked for.
 
@@ -39,7 +41,7 @@ def open_hf_spqr(
     Args:
       stored: all tensors of the checkpoint.
       quantization_config: that object in `config.json`.
-      origin: the file or directory, for error messages.
+      directory: where they are, for error messages.
 
     Raises:
       ConversionError: settings that are not the format's, tensors that are missing or contradict `shapes` or each
@@ -49,22 +51,28 @@ def open_hf_spqr(
       >>> open_hf_spqr(open_safetensors(path), config["quantization_config"], path)["model.layers.0.mlp.up_proj.weight"]
       StoredTensor(shape=(14336, 4096), kind='SpQR', read=...)
     """
+    # An unknown setting may be one that says what outliers are, with its name damaged.
+    if unknown := quantization_config.keys() - KNOWN:
+        names = ", ".join(map(repr, sorted(unknown)))
+        raise ConversionError(f"{directory / 'config.json'}: quantization_config has settings not known: {names}.")
     try:
         require_neutral({"quant_method": None, **quantization_config}, NEUTRAL)
     except ConversionError as error:
-        raise ConversionError(f"{origin}: quantization_config: {error}") from error
+        raise ConversionError(f"{directory / 'config.json'}: quantization_config: {error}") from error
     added = quantization_config.get("outlier_values") == ADDED["outlier_values"]
     lengths = quantization_config.get("shapes") or {}
     if not isinstance(lengths, dict):
-        raise ConversionError(f"{origin}: shapes in quantization_config is {lengths!r}, not an object.")
+        raise ConversionError(
+            f"{directory / 'config.json'}: shapes in quantization_config is {lengths!r}, not an object."
+        )
     promised = {key.removesuffix(".shape"): length for key, length in lengths.items()}
     quantized = {name for name in stored.keys() | promised.keys() if _part(name) in TYPES}
     tensors = {name: tensor for name, tensor in stored.items() if name not in quantized}
     for module in sorted({name.rpartition(".")[0] for name in quantized}):
         if f"{module}.weight" in tensors:
-            raise ConversionError(f"{origin}: {module} has both weight and dense_weights.")
-        parts = _parts(module, stored, promised, origin)
-        name = f"{origin}: {module}"
+            raise ConversionError(f"{directory}: {module} has both weight and dense_weights.")
+        parts = _parts(module, stored, promised, directory)
+        name = f"{directory}: {module}"
         shape = _shape(parts, name)
         tensors[f"{module}.weight"] = StoredTensor(shape, PACKED, partial(_read, parts, shape, name, added))
     return tensors
@@ -75,7 +83,7 @@ def _part(name: str) -> str:
 
 
 def _parts(
-    module: str, stored: Mapping[str, StoredTensor], promised: Mapping[str, Any], origin: object
+    module: str, stored: Mapping[str, StoredTensor], promised: Mapping[str, Any], directory: Path
 ) -> dict[str, StoredTensor]:
     """The module's tensors; `in_perm` may be left out where nothing says that it has entries."""
     parts = {}
@@ -86,11 +94,11 @@ def _parts(
             parts[part] = stored[name]
             if len(stored[name].shape) != 1 or length not in (None, *stored[name].shape):
                 raise ConversionError(
-                    f"{origin}: {name} has the shape {list(stored[name].shape)}, but shapes in quantization_config "
+                    f"{directory}: {name} has the shape {list(stored[name].shape)}, but shapes in quantization_config "
                     f"says {length}."
                 )
         elif part != "in_perm" or length:
-            raise ConversionError(f"{origin}: {name} is missing.")
+            raise ConversionError(f"{directory}: {name} is missing.")
     return parts
 
 

@@ -11,7 +11,7 @@ from jaxtyping import Float
 
 from converters.errors import ConversionError
 from converters.gguf_file import GgufFile
-from converters.options import flag, gguf_options, number, require_groups, require_neutral, size
+from converters.options import flag, gguf_options, number, require_even, require_groups, require_neutral, size
 from converters.rotary import (
     ROTARY_KNOWN,
     ROTARY_NEUTRAL,
@@ -87,6 +87,8 @@ def from_huggingface(content: Mapping[str, Any]) -> LlamaConfig:
     num_heads = size(content, "num_attention_heads")
     num_kv_heads = size(content, "num_key_value_heads", num_heads)
     require_groups(num_heads, num_kv_heads)
+    head_dim = size(content, "head_dim", hidden_size // num_heads)
+    require_even(head_dim)
     max_positions = size(content, "max_position_embeddings", 2048)
     return LlamaConfig(
         vocab_size=size(content, "vocab_size"),
@@ -95,7 +97,7 @@ def from_huggingface(content: Mapping[str, Any]) -> LlamaConfig:
         num_layers=size(content, "num_hidden_layers"),
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
-        head_dim=size(content, "head_dim", hidden_size // num_heads),
+        head_dim=head_dim,
         rotary=rotary_from_huggingface(content, max_positions),
         norm_epsilon=number(content, "rms_norm_eps", 1e-6),
         attention_bias=flag(content, "attention_bias", False),
@@ -139,6 +141,7 @@ def from_gguf(file: GgufFile) -> LlamaConfig:
     num_kv_heads = size(content, "attention.head_count_kv", num_heads)
     require_groups(num_heads, num_kv_heads)
     head_dim = size(content, "attention.key_length", hidden_size // num_heads)
+    require_even(head_dim)
     require_neutral(content, {"attention.value_length": (head_dim,), "rope.dimension_count": (head_dim,)})
     return LlamaConfig(
         vocab_size=size(content, "vocab_size", len(file.metadata.get("tokenizer.ggml.tokens", ())) or None),
@@ -183,6 +186,8 @@ def rotary_from_divisors(theta: float, divisors: Float[np.ndarray, " half"]) -> 
     factor = float(divisors.max())
     if np.all(divisors == 1.0):
         return RotaryConfig(theta)
+    if not 0 < divisors.min() <= factor < math.inf:
+        raise ConversionError(f"rope_freqs.weight goes from {divisors.min()} to {factor}, not from 1 to a factor.")
     frequencies = np.asarray(RotaryConfig(theta).frequencies(2 * len(divisors)))
     kept = (1 / divisors - 1 / factor) / (1 - 1 / factor)
     ramp = (kept > 0.01) & (kept < 0.99)

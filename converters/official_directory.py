@@ -5,6 +5,7 @@ parameters under their full names, and `args.pt` the settings of the run. A mode
 among them.
 """
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from functools import partial
@@ -25,7 +26,7 @@ from converters.quantized_matrix import (
     quantized_tensor,
 )
 from converters.tensors import PACKED, StoredTensor
-from converters.torch_files import load_torch, to_numpy
+from converters.torch_files import load_torch
 from pallas_kernels import SpqrTensor, check_format
 from pallas_kernels.tensor import BITS
 
@@ -74,14 +75,15 @@ def open_official_directory(directory: Path) -> OfficialDirectory:
       StoredTensor(shape=(4096, 4096), kind='SpQR', read=...)
     """
     arguments = _load(directory / ARGUMENTS, SETTINGS)
-    unquantized = _load(directory / UNQUANTIZED, [])
-    prefix = _block_prefix(unquantized, directory / UNQUANTIZED)
-    tensors = {name: stored_tensor(tensor, name, directory / UNQUANTIZED) for name, tensor in unquantized.items()}
+    _require_integer(arguments, "qq_groupsize", directory / ARGUMENTS)
+    path = directory / UNQUANTIZED
+    tensors = {str(name): stored_tensor(tensor, str(name), path) for name, tensor in _load(path, []).items()}
+    prefix = _block_prefix(tensors, path)
     for path in sorted(directory.glob("*/*")):
         if path.parent.name.isdecimal():
-            out, in_features = _load(path, PARTS)["weight_shape"]
             name = f"{prefix}{path.parent.name}.{path.name}.weight"
-            tensors[name] = StoredTensor((out, in_features), PACKED, partial(_read_matrix, path, arguments))
+            shape = _load_matrix(path)["weight_shape"]
+            tensors[name] = StoredTensor(tuple(shape), PACKED, partial(_read_matrix, path, arguments))
     has_config = (directory / "config.json").is_file()
     return OfficialDirectory(tensors, str(directory if has_config else arguments["model_path"]))
 
@@ -108,8 +110,25 @@ def _block_prefix(names: Iterable[str], path: Path) -> str:
     return prefixes[0]
 
 
-def _read_matrix(path: Path, arguments: Mapping[str, Any]) -> SpqrTensor:
+def _load_matrix(path: Path) -> dict[str, Any]:
     content = _load(path, PARTS)
+    _require_integer(content, "groupsize", path)
+    shape = content["weight_shape"]
+    if not isinstance(shape, tuple) or len(shape) != 2 or not all(isinstance(size, int) for size in shape):
+        raise ConversionError(f"{path}: weight_shape is {shape!r}, not two integers.")
+    for key in (*LISTS.values(), *SECOND_LEVEL):
+        if not isinstance(content[key], list):
+            raise ConversionError(f"{path}: {key} is a {type(content[key]).__name__}, not a list.")
+    return content
+
+
+def _require_integer(content: Mapping[str, Any], key: str, path: Path) -> None:
+    if not isinstance(content[key], int):
+        raise ConversionError(f"{path}: {key} is {content[key]!r}, not an integer.")
+
+
+def _read_matrix(path: Path, arguments: Mapping[str, Any]) -> SpqrTensor:
+    content = _load_matrix(path)
     out, in_features = content["weight_shape"]
     group_size, stats_group_size = content["groupsize"], arguments["qq_groupsize"]
     quantized = {kind: bool(content[f"quant_layer_{kind}_qq_scale"]) for kind in LISTS}
@@ -128,13 +147,11 @@ def _read_matrix(path: Path, arguments: Mapping[str, Any]) -> SpqrTensor:
     except ValueError as error:
         raise ConversionError(f"{path}: {error}.") from error
     groups = in_features // group_size
-    for part, shape in (("quant_weights", (out, in_features)), ("perm", (in_features,))):
-        if tuple(content[part].shape) != shape:
-            raise ConversionError(f"{path}: {part} is {list(content[part].shape)}, but must be {list(shape)}.")
-    permutation = to_numpy(content["perm"])
+    codes = _array(content["quant_weights"], (out, in_features), "quant_weights", path)
+    permutation = _array(content["perm"], (in_features,), "perm", path)
     check_permutation(permutation, str(path))
     return quantized_tensor(
-        _in_range(to_numpy(content["quant_weights"]), arguments["wbits"], f"{path}: quant_weights"),
+        _in_range(codes, arguments["wbits"], f"{path}: quant_weights"),
         _statistics(content, "scale", (out, groups), arguments, path),
         _statistics(content, "zero", (out, groups), arguments, path),
         _outliers(content["outliers_matrix"], (out, in_features), path),
@@ -147,10 +164,17 @@ def _read_matrix(path: Path, arguments: Mapping[str, Any]) -> SpqrTensor:
     )
 
 
+def _array(tensor: Any, shape: tuple[int, ...], name: str, path: Path) -> np.ndarray:
+    stored = stored_tensor(tensor, name, path)
+    if stored.shape != shape:
+        raise ConversionError(f"{path}: {name} is {list(stored.shape)}, but must be {list(shape)}.")
+    return stored.read()
+
+
 def _width(arguments: Mapping[str, Any], key: str, path: Path) -> int:
     """The narrowest width of codes that holds those of a setting."""
     bits = arguments[key]
-    if bits not in range(1, max(BITS) + 1):
+    if not isinstance(bits, int) or bits not in range(1, max(BITS) + 1):
         raise ConversionError(f"{path.parent.parent / ARGUMENTS}: {key} is {bits!r}, but must be 1 to {max(BITS)}.")
     return min(width for width in BITS if width >= bits)
 
@@ -164,28 +188,32 @@ def _statistics(
 ) -> Statistics:
     """Scales or zeros of all groups; the official code quantizes either, both or none of them."""
     second_level = f"quant_layer_{kind}_qq"
-    values = _side_by_side(content[LISTS[kind]], shape, f"{path}: {LISTS[kind]}")
+    values = _side_by_side(content[LISTS[kind]], shape, LISTS[kind], path)
     if not content[f"{second_level}_scale"]:
+        if values.dtype == np.int8:
+            raise ConversionError(f"{path}: {LISTS[kind]} has codes, but {second_level}_scale is empty.")
         return values.astype(np.float32)
     codes = _in_range(values, arguments[f"qq_{kind}_bits"], f"{path}: {LISTS[kind]}")
     coarse = shape[0] // arguments["qq_groupsize"], shape[1]
     scale, zero = (
-        _side_by_side(content[f"{second_level}_{part}"], coarse, f"{path}: {second_level}_{part}").astype(np.float32)
+        _side_by_side(content[f"{second_level}_{part}"], coarse, f"{second_level}_{part}", path).astype(np.float32)
         for part in ("scale", "zero")
     )
     return StoredStatistics(codes, scale, zero)
 
 
-def _side_by_side(tensors: Iterable[Any], shape: tuple[int, int], name: str) -> Shaped[np.ndarray, "rows groups"]:
+def _side_by_side(
+    tensors: Iterable[Any], shape: tuple[int, int], name: str, path: Path
+) -> Shaped[np.ndarray, "rows groups"]:
     """One column of the result for each tensor, whatever its shape."""
-    columns = [to_numpy(tensor).reshape(-1) for tensor in tensors]
-    lengths = sorted({column.size for column in columns})
+    columns = [stored_tensor(tensor, name, path) for tensor in tensors]
+    lengths = sorted({math.prod(column.shape) for column in columns})
     if len(columns) != shape[1] or lengths != [shape[0]]:
         raise ConversionError(
-            f"{name} has {len(columns)} tensors of {' or '.join(map(str, lengths))} entries, "
+            f"{path}: {name} has {len(columns)} tensors of {' or '.join(map(str, lengths))} entries, "
             f"but must have {shape[1]} of {shape[0]}."
         )
-    return np.stack(columns, axis=1)
+    return np.stack([column.read().reshape(-1) for column in columns], axis=1)
 
 
 def _in_range(values: Shaped[np.ndarray, "rows columns"], bits: int, name: str) -> UInt8[np.ndarray, "rows columns"]:
@@ -200,11 +228,12 @@ def _in_range(values: Shaped[np.ndarray, "rows columns"], bits: int, name: str) 
 
 def _outliers(matrix: Any, shape: tuple[int, int], path: Path) -> Outliers:
     """A sparse torch matrix in CSR form; as for the official reader, zeros in it are no outliers."""
-    if not matrix.is_sparse or tuple(matrix.shape) != shape:
+    # The rows of a sparse tensor may be dense.
+    if not getattr(matrix, "is_sparse", False) or tuple(matrix.shape) != shape or matrix.sparse_dim() != 2:
         raise ConversionError(f"{path}: outliers_matrix is not a sparse matrix of shape {list(shape)}.")
     matrix = matrix.coalesce()
-    values = to_numpy(matrix.values()).astype(np.float32)
-    (rows, columns), values = to_numpy(matrix.indices())[:, values != 0], values[values != 0]
+    values = stored_tensor(matrix.values(), "outliers_matrix", path).read().astype(np.float32)
+    (rows, columns), values = matrix.indices().numpy()[:, values != 0], values[values != 0]
     row_offsets = np.searchsorted(rows, np.arange(shape[0] + 1))
     outliers = Outliers(row_offsets, columns, values)
     check_outliers(outliers, shape[1], str(path))

@@ -21,6 +21,12 @@ def require_groups(num_heads: int, num_kv_heads: int) -> None:
         raise ConversionError(f"{num_heads} attention heads cannot share {num_kv_heads} key-value heads evenly.")
 
 
+def require_even(head_dim: int) -> None:
+    """Raises a ConversionError for heads whose features cannot be turned in pairs."""
+    if head_dim % 2:
+        raise ConversionError(f"Heads of {head_dim} features are not supported, only of an even number.")
+
+
 def size(content: Mapping[str, Any], key: str, default: int | None = None) -> int:
     """A positive integer; null means the default, and a GGUF list of one per block must be of equal ones."""
     value = content.get(key)

@@ -15,8 +15,12 @@ from converters.families import FAMILIES, Family
 from converters.forms import Form, Source, open_source
 from converters.gguf_file import GgufFile
 from converters.gguf_tokenizer import build_tokenizer
+from converters.json_files import read_json
 from converters.tensors import Params, assemble
 from spqr_jax.models import Decoder
+
+# Files that may stand beside a `tokenizer.json`.
+TOKENIZER_OPTIONS = ("tokenizer_config.json", "special_tokens_map.json")
 
 
 class Pretrained(NamedTuple):
@@ -97,10 +101,19 @@ def _tokenizer(source: Source) -> PreTrainedTokenizerFast | None:
                 f"{directory} has a tokenizer.model but no tokenizer.json; transformers' AutoTokenizer can write one."
             )
         return None
+    options = [name for name in TOKENIZER_OPTIONS if (directory / name).is_file()]
+    for name in options:
+        read_json(directory / name)
     try:
-        return PreTrainedTokenizerFast.from_pretrained(directory, local_files_only=True)
-    except Exception as error:  # the Rust library raises plain Exception
-        raise ConversionError(f"{directory / 'tokenizer.json'} cannot be read: {error}.") from error
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(directory, local_files_only=True)
+        # Some contradictions show only in use.
+        tokenizer.encode("")
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the Rust library raises plain Exception; its panics are not even that
+        beside = "".join(f" with {name}" for name in options)
+        raise ConversionError(f"{directory / 'tokenizer.json'} cannot be read{beside}: {error}.") from error
+    return tokenizer
 
 
 @contextmanager

@@ -27,19 +27,21 @@ def rotary_from_huggingface(content: Mapping[str, Any], max_positions: int) -> R
     theta = number(rope, "rope_theta", number(content, "rope_theta", 10000.0))
     scaling = rope.get("rope_type", rope.get("type", "default"))
     if scaling == "default":
-        return RotaryConfig(theta)
+        return _usable(RotaryConfig(theta))
     if scaling == "linear":
-        return RotaryConfig(theta, "linear", number(rope, "factor"))
+        return _usable(RotaryConfig(theta, "linear", number(rope, "factor")))
     if scaling == "llama3":
         # As in transformers, a number beside the rotary parameters goes before one in them.
         given = {key: value for key, value in content.items() if value is not None}
-        return RotaryConfig(
-            theta,
-            "llama3",
-            number(rope, "factor"),
-            number(rope, "low_freq_factor"),
-            number(rope, "high_freq_factor"),
-            size({**rope, **given}, "original_max_position_embeddings", max_positions),
+        return _usable(
+            RotaryConfig(
+                theta,
+                "llama3",
+                number(rope, "factor"),
+                number(rope, "low_freq_factor"),
+                number(rope, "high_freq_factor"),
+                size({**rope, **given}, "original_max_position_embeddings", max_positions),
+            )
         )
     raise ConversionError(f"Rotary scaling {scaling!r} is not supported, only default, linear and llama3.")
 
@@ -63,4 +65,17 @@ def rotary_from_gguf(content: Mapping[str, Any]) -> RotaryConfig:
     theta = number(content, "rope.freq_base", 10000.0)
     factor = number(content, "rope.scaling.factor", number(content, "rope.scale_linear", 0.0))
     linear = content.get("rope.scaling.type") != "none" and factor not in (0.0, 1.0)
-    return RotaryConfig(theta, "linear", factor) if linear else RotaryConfig(theta)
+    return _usable(RotaryConfig(theta, "linear", factor) if linear else RotaryConfig(theta))
+
+
+def _usable(rotary: RotaryConfig) -> RotaryConfig:
+    """The same, or a ConversionError where its angles would not be finite."""
+    if min(rotary.theta, rotary.factor) <= 0:
+        raise ConversionError(
+            f"The rotary base {rotary.theta:g} and the factor of its scaling, {rotary.factor:g}, must be positive."
+        )
+    if rotary.low_freq_factor >= rotary.high_freq_factor:
+        raise ConversionError(
+            f"low_freq_factor {rotary.low_freq_factor:g} must be below high_freq_factor {rotary.high_freq_factor:g}."
+        )
+    return rotary

@@ -1,5 +1,6 @@
 """Weights of a Hugging Face directory: one file, or many and an index, in whichever format the files are."""
 
+import os.path
 from collections.abc import Callable
 from pathlib import Path
 
@@ -52,6 +53,6 @@ def _beside(index: Path, shard: str) -> Path:
     path = index.parent / shard
     if path.parent != index.parent:
         raise ConversionError(f"{index} refers to {shard}, which is not in the same directory.")
-    if not path.is_file():
-        raise ConversionError(f"{path} is missing.")
+    if not os.path.isfile(path):  # false also for a name that no file can have
+        raise ConversionError(f"{path} is missing, but {index.name} refers to it.")
     return path

