@@ -106,10 +106,9 @@ def export_hf_spqr(
         "beta1": 16,
         "beta2": 16,
         **ADDED,
-        "modules_to_not_convert": [
-            "lm_head",
-            *(name.removesuffix(".weight") for name, leaf in dense.items() if leaf.ndim == 2),
-        ],
+        "modules_to_not_convert": sorted(
+            {"lm_head"} | {n.removesuffix(".weight") for n, a in dense.items() if a.ndim == 2}
+        ),
         "shapes": {f"{name}.shape": len(array) for name, array in arrays.items()},
     }
     config = family_of(model).to_huggingface(model.config)
