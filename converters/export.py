@@ -2,17 +2,15 @@
 
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 from jax.typing import DTypeLike
-from jaxtyping import Float
+from jaxtyping import Float32
 from safetensors.numpy import save_file
 from transformers import PreTrainedTokenizerFast
 
@@ -20,16 +18,15 @@ from converters.errors import ConversionError
 from converters.families import family_of
 from converters.hf_spqr import ADDED
 from converters.official_tiles import encode_tensor
+from converters.quantized_matrix import weight_in_order
 from converters.safetensors_files import INDEX, SINGLE
-from pallas_kernels import SpqrTensor, dequantize
+from pallas_kernels import SpqrTensor
 from spqr_jax.directories import existing_parent, new_directory
 from spqr_jax.models import Decoder
 from spqr_jax.models.decoder import Params
 from spqr_jax.models.stacking import unstack_blocks
 
 SHARD_BYTES = 5_000_000_000
-
-DEQUANTIZE = jax.jit(dequantize)
 
 Named = tuple[str, Any]
 
@@ -135,19 +132,9 @@ def _dense(name: str, leaf: Any, dtype: DTypeLike) -> np.ndarray:
     return result
 
 
-def _dequantized(tensor: SpqrTensor) -> Float[np.ndarray, "out in"]:
-    if tensor.row_offsets is None or tensor.outlier_columns is None or tensor.outlier_values is None:
-        return np.asarray(DEQUANTIZE(tensor))
-    # Outliers go on afterwards: JAX would compile anew for each number of them.
-    dense = replace(tensor, row_offsets=None, outlier_columns=None, outlier_values=None)
-    weight = np.array(DEQUANTIZE(dense))
-    count = int(tensor.row_offsets[-1])
-    rows = np.repeat(np.arange(len(weight)), np.diff(np.asarray(tensor.row_offsets)))
-    columns = np.asarray(tensor.outlier_columns)[:count]
-    if tensor.permutation is not None:
-        columns = np.asarray(tensor.permutation)[columns]
-    weight[rows, columns] += np.asarray(tensor.outlier_values)[:count].astype(np.float32)
-    return weight
+def _dequantized(tensor: SpqrTensor) -> Float32[np.ndarray, "out in"]:
+    weight = weight_in_order(tensor)
+    return weight if tensor.permutation is None else weight[:, np.argsort(tensor.permutation)]
 
 
 def _write(

@@ -18,7 +18,7 @@ from converters.rotary import (
     rotary_from_huggingface,
     rotary_to_huggingface,
 )
-from converters.tensors import Layout, Target
+from converters.tensors import Layout, Target, vocabulary_layout
 from spqr_jax.models import FalconConfig, RotaryConfig, layer_name
 
 # The norms of each arrangement: the module in a block, which is also its name in a Hugging Face checkpoint, and its
@@ -219,16 +219,12 @@ def layout(config: FalconConfig, naming: Literal["huggingface", "gguf"]) -> Layo
     """The tensors of a checkpoint with this configuration, under Hugging Face's names or GGUF's."""
     gguf = naming == "gguf"
     embedding, norm, head = ENDS[gguf]
-    vocabulary = (config.vocab_size, config.hidden_size)
-    targets = [Target(("embed_tokens", "embedding"), f"{embedding}.weight", vocabulary)]
-    targets.extend(_norm(config, ("norm",), norm))
+    vocabulary, copies = vocabulary_layout(
+        f"{embedding}.weight", f"{head}.weight", (config.vocab_size, config.hidden_size), tied=config.tie_embeddings
+    )
+    targets = [*vocabulary, *_norm(config, ("norm",), norm)]
     for index in range(config.num_layers):
         targets.extend(_block(config, index, gguf))
-    copies = {}
-    if config.tie_embeddings:
-        copies = {f"{head}.weight": f"{embedding}.weight"}
-    else:
-        targets.append(Target(("lm_head", "kernel"), f"{head}.weight", vocabulary, np.transpose))
     # Frequencies of the rotary embedding: the configuration gives them.
     frequencies = r"transformer\.(h\.\d+\.self_attention\.)?(maybe_rotary|rotary_emb|rotary)\.inv_freq"
     return Layout(tuple(targets), copies, re.compile(frequencies))

@@ -19,7 +19,7 @@ from converters.rotary import (
     rotary_from_huggingface,
     rotary_to_huggingface,
 )
-from converters.tensors import Layout, Target, Transform
+from converters.tensors import Layout, Target, Transform, vocabulary_layout
 from spqr_jax.models import LlamaConfig, RotaryConfig, layer_name
 
 # The module in a block, its name in a Hugging Face checkpoint and its name in a GGUF file.
@@ -203,18 +203,12 @@ def layout(config: LlamaConfig, naming: Literal["huggingface", "gguf"]) -> Layou
     """The tensors of a checkpoint with this configuration, under Hugging Face's names or GGUF's."""
     gguf = naming == "gguf"
     embedding, norm, head = ENDS[gguf]
-    vocabulary = (config.vocab_size, config.hidden_size)
-    targets = [
-        Target(("embed_tokens", "embedding"), f"{embedding}.weight", vocabulary),
-        Target(("norm", "scale"), f"{norm}.weight", (config.hidden_size,)),
-    ]
+    vocabulary, copies = vocabulary_layout(
+        f"{embedding}.weight", f"{head}.weight", (config.vocab_size, config.hidden_size), tied=config.tie_embeddings
+    )
+    targets = [*vocabulary, Target(("norm", "scale"), f"{norm}.weight", (config.hidden_size,))]
     for index in range(config.num_layers):
         targets.extend(_block(config, index, gguf))
-    copies = {}
-    if config.tie_embeddings:
-        copies = {f"{head}.weight": f"{embedding}.weight"}
-    else:
-        targets.append(Target(("lm_head", "kernel"), f"{head}.weight", vocabulary, np.transpose))
     # Frequencies of the rotary embedding: the configuration gives them (GGUF's have been read with it).
     frequencies = r"rope_freqs\.weight" if gguf else r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"
     return Layout(tuple(targets), copies, re.compile(frequencies))

@@ -28,9 +28,10 @@ from converters.quantized_matrix import (
     check_outliers,
     check_permutation,
     quantized_tensor,
+    stored_outliers,
+    weight_in_order,
 )
 from pallas_kernels import SpqrTensor
-from pallas_kernels.dequantize import dequantize_in_order
 from pallas_kernels.packing import unpack_codes, unpack_planes
 from pallas_kernels.tensor import MAX_COLUMNS
 
@@ -43,7 +44,6 @@ READER_COLUMNS = 2**15
 TYPES = {"dense_weights": np.int64, "row_offsets": np.int32, "col_vals": np.int32, "in_perm": np.int32}
 """The arrays of a matrix and their types."""
 
-DEQUANTIZE = jax.jit(dequantize_in_order)
 UNPACK_CODES = jax.jit(unpack_codes, static_argnames="columns")
 UNPACK_PLANES = jax.jit(unpack_planes)
 
@@ -119,11 +119,9 @@ def encode_tensor(tensor: SpqrTensor, name: str) -> dict[str, np.ndarray]:
       dtype('int64')
     """
     _check_format(tensor, name)
-    outliers = _stored_outliers(tensor)
+    outliers = stored_outliers(tensor)
     rows, columns = outliers.rows, outliers.columns
-    # Dequantized without outliers, JAX does not compile anew for each number of them.
-    dense = replace(tensor, row_offsets=None, outlier_columns=None, outlier_values=None)
-    weight = np.asarray(DEQUANTIZE(dense))[rows, columns] + outliers.values.astype(np.float32)
+    weight = weight_in_order(tensor)[rows, columns]
     codes = np.array(UNPACK_CODES(tensor.codes, columns=tensor.in_features))
     permutation = np.arange(tensor.in_features) if tensor.permutation is None else np.asarray(tensor.permutation)
     matrix = TiledMatrix(
@@ -218,15 +216,6 @@ def _added_values(
         errors = np.abs((beneath + values).astype(np.float16) - target)
     best = errors.argmin(axis=0)[None]
     return np.take_along_axis(choices, best, axis=0)[0], np.take_along_axis(values, best, axis=0)[0]
-
-
-def _stored_outliers(tensor: SpqrTensor) -> Outliers:
-    """The tensor's outliers without padding, with residuals as values."""
-    if tensor.row_offsets is None:
-        return Outliers(np.zeros(tensor.shape[0] + 1, np.int32), np.zeros(0, np.uint16), np.zeros(0, np.float16))
-    row_offsets = np.asarray(tensor.row_offsets)
-    columns, residuals = (np.asarray(a)[: row_offsets[-1]] for a in (tensor.outlier_columns, tensor.outlier_values))
-    return Outliers(row_offsets, columns, residuals)
 
 
 def _statistics(tensor: SpqrTensor, kind: Literal["scale", "zero"]) -> StoredStatistics:

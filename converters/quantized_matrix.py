@@ -1,18 +1,20 @@
-"""From the parts of a quantized matrix, as checkpoints of other projects hold them, to a packed one."""
+"""From the parts of a quantized matrix, as checkpoints of other projects hold them, to a packed one, and back."""
 
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, Float32, Int, UInt8
 
 from converters.errors import ConversionError
 from pallas_kernels import QuantizedStatistics, SpqrTensor, pack
+from pallas_kernels.dequantize import dequantize_in_order
 
 # The most by which rounding to float16 may change statistics: some sixteen times what is usual.
 MAX_LOSS = 2.0**-7
 
+DEQUANTIZE = jax.jit(dequantize_in_order)
 PACK = jax.jit(pack, static_argnames=("bits", "group_size", "scale_bits", "zero_bits"))
 
 
@@ -69,6 +71,27 @@ def check_finite(values: Float[np.ndarray, "..."], what: str) -> None:
     """Raises a ConversionError that says what has how many values that are NaN or infinite."""
     if bad := values.size - np.count_nonzero(np.isfinite(values)):
         raise ConversionError(f"The {what} have {bad} of {values.size} values that are not finite in float16.")
+
+
+def stored_outliers(tensor: SpqrTensor) -> Outliers:
+    """A packed matrix's outliers without padding, in host memory; their values are residuals."""
+    if tensor.row_offsets is None:
+        return Outliers(np.zeros(tensor.shape[0] + 1, np.int32), np.zeros(0, np.uint16), np.zeros(0, np.float16))
+    row_offsets = np.asarray(tensor.row_offsets)
+    columns, residuals = (np.asarray(a)[: row_offsets[-1]] for a in (tensor.outlier_columns, tensor.outlier_values))
+    return Outliers(row_offsets, columns, residuals)
+
+
+def weight_in_order(tensor: SpqrTensor) -> Float32[np.ndarray, "out in"]:
+    """`dequantize_in_order` in host memory, compiled once for all matrices of a shape.
+
+    The outliers go on afterwards, because JAX would compile anew for each number of them.
+    """
+    dense = replace(tensor, row_offsets=None, outlier_columns=None, outlier_values=None)
+    weight = np.array(DEQUANTIZE(dense))
+    outliers = stored_outliers(tensor)
+    weight[outliers.rows, outliers.columns] += outliers.values.astype(np.float32)
+    return weight
 
 
 def quantized_tensor(

@@ -67,6 +67,16 @@ class Layout:
     ignored: re.Pattern[str] = re.compile(r"(?!)")
 
 
+def vocabulary_layout(
+    embedding: str, head: str, shape: tuple[int, int], *, tied: bool
+) -> tuple[tuple[Target, ...], dict[str, str]]:
+    """Targets and copies of a token embedding and a head: a tied head may be stored as well, and must be equal."""
+    targets = (Target(("embed_tokens", "embedding"), embedding, shape),)
+    if tied:
+        return targets, {head: embedding}
+    return (*targets, Target(("lm_head", "kernel"), head, shape, np.transpose)), {}
+
+
 def assemble(layout: Layout, stored: Mapping[str, StoredTensor], *, dtype: DTypeLike, origin: object) -> Params:
     """Reads every target, one tensor at a time, into a nested dict of NumPy arrays and packed matrices.
 
