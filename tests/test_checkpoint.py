@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 from functools import cache, partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -276,7 +275,9 @@ def test_overwrite_deletes_nothing_else(tmp_path, saved):
     check_destination(tmp_path / "new" / "model")
 
 
-@pytest.mark.parametrize("step", ["os.fsync", "pathlib.Path.write_text", "pathlib.Path.rename", "pathlib.Path.mkdir"])
+@pytest.mark.parametrize(
+    "step", ["os.fsync", "pathlib.Path.write_text", "pathlib.Path.mkdir", "spqr_jax.directories._publish"]
+)
 def test_a_full_disk_leaves_the_old_checkpoint_and_nothing_else(tmp_path, saved, dense, quantized, step, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -288,21 +289,6 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_nothing_else(tmp_path, saved,
         for path in (saved, tmp_path / "new"):
             with pytest.raises(CheckpointError, match=message):
                 save(path, MODEL, dense, overwrite=True)
-    assert list(tmp_path.iterdir()) == [saved]
-    assert_identical(load(saved).params, quantized)
-
-
-def test_a_failed_last_rename_puts_the_old_checkpoint_back(tmp_path, saved, dense, quantized, monkeypatch):
-    rename = Path.rename
-
-    def fail(source, target):
-        if ".incomplete-" in source.name:
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
-        return rename(source, target)
-
-    monkeypatch.setattr(Path, "rename", fail)
-    with pytest.raises(CheckpointError, match=os.strerror(errno.EIO)):
-        save(saved, MODEL, dense, overwrite=True)
     assert list(tmp_path.iterdir()) == [saved]
     assert_identical(load(saved).params, quantized)
 
@@ -372,7 +358,8 @@ for part in range(8):
     for path in survivors:
         assert_identical(load(path).params, quantized)
         save(path, MODEL, quantized, overwrite=True)
-    assert 8 <= len(survivors) < 16
+    assert {path.name for path in survivors} >= {f"old-{part}" for part in range(8)}
+    assert len(survivors) < 16
     assert list(tmp_path.glob("*.incomplete-*"))
 
 
