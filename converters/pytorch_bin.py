@@ -60,6 +60,9 @@ def stored_tensor(value: Any, name: str, path: Path) -> StoredTensor:
 
     if not isinstance(value, torch.Tensor):
         raise ConversionError(f"{path}: {name} is a {type(value).__name__}, not a tensor.")
+    if value.is_meta or value.is_nested:
+        what = "a tensor without its numbers" if value.is_meta else "a nested tensor"
+        raise ConversionError(f"{path}: {name} is {what}, which is not supported.")
     kind = KINDS.get(str(value.dtype).removeprefix("torch."))
     if kind is None or value.layout is not torch.strided:
         raise ConversionError(f"{path}: {name} is of {value.dtype} and {value.layout}, which is not supported.")

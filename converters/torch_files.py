@@ -54,7 +54,7 @@ def to_numpy(tensor: Any) -> np.ndarray:
     """A dense torch tensor as an array of the same type, bfloat16 included."""
     import torch
 
-    tensor = tensor.detach().contiguous()
+    tensor = tensor.detach().resolve_neg().contiguous()
     if tensor.dtype == torch.bfloat16:
         return tensor.view(torch.int16).numpy().view(jnp.bfloat16)
     return tensor.numpy()

@@ -75,6 +75,18 @@ def test_parameters_are_those_of_safetensors(tmp_path: Path, dtype: str, shards:
     assert {name: tensor.kind for name, tensor in source.tensors.items()} == kinds
 
 
+def test_views_in_other_orders_and_signs(tmp_path: Path) -> None:
+    """PyTorch saves a view as it is, over the numbers of another tensor."""
+    torch = pytest.importorskip("torch")
+    tensors = random_tensors(CONFIG)
+    expected = from_pretrained(write_checkpoint(tmp_path / "safetensors", CONFIG, tensors))
+    state = {name: torch.from_numpy(tensor.T.copy()).T for name, tensor in tensors.items()}
+    state["model.norm.weight"] = torch._neg_view(-state["model.norm.weight"])
+    write_pytorch(tmp_path / "bin", tensors)
+    torch.save(state, tmp_path / "bin" / "pytorch_model.bin")
+    assert_same_params(from_pretrained(tmp_path / "bin").params, expected.params)
+
+
 def test_files_older_than_the_archive_format(tmp_path: Path) -> None:
     tensors = random_tensors(CONFIG)
     write_pytorch(tmp_path / "old", tensors, _use_new_zipfile_serialization=False)
@@ -106,6 +118,8 @@ def test_pytorch_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         (lambda torch: {"a": torch.ones(3, dtype=torch.complex64)}, "a is of torch.complex64"),
         (lambda torch: {"a": torch.eye(3).to_sparse()}, "a is of torch.float32 and torch.sparse_coo"),
         (lambda torch: {"a": torch.ones(3, dtype=torch.float8_e4m3fn)}, "a is of torch.float8_e4m3fn"),
+        (lambda torch: {"a": torch.ones(3, device="meta")}, "a is a tensor without its numbers"),
+        (lambda torch: {"a": torch.nested.nested_tensor([torch.ones(3)])}, "a is a nested tensor"),
     ],
 )
 def test_content_that_is_no_weights(tmp_path: Path, make: Any, named: str) -> None:
