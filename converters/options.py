@@ -1,6 +1,6 @@
 """Options of a checkpoint's configuration, checked as they are read."""
 
-import math
+import sys
 from collections.abc import Mapping, Set
 from typing import Any
 
@@ -28,20 +28,21 @@ def require_even(head_dim: int) -> None:
 
 
 def size(content: Mapping[str, Any], key: str, default: int | None = None) -> int:
-    """A positive integer; null means the default, and a GGUF list of one per block must be of equal ones."""
+    """A positive integer of 32 bits; null means the default, and a GGUF list of one per block must be of equal ones."""
     value = content.get(key)
     value = default if value is None else value
     if isinstance(value, list) and len(set(map(repr, value))) == 1:
         value = value[0]
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConversionError(f"{key} must be a positive integer, found {value!r}.")
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**31:
+        raise ConversionError(f"{key} must be a positive integer below 2^31, found {value!r}.")
     return value
 
 
 def number(content: Mapping[str, Any], key: str, default: float | None = None) -> float:
     value = content.get(key)
     value = default if value is None else value
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    # False for NaN too; math.isfinite raises for integers beyond every float.
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
         raise ConversionError(f"{key} must be a number, found {value!r}.")
     return float(value)
 
