@@ -1,14 +1,12 @@
 """From one subtree per block to one tree with a leading axis, which the forward pass scans over, and back."""
 
-from dataclasses import replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array
 
-from pallas_kernels import SpqrTensor, trim
+from pallas_kernels import SpqrTensor
+from pallas_kernels.stacks import element, stack
 from spqr_jax.models.decoder import Params, layer_name
 
 
@@ -74,20 +72,8 @@ def _is_packed(leaf: Any) -> bool:
 
 
 def _stack(*leaves: Any) -> Any:
-    if _is_packed(leaves[0]) and leaves[0].row_offsets is not None:
-        capacity = max(leaf.outlier_values.shape[0] for leaf in leaves)
-        leaves = tuple(_pad_outliers(leaf, capacity) for leaf in leaves)
-    return jax.tree.map(lambda *arrays: jnp.stack(arrays), *leaves)
-
-
-def _pad_outliers(tensor: Any, capacity: int) -> SpqrTensor:
-    def padded(array: Array) -> np.ndarray:
-        # Through NumPy: JAX would compile anew for each length.
-        return np.pad(np.asarray(array), (0, capacity - array.shape[0]))
-
-    return replace(tensor, outlier_columns=padded(tensor.outlier_columns), outlier_values=padded(tensor.outlier_values))
+    return stack(leaves) if _is_packed(leaves[0]) else jnp.stack(leaves)
 
 
 def _unstack(leaf: Any, index: int) -> Any:
-    part = jax.tree.map(lambda array: array[index], leaf)
-    return trim(part) if _is_packed(part) else part
+    return element(leaf, index) if _is_packed(leaf) else leaf[index]
