@@ -2,6 +2,7 @@
 
 from pallas_kernels.dequantize import dequantize
 from pallas_kernels.matmul import spqr_matmul
+from pallas_kernels.rows import concatenate_rows, split_rows
 from pallas_kernels.tensor import (
     QuantizedStatistics,
     SpqrTensor,
@@ -17,9 +18,11 @@ __all__ = [
     "SpqrTensor",
     "bits_per_weight",
     "check_format",
+    "concatenate_rows",
     "dequantize",
     "outlier_share",
     "pack",
+    "split_rows",
     "spqr_matmul",
     "trim",
 ]
