@@ -54,7 +54,7 @@ def concatenate_rows(tensors: Sequence[SpqrTensor]) -> SpqrTensor:
         elements = [[element(tensor, index) for tensor in tensors] for index in range(len(first.codes))]
         return stack([concatenate_rows(matrices) for matrices in elements])
     joined: dict[str, Any] = {
-        name: jnp.concatenate([getattr(tensor, name) for tensor in tensors], axis=-2)
+        name: _joined_arrays([getattr(tensor, name) for tensor in tensors])
         for name in ROW_FIELDS
         if getattr(first, name) is not None
     }
@@ -147,6 +147,12 @@ def _equal(one: Array | None, other: Array | None) -> bool:
     if one is None or other is None:
         return one is other
     return one is other or np.array_equal(one, other)
+
+
+def _joined_arrays(arrays: Sequence[Any]) -> Any:
+    """Joined where they are: a device may not have room for all matrices of a model twice."""
+    module = np if all(isinstance(array, np.ndarray) for array in arrays) else jnp
+    return module.concatenate(arrays, axis=-2)
 
 
 def _joined_outliers(tensors: Sequence[SpqrTensor]) -> dict[str, Any]:

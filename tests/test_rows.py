@@ -157,6 +157,14 @@ def test_stacked_matrices_are_joined_one_by_one() -> None:
         jax.tree.map(np.testing.assert_array_equal, element(joined, index), expected)
 
 
+def test_arrays_in_host_memory_stay_there() -> None:
+    tensors = [random_packed(seed) for seed in range(2)]
+    joined, on_host = concatenate_rows(tensors), concatenate_rows(jax.device_get(tensors))
+    assert isinstance(joined.codes, jax.Array)
+    assert isinstance(on_host.codes, np.ndarray)
+    jax.tree.map(np.testing.assert_array_equal, on_host, joined)
+
+
 def test_one_permutation_serves_all_rows() -> None:
     permutation = np.random.default_rng(3).permutation(64)
     tensors = [random_packed(seed, permutation=permutation, outliers="none") for seed in range(3)]
