@@ -13,9 +13,10 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from spqr_jax.models.layers import Linear
+from spqr_jax.models.layers import Linear, linear
 
 Params = dict[str, Any]
 State = dict[str, Float[Array, "batch tokens ..."]]
@@ -27,7 +28,8 @@ class Stage:
 
     Attributes:
       method: name of the block's method, `(state, context) -> state`.
-      feeds: for each entry of the new state that matrices multiply next, the names of those matrices.
+      feeds: for each entry of the new state that matrices multiply next, the names of those matrices. An entry is
+        fed by one stage only, and the next stage takes it out, by `Block.project`.
     """
 
     method: str
@@ -82,9 +84,35 @@ class Block(nn.Module):
             state = getattr(self, stage.method)(state, context)
         return state
 
+    def feeds(self) -> dict[str, tuple[str, ...]]:
+        """The entries of the state that matrices multiply, each with the names of its matrices, in order of use."""
+        return {feed: names for stage in self.stages for feed, names in stage.feeds.items()}
+
     def matrices(self) -> tuple[str, ...]:
         """Names of the matrices that are quantized, in the order in which they are used."""
-        return tuple(name for stage in self.stages for names in stage.feeds.values() for name in names)
+        return tuple(name for names in self.feeds().values() for name in names)
+
+    def project(self, state: State) -> tuple[State, State]:
+        """Multiplies every entry of a state that feeds matrices by each of them.
+
+        Matrices of one input that stand in the parameters as one, see `fuse_projections`, take one product.
+
+        Returns:
+          The state without those entries, and the products under the names of the matrices.
+        """
+        state = dict(state)
+        products: State = {}
+        for feed, names in self.feeds().items():
+            if feed in state:
+                products |= dict(zip(names, self._products(state.pop(feed), names), strict=True))
+        return state, products
+
+    def _products(self, x: Array, names: tuple[str, ...]) -> list[Array]:
+        layers = [getattr(self, name) for name in names]
+        fused: Any = self.get_variable("params", fused_name(names)) if len(names) > 1 else None
+        if fused is None:
+            return [layer(x) for layer in layers]
+        return jnp.split(linear(x, **fused), np.cumsum([layer.features for layer in layers])[:-1], axis=-1)
 
 
 class Decoder(nn.Module):
@@ -198,6 +226,11 @@ def make_context(
     causal = jnp.arange(valid.shape[1]) <= (offset + jnp.arange(tokens))[:, None]
     slot_positions = (jnp.cumsum(valid, axis=1) - 1) * valid
     return Context(positions, causal & valid[:, None, :], slot_positions, offset), valid
+
+
+def fused_name(names: tuple[str, ...]) -> str:
+    """Key of matrices that stand in a block's parameters as one."""
+    return "+".join(names)
 
 
 def layer_name(index: int) -> str:

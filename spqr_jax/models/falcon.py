@@ -94,9 +94,35 @@ class FalconBlock(Block):
         return {**state, "attention_input": self.input_layernorm(x)}
 
     def attention(self, state: State, context: Context) -> State:
-        state, c = dict(state), self.config
-        x = self.query_key_value(state.pop("attention_input"))
-        batch, tokens = x.shape[:2]
+        state, products = self.project(state)
+        return self._attend(state, products["query_key_value"], context)
+
+    def attention_residual(self, state: State, context: Context) -> State:
+        state, products = self.project(state)
+        hidden = state["hidden"] + products["dense"]
+        return {**state, "hidden": hidden, "mlp_input": self.post_attention_layernorm(hidden)}
+
+    def activate(self, state: State, context: Context) -> State:
+        state, products = self.project(state)
+        return {**state, "mlp_hidden": gelu(products["dense_h_to_4h"])}
+
+    def mlp_residual(self, state: State, context: Context) -> State:
+        state, products = self.project(state)
+        return {**state, "hidden": state["hidden"] + products["dense_4h_to_h"]}
+
+    def attention_and_activate(self, state: State, context: Context) -> State:
+        state, products = self.project(state)
+        state = self._attend(state, products["query_key_value"], context)
+        return {**state, "mlp_hidden": gelu(products["dense_h_to_4h"])}
+
+    def residual(self, state: State, context: Context) -> State:
+        state, products = self.project(state)
+        return {**state, "hidden": state["hidden"] + products["dense"] + products["dense_4h_to_h"]}
+
+    def _attend(self, state: State, x: Float[Array, "batch tokens features"], context: Context) -> State:
+        """Adds the attention's output to a state, from the product with `query_key_value`."""
+        c = self.config
+        batch, tokens, _ = x.shape
         groups = x.reshape(batch, tokens, c.num_kv_heads, -1, c.head_dim)
         queries = groups[..., :-2, :].reshape(batch, tokens, c.num_heads, c.head_dim)
         keys, values = groups[..., -2, :], groups[..., -1, :]
@@ -110,30 +136,6 @@ class FalconBlock(Block):
         attended = attend(queries, keys, values, context.mask, bias)
         return {**state, "attention_output": attended.reshape(batch, tokens, -1)}
 
-    def attention_residual(self, state: State, context: Context) -> State:
-        state = dict(state)
-        hidden = state["hidden"] + self.dense(state.pop("attention_output"))
-        return {**state, "hidden": hidden, "mlp_input": self.post_attention_layernorm(hidden)}
-
-    def activate(self, state: State, context: Context) -> State:
-        state = dict(state)
-        x = self.dense_h_to_4h(state.pop("mlp_input"))
-        return {**state, "mlp_hidden": jax.nn.gelu(x, approximate=False)}
-
-    def mlp_residual(self, state: State, context: Context) -> State:
-        state = dict(state)
-        x = state.pop("mlp_hidden")
-        return {**state, "hidden": state["hidden"] + self.dense_4h_to_h(x)}
-
-    def attention_and_activate(self, state: State, context: Context) -> State:
-        mlp_input = state.get("mlp_input", state["attention_input"])
-        return self.activate({**self.attention(state, context), "mlp_input": mlp_input}, context)
-
-    def residual(self, state: State, context: Context) -> State:
-        state = dict(state)
-        attention, mlp = self.dense(state.pop("attention_output")), self.dense_4h_to_h(state.pop("mlp_hidden"))
-        return {**state, "hidden": state["hidden"] + attention + mlp}
-
 
 class Falcon(Decoder):
     """A Falcon language model in Flax."""
@@ -143,6 +145,11 @@ class Falcon(Decoder):
 
     def norm_module(self) -> nn.Module:
         return LayerNorm(self.config.norm_epsilon)
+
+
+def gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """x · Φ(x), exactly: not the approximation by a tanh."""
+    return jax.nn.gelu(x, approximate=False)
 
 
 def alibi_slopes(num_heads: int) -> Float[np.ndarray, " heads"]:

@@ -15,11 +15,21 @@ QUERY_CHUNK = 256
 """Queries whose scores are held at once in a forward pass without a KV cache."""
 
 
-class Linear(nn.Module):
+def linear(
+    x: Float[Array, "*batch in"],
+    kernel: Float[Array, "in out"] | SpqrTensor,
+    bias: Float[Array, " out"] | None = None,
+) -> Float[Array, "*batch out"]:
     """y = x Wᵀ + b; `kernel` is a dense `[in, out]` array or an `SpqrTensor` of shape `(out, in)`.
 
-    This module is the only place of a model that knows about quantization.
+    This function is the only place of a model that knows about quantization.
     """
+    y = spqr_matmul(x, kernel) if isinstance(kernel, SpqrTensor) else x @ kernel.astype(x.dtype)
+    return y if bias is None else y + bias.astype(x.dtype)
+
+
+class Linear(nn.Module):
+    """`linear` with the module's own `kernel` and, if it has one, `bias`."""
 
     features: int
     use_bias: bool = False
@@ -31,10 +41,8 @@ class Linear(nn.Module):
             kernel = self.get_variable("params", "kernel")
         else:
             kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features))
-        y = spqr_matmul(x, kernel) if isinstance(kernel, SpqrTensor) else x @ kernel.astype(x.dtype)
-        if self.use_bias:
-            y = y + self.param("bias", nn.initializers.zeros, (self.features,)).astype(x.dtype)
-        return y
+        bias: Any = self.param("bias", nn.initializers.zeros, (self.features,)) if self.use_bias else None
+        return linear(x, kernel, bias)
 
 
 class RMSNorm(nn.Module):

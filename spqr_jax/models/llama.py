@@ -5,7 +5,6 @@ from typing import ClassVar
 
 import flax.linen as nn
 import jax
-from jaxtyping import Array
 
 from spqr_jax.models.decoder import Block, Context, Decoder, Stage, State
 from spqr_jax.models.layers import Linear, RMSNorm, RotaryConfig, attend, extend_cache, rotate
@@ -61,34 +60,29 @@ class LlamaBlock(Block):
         return {**state, "attention_input": self.input_layernorm(state["hidden"])}
 
     def attention(self, state: State, context: Context) -> State:
-        state = dict(state)
-        x = state.pop("attention_input")
-
-        def heads(projection: Linear) -> Array:
-            return projection(x).reshape(*x.shape[:2], -1, self.config.head_dim)
-
-        queries = rotate(heads(self.q_proj), context.positions, self.config.rotary)
-        keys = rotate(heads(self.k_proj), context.positions, self.config.rotary)
-        values = heads(self.v_proj)
+        state, products = self.project(state)
+        batch, tokens, _ = state["hidden"].shape
+        queries, keys, values = (
+            products[name].reshape(batch, tokens, -1, self.config.head_dim) for name in ("q_proj", "k_proj", "v_proj")
+        )
+        queries = rotate(queries, context.positions, self.config.rotary)
+        keys = rotate(keys, context.positions, self.config.rotary)
         state, keys, values = extend_cache(state, keys, values, context.offset)
         attended = attend(queries, keys, values, context.mask)
-        return {**state, "attention_output": attended.reshape(*x.shape[:2], -1)}
+        return {**state, "attention_output": attended.reshape(batch, tokens, -1)}
 
     def attention_residual(self, state: State, context: Context) -> State:
-        state = dict(state)
-        x = state.pop("attention_output")
-        hidden = state["hidden"] + self.o_proj(x)
+        state, products = self.project(state)
+        hidden = state["hidden"] + products["o_proj"]
         return {**state, "hidden": hidden, "mlp_input": self.post_attention_layernorm(hidden)}
 
     def gate(self, state: State, context: Context) -> State:
-        state = dict(state)
-        x = state.pop("mlp_input")
-        return {**state, "mlp_hidden": jax.nn.silu(self.gate_proj(x)) * self.up_proj(x)}
+        state, products = self.project(state)
+        return {**state, "mlp_hidden": jax.nn.silu(products["gate_proj"]) * products["up_proj"]}
 
     def mlp_residual(self, state: State, context: Context) -> State:
-        state = dict(state)
-        x = state.pop("mlp_hidden")
-        return {**state, "hidden": state["hidden"] + self.down_proj(x)}
+        state, products = self.project(state)
+        return {**state, "hidden": state["hidden"] + products["down_proj"]}
 
 
 class Llama(Decoder):
