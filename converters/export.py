@@ -49,7 +49,7 @@ def export_huggingface(
       dtype: type of all weights.
 
     Raises:
-      ConversionError: the directory exists, writing failed, or a weight overflows `dtype`.
+      ConversionError: the directory exists, writing failed, projections are fused, or a weight overflows `dtype`.
 
     Example:
       >>> model, params, tokenizer = load("smollm2-3bit")
@@ -80,8 +80,8 @@ def export_hf_spqr(
       tokenizer: written too, if given.
 
     Raises:
-      ConversionError: the directory exists, writing failed, no matrix is packed, or one is packed otherwise than the
-        format has it or has a bias, which the official module lacks.
+      ConversionError: the directory exists, writing failed, projections are fused, no matrix is packed, or one is
+        packed otherwise than the format has it or has a bias, which the official module lacks.
 
     Example:
       >>> model, params, tokenizer = load("smollm2-3bit")
@@ -118,6 +118,10 @@ def _weights(model: Decoder, params: Params) -> Iterator[Named]:
     """Hugging Face's name of each tensor, with its array, in PyTorch's orientation, or its packed matrix."""
     flat = flatten_dict(unstack_blocks(params))
     for target in family_of(model).layout(model.config, "huggingface").targets:
+        if target.path not in flat:
+            raise ConversionError(
+                f"{'.'.join(target.path)} is missing; where projections are fused, export the original parameters."
+            )
         leaf = flat[target.path]
         yield target.source, leaf.T if target.path[-1] == "kernel" and not isinstance(leaf, SpqrTensor) else leaf
 

@@ -10,6 +10,7 @@ from spqr_jax.checkpoint import CheckpointError, load, save
 from spqr_jax.config import COMPACT, NEAR_LOSSLESS, SpqrConfig
 from spqr_jax.evaluation import perplexity
 from spqr_jax.generation import generate
+from spqr_jax.models import fuse_projections
 from spqr_jax.pipeline import MatrixReport, quantize, quantize_blocks
 from spqr_jax.solver import quantize_matrix
 from spqr_jax.summary import summarize
@@ -23,6 +24,7 @@ __all__ = [
     "SpqrTensor",
     "bits_per_weight",
     "dequantize",
+    "fuse_projections",
     "generate",
     "load",
     "perplexity",

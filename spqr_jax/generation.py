@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from spqr_jax.models.decoder import Decoder, KVCache, Params
+from spqr_jax.models.fusion import fuse_projections
 from spqr_jax.models.stacking import stack_blocks
 from spqr_jax.vocabulary import check_vocabulary
 
@@ -61,7 +62,8 @@ def generate(
 
     Args:
       model: the language model.
-      params: its parameters, dense or packed; stacking them beforehand (`stack_blocks`) saves doing it in each call.
+      params: its parameters, dense or packed; fusing (`fuse_projections`) and stacking (`stack_blocks`) them beforehand
+        saves doing it in each call.
       prompts: token ids of one or more prompts; their lengths may differ.
       max_new_tokens: most tokens to add to each prompt.
       temperature: 0 for greedy decoding.
@@ -139,7 +141,7 @@ def stream(
         key=jax.random.key(seed),
     )
     # On the device once, not once per chunk.
-    params = jax.device_put(stack_blocks(params))
+    params = jax.device_put(stack_blocks(fuse_projections(params, model)))
 
     def chunks(state: _State) -> Iterator[list[list[int]]]:
         state = _extend(model, policy, params, state, tokens, mask)

@@ -13,7 +13,7 @@ import pytest
 from pallas_kernels import SpqrTensor, bits_per_weight, dequantize, outlier_share, trim
 from pallas_kernels.packing import unpack_codes
 from spqr_jax.config import SpqrConfig
-from spqr_jax.models import Llama, LlamaConfig, RotaryConfig, make_context
+from spqr_jax.models import Llama, LlamaConfig, RotaryConfig, fuse_projections, make_context
 from spqr_jax.pipeline import quantize
 from spqr_jax.solver import quantize_matrix
 
@@ -319,3 +319,14 @@ def test_refit_needs_the_sequential_order():
     refitted, _ = quantized_model(replace(PLAIN, refit=True))
     for name, packed in matrices(plain).items():
         np.testing.assert_array_equal(codes_of(packed), codes_of(matrices(refitted)[name]))
+
+
+def test_matrices_of_one_input_are_quantized_so_that_they_can_be_fused():
+    quantized, _ = quantized_model(FULL)
+    fused = fuse_projections(quantized, MODEL)
+    for index in range(2):
+        block = fused[f"layers_{index}"]
+        assert {"q_proj+k_proj+v_proj", "o_proj", "gate_proj+up_proj", "down_proj"} < block.keys()
+        assert block["q_proj+k_proj+v_proj"]["kernel"].shape == (64 + 2 * 32, 64)
+    forward = jax.jit(lambda params: MODEL.apply({"params": params}, TOKENS))
+    np.testing.assert_allclose(forward(fused), forward(quantized), rtol=1e-5, atol=1e-4)

@@ -2,6 +2,7 @@
 
 from spqr_jax.models.decoder import Block, Context, Decoder, KVCache, Stage, layer_name, make_context
 from spqr_jax.models.falcon import Falcon, FalconConfig
+from spqr_jax.models.fusion import fuse_projections
 from spqr_jax.models.layers import RotaryConfig
 from spqr_jax.models.llama import Llama, LlamaConfig
 
@@ -20,6 +21,7 @@ __all__ = [
     "LlamaConfig",
     "RotaryConfig",
     "Stage",
+    "fuse_projections",
     "layer_name",
     "make_context",
 ]

@@ -28,7 +28,7 @@ def stack_blocks(params: Params) -> Params:
     """
     if "blocks" in params:
         return params
-    names = _layer_names(params)
+    names = block_names(params)
     if not names:
         raise ValueError("the parameters hold no blocks: neither 'blocks' nor 'layers_0'")
     layers = [params[name] for name in names]
@@ -60,7 +60,10 @@ def unstack_blocks(params: Params) -> Params:
     return {**rest, **{layer_name(index): block(index) for index in range(count)}}
 
 
-def _layer_names(params: Params) -> list[str]:
+def block_names(params: Params) -> list[str]:
+    """Keys of the blocks: `blocks` where they are stacked, `layers_0` … `layers_{n-1}` where they are not."""
+    if "blocks" in params:
+        return ["blocks"]
     names: list[str] = []
     while (name := layer_name(len(names))) in params:
         names.append(name)

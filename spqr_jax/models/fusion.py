@@ -1,0 +1,52 @@
+"""Matrices that share an input as one: a block then launches fewer products, each of more rows."""
+
+from typing import Any
+
+import jax.numpy as jnp
+
+from pallas_kernels import SpqrTensor, concatenate_rows
+from pallas_kernels.rows import why_not_one
+from spqr_jax.models.decoder import Decoder, Params, fused_name
+from spqr_jax.models.stacking import block_names
+
+
+def fuse_projections(params: Params, model: Decoder) -> Params:
+    """Puts packed matrices that multiply the same input into one, in every block; nothing is solved again.
+
+    In a LLaMA those are q, k and v, and gate and up: a block goes from seven products to four. Which they are is what
+    the block's stages declare. The models run from either form, with the same results: y = x [ŵ_0; ŵ_1; …]ᵀ is cut into
+    the products. Matrices stay apart where they are dense, or where in any block they differ in permutation or format.
+
+    Args:
+      params: parameters of `model`, stacked or not; those already fused are returned as they are.
+      model: the Flax module.
+
+    Returns:
+      Parameters in which, for example, `layers_0` has `q_proj+k_proj+v_proj` in the place of three entries. They can be
+      saved and loaded, but other projects' formats know no such matrices: export the original parameters.
+
+    Example:
+      >>> fused = fuse_projections(quantized, model)
+      >>> logits = model.apply({"params": fused}, tokens)  # those of quantized
+    """
+    blocks = {name: params[name] for name in block_names(params)}
+    for names in model.new_block().feeds().values():
+        if len(names) > 1 and all(_can_join(block, names) for block in blocks.values()):
+            blocks = {key: _join(block, names) for key, block in blocks.items()}
+    return {**params, **blocks}
+
+
+def _can_join(block: Params, names: tuple[str, ...]) -> bool:
+    layers = [block.get(name, {}) for name in names]
+    kernels = [layer.get("kernel") for layer in layers]
+    packed = all(isinstance(kernel, SpqrTensor) for kernel in kernels)
+    return packed and len({frozenset(layer) for layer in layers}) == 1 and why_not_one(kernels) is None
+
+
+def _join(block: Params, names: tuple[str, ...]) -> Params:
+    """The block with some of its linear layers as one."""
+    layers = [block[name] for name in names]
+    joined: dict[str, Any] = {"kernel": concatenate_rows([layer["kernel"] for layer in layers])}
+    if "bias" in layers[0]:
+        joined["bias"] = jnp.concatenate([layer["bias"] for layer in layers], axis=-1)
+    return {key: value for key, value in block.items() if key not in names} | {fused_name(names): joined}
