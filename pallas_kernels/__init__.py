@@ -1,6 +1,6 @@
 """The packed SpQR format and the operations on it; usable without the rest of the library."""
 
-from pallas_kernels.dequantize import dequantize
+from pallas_kernels.dequantize import spqr_dequantize
 from pallas_kernels.matmul import spqr_matmul
 from pallas_kernels.rows import concatenate_rows, split_rows
 from pallas_kernels.tensor import (
@@ -19,10 +19,10 @@ __all__ = [
     "bits_per_weight",
     "check_format",
     "concatenate_rows",
-    "dequantize",
     "outlier_share",
     "pack",
     "split_rows",
+    "spqr_dequantize",
     "spqr_matmul",
     "trim",
 ]

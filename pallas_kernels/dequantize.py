@@ -1,26 +1,41 @@
 """From the packed format back to a dense weight, on any device."""
 
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.devices import Implementation, choose
 from pallas_kernels.packing import unpack_codes, unpack_planes
 from pallas_kernels.tensor import SpqrTensor
+from pallas_kernels.triton.dequantize import dequantize_matrix
 
 
-def dequantize(tensor: SpqrTensor) -> Float[Array, "out in"]:
-    """ŵ = scale · (code − zero) + outlier residual, float32, columns in the order of the input features.
+def spqr_dequantize(
+    w: SpqrTensor, dtype: DTypeLike = jnp.float32, *, implementation: Implementation | None = None
+) -> Float[Array, "out in"]:
+    """ŵ = scale · (code − zero) + outlier residual, columns in the order of the input features.
+
+    Args:
+      w: the packed weight.
+      dtype: of the result.
+      implementation: as for `spqr_matmul`.
+
+    Raises:
+      ValueError: the implementation cannot run here.
 
     Example:
-      >>> weight = dequantize(quantize_matrix(weight, hessian, config))
+      >>> weight = spqr_dequantize(quantize_matrix(weight, hessian, config))
     """
-    weight = dequantize_in_order(tensor)
-    if tensor.permutation is None:
-        return weight
-    return weight[:, jnp.argsort(tensor.permutation)]
+    chosen = choose(implementation)
+    if chosen == "xla":
+        weight = dequantize_in_order(w).astype(dtype)
+    else:
+        weight = dequantize_matrix(w, dtype, interpret=chosen == "interpret")
+    return weight if w.permutation is None else weight[:, jnp.argsort(w.permutation)]
 
 
 def dequantize_in_order(tensor: SpqrTensor) -> Float[Array, "out in"]:
-    """The same with columns in quantization order."""
+    """The same in float32 with columns in quantization order, by XLA."""
     out, columns = tensor.shape
     codes = unpack_codes(tensor.codes, columns).astype(jnp.float32)
     grouped = codes.reshape(out, -1, tensor.group_size)

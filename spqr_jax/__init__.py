@@ -5,7 +5,7 @@ import os
 # transformers, here for its tokenizers, otherwise advises at import to install PyTorch.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
-from pallas_kernels import SpqrTensor, bits_per_weight, dequantize
+from pallas_kernels import SpqrTensor, bits_per_weight, spqr_dequantize
 from spqr_jax.checkpoint import CheckpointError, load, save
 from spqr_jax.config import COMPACT, NEAR_LOSSLESS, SpqrConfig
 from spqr_jax.evaluation import perplexity
@@ -23,7 +23,6 @@ __all__ = [
     "SpqrConfig",
     "SpqrTensor",
     "bits_per_weight",
-    "dequantize",
     "fuse_projections",
     "generate",
     "load",
@@ -32,5 +31,6 @@ __all__ = [
     "quantize_blocks",
     "quantize_matrix",
     "save",
+    "spqr_dequantize",
     "summarize",
 ]

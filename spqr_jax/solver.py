@@ -37,7 +37,7 @@ def quantize_matrix(
 
     Example:
       >>> packed = quantize_matrix(kernel.T, x.T @ x, COMPACT)
-      >>> error = dequantize(packed) - kernel.T
+      >>> error = spqr_dequantize(packed) - kernel.T
     """
     check_matrix("weight", weight, config)
     (packed,), _, finite = quantize_shared((weight,), hessian, config)

@@ -22,7 +22,7 @@ from converters import ConversionError, from_pretrained
 from converters.forms import Form, open_source
 from converters.hf_spqr import ADDED
 from converters.official_tiles import encode_tensor
-from pallas_kernels import SpqrTensor, dequantize
+from pallas_kernels import SpqrTensor, spqr_dequantize
 
 CONFIG = tiny_config()
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
@@ -311,7 +311,7 @@ def test_huggingface_directory_with_spqr(official: Path, tmp_path: Path) -> None
     found = from_pretrained(tmp_path / "packed")
     assert found.model == expected.model
     for ours, theirs in zip(packed_matrices(found.params), packed_matrices(expected.params), strict=True):
-        np.testing.assert_allclose(dequantize(ours), dequantize(theirs), rtol=2e-3, atol=1e-4)
+        np.testing.assert_allclose(spqr_dequantize(ours), spqr_dequantize(theirs), rtol=2e-3, atol=1e-4)
 
 
 def test_other_quantization_methods_are_refused(tmp_path: Path) -> None:

@@ -17,11 +17,11 @@ from tiny_falcon import STYLES, falcon_config, falcon_tensors
 from tiny_models import random_tensors, tiny_config, write_checkpoint
 
 from converters import ConversionError, Pretrained, export, export_hf_spqr, export_huggingface, from_pretrained
-from pallas_kernels import SpqrTensor, dequantize
+from pallas_kernels import SpqrTensor, spqr_dequantize
 from spqr_jax import COMPACT, SpqrConfig, perplexity, quantize
 
 TOKENS = np.random.default_rng(1).integers(0, 96, (8, 64)).astype(np.int32)
-DEQUANTIZE = jax.jit(dequantize)
+DEQUANTIZE = jax.jit(spqr_dequantize)
 
 
 def llama() -> dict[str, Any]:

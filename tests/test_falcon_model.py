@@ -11,7 +11,7 @@ from tiny_falcon import STYLES, falcon_config, falcon_tensors
 from tiny_models import write_checkpoint
 
 from converters import Pretrained, from_pretrained
-from pallas_kernels import SpqrTensor, dequantize
+from pallas_kernels import SpqrTensor, spqr_dequantize
 from spqr_jax import COMPACT, generate, load, perplexity, quantize, save
 from spqr_jax.models import make_context
 from spqr_jax.models.layers import Linear
@@ -116,7 +116,7 @@ def test_packed_weights_give_the_logits_of_their_dequantized_values(falcon: Pret
 @jax.jit
 def unpacked(params: dict[str, Any]) -> dict[str, Any]:
     def dense(leaf: Any) -> Any:
-        return dequantize(leaf).T if isinstance(leaf, SpqrTensor) else leaf
+        return spqr_dequantize(leaf).T if isinstance(leaf, SpqrTensor) else leaf
 
     return jax.tree.map(dense, params, is_leaf=lambda leaf: isinstance(leaf, SpqrTensor))
 

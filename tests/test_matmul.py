@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import dequantize, pack, spqr_matmul, trim
+from pallas_kernels import pack, spqr_dequantize, spqr_matmul, trim
 
 OUT, COLUMNS = 48, 80
 MATMUL = jax.jit(spqr_matmul)
@@ -38,7 +38,7 @@ def random_x(*batch: int, dtype: jnp.dtype = jnp.float32) -> jax.Array:
 
 def assert_product(y, x, packed):
     """y is x ŵᵀ up to the rounding of the weight and of the result to y's type, and a sum in float32."""
-    x64, weight = np.asarray(x, np.float64), np.asarray(dequantize(packed), np.float64)
+    x64, weight = np.asarray(x, np.float64), np.asarray(spqr_dequantize(packed), np.float64)
     exact = x64 @ weight.T
     unit = float(jnp.finfo(y.dtype).eps) / 2
     summed = np.abs(x64) @ np.abs(weight).T
@@ -85,7 +85,7 @@ def test_vmap_over_inputs(packed):
 def test_gradient_with_respect_to_inputs(packed):
     x, y = random_x(4), np.random.default_rng(2).standard_normal((4, OUT), np.float32)
     gradient = jax.grad(lambda x: jnp.vdot(y, spqr_matmul(x, packed)))(x)
-    np.testing.assert_allclose(gradient, y @ np.asarray(dequantize(packed)), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(gradient, y @ np.asarray(spqr_dequantize(packed)), rtol=1e-5, atol=1e-5)
 
 
 def test_wrong_number_of_features(packed):

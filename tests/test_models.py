@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import SpqrTensor, dequantize, pack, trim
+from pallas_kernels import SpqrTensor, pack, spqr_dequantize, trim
 from spqr_jax.models import Llama, LlamaConfig, RotaryConfig
 from spqr_jax.models.stacking import stack_blocks, unstack_blocks
 
@@ -24,7 +24,7 @@ CONFIG = LlamaConfig(
 MODEL = Llama(CONFIG)
 PACKED_MATRICES = ("q_proj", "down_proj")
 PACK = jax.jit(partial(pack, bits=3, group_size=16))
-DEQUANTIZE = jax.jit(dequantize)
+DEQUANTIZE = jax.jit(spqr_dequantize)
 
 
 @pytest.fixture(scope="module")

@@ -13,16 +13,16 @@ from pallas_kernels import (
     QuantizedStatistics,
     bits_per_weight,
     check_format,
-    dequantize,
     outlier_share,
     pack,
+    spqr_dequantize,
     trim,
 )
 from pallas_kernels.packing import pack_codes, pack_planes, unpack_codes, unpack_planes
 from pallas_kernels.tensor import BITS, GROUP_SIZES
 
 PACK = jax.jit(pack, static_argnames=("bits", "group_size", "scale_bits", "zero_bits", "stats_dtype"))
-DEQUANTIZE = jax.jit(dequantize)
+DEQUANTIZE = jax.jit(spqr_dequantize)
 
 
 @st.composite

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import SpqrTensor, bits_per_weight, dequantize, outlier_share, trim
+from pallas_kernels import SpqrTensor, bits_per_weight, outlier_share, spqr_dequantize, trim
 from pallas_kernels.packing import unpack_codes
 from spqr_jax.config import SpqrConfig
 from spqr_jax.models import Llama, LlamaConfig, RotaryConfig, fuse_projections, make_context
@@ -74,7 +74,7 @@ def codes_of(packed: SpqrTensor) -> np.ndarray:
 
 @jax.jit
 def dequantize_padded(packed: SpqrTensor) -> jax.Array:
-    return dequantize(packed)
+    return spqr_dequantize(packed)
 
 
 def dense(packed: SpqrTensor) -> jax.Array:

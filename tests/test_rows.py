@@ -21,9 +21,9 @@ from pallas_kernels import (
     SpqrTensor,
     bits_per_weight,
     concatenate_rows,
-    dequantize,
     pack,
     split_rows,
+    spqr_dequantize,
     spqr_matmul,
     trim,
 )
@@ -32,7 +32,7 @@ from pallas_kernels.tensor import BITS
 
 OUTLIERS = ("none", "empty", "some", "one row")
 PACK = jax.jit(pack, static_argnames=("bits", "group_size", "scale_bits", "zero_bits", "stats_dtype"))
-DEQUANTIZE = jax.jit(dequantize)
+DEQUANTIZE = jax.jit(spqr_dequantize)
 
 
 def random_packed(

@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import SpqrTensor, dequantize, outlier_share, trim
+from pallas_kernels import SpqrTensor, outlier_share, spqr_dequantize, trim
 from pallas_kernels.packing import unpack_codes, unpack_planes
 from spqr_jax.config import SpqrConfig
 from spqr_jax.solver import quantize_matrix, quantize_shared
 
 GOLDENS = Path(__file__).parent / "goldens"
-DEQUANTIZE = jax.jit(dequantize)
+DEQUANTIZE = jax.jit(spqr_dequantize)
 SLOW = pytest.mark.slow
 SMALL = SpqrConfig()
 GPTQ = replace(SMALL, outlier_threshold=None)

@@ -1,0 +1,39 @@
+"""Which implementation runs on this machine's device."""
+
+import re
+from typing import Any, Literal
+
+import jax
+
+Implementation = Literal["pallas", "xla", "interpret"]
+
+LEAST_CAPABILITY = 8.0
+
+
+def choose(implementation: Implementation | None) -> Implementation:
+    """The implementation asked for, or the best one for the device that JAX computes on.
+
+    Raises:
+      ValueError: there is none of this name, or it needs another device.
+    """
+    if implementation is None:
+        return "pallas" if _supported(_device()) else "xla"
+    if implementation not in ("pallas", "xla", "interpret"):
+        raise ValueError(f"implementation is {implementation!r}, but must be 'pallas', 'xla', 'interpret' or None")
+    if implementation == "pallas" and not _supported(device := _device()):
+        raise ValueError(
+            f"implementation='pallas' needs an NVIDIA GPU of compute capability {LEAST_CAPABILITY} or more, but JAX "
+            f"computes on {device.device_kind} ({device.platform}); leave it out, or ask for 'xla'"
+        )
+    return implementation
+
+
+def _device() -> Any:
+    default = getattr(jax.config, "jax_default_device", None)
+    return default if isinstance(default, jax.Device) else jax.devices(default)[0]
+
+
+def _supported(device: Any) -> bool:
+    # On AMD's GPUs, which have the same platform, it is a name.
+    capability = getattr(device, "compute_capability", "")
+    return bool(re.fullmatch(r"\d+\.\d+", capability)) and float(capability) >= LEAST_CAPABILITY

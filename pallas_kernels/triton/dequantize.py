@@ -1,0 +1,101 @@
+"""Many tokens: the weight is written out once, for a matrix product that is not ours."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from pallas_kernels.packing import BLOCK
+from pallas_kernels.tensor import SpqrTensor
+from pallas_kernels.triton.code_pairs import UNIT, code_pairs, positions
+from pallas_kernels.triton.instructions import halves, multiply_add
+from pallas_kernels.triton.launch import Launch
+from pallas_kernels.triton.outliers import AT_ONCE, add_outliers, outlier_steps
+from pallas_kernels.triton.results import result
+from pallas_kernels.triton.statistics import group_of, inside, real, statistic
+
+SETS = 8
+ROWS = 2
+"""Rows of a set."""
+COLUMNS = 64
+
+
+def dequantize_matrix(w: SpqrTensor, dtype: DTypeLike, *, interpret: bool) -> Float[Array, "out in"]:
+    """ŵ with columns in quantization order."""
+    return pl.pallas_call(
+        functools.partial(_kernel, interpret=interpret),
+        out_shape=result(w.shape, dtype, w),
+        # The second axis is that along which programs share outliers: here one program has them all.
+        grid=(pl.cdiv(w.shape[0], SETS * ROWS), 1),
+        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
+        interpret=interpret,
+        name="spqr_dequantize",
+    )(w)
+
+
+def launch(w: SpqrTensor, tokens: int) -> Launch:
+    """The size of the launch, whatever the number of tokens."""
+    return Launch(steps=pl.cdiv(w.codes.shape[2], COLUMNS), outlier_steps=outlier_steps(w, 1, AT_ONCE))
+
+
+def _kernel(w: Any, out_ref: Any, *, interpret: bool) -> None:
+    bits, out, words = w.codes.shape
+    splits = max(1, BLOCK // w.group_size)
+    first = (pl.program_id(0) * SETS + jnp.arange(SETS)) * ROWS
+
+    def step(i: Array, _: None) -> None:
+        start = i * COLUMNS
+        column = start + jnp.arange(COLUMNS)
+        columns = inside(column, words, SETS, COLUMNS)
+        statistics = []
+        for split in range(splits):
+            load = functools.partial(
+                statistic,
+                rows=first,
+                count=ROWS,
+                groups=[group_of(half * words + column, split, w.group_size) for half in range(2)],
+                columns=columns,
+                out=out,
+                interpret=interpret,
+            )
+            scale = load(w.scale, w.scale_codes, w.scale_scale, w.scale_zero, factor=1.0)
+            zero = load(w.zero, w.zero_codes, w.zero_scale, w.zero_zero, factor=-1.0)
+            statistics.append((scale, zero))
+        for r in range(ROWS):
+            row = first + r
+            mask = real(columns, row, out, SETS * ROWS)
+            code = code_pairs([plgpu.load(w.codes.at[k, row[:, None], column[None]], mask=mask) for k in range(bits)])
+            of_row = [(scale(r), zero(r)) for scale, zero in statistics]
+            weights: list[list[Array]] = [[], []]
+            for j, position in enumerate(positions(bits)):
+                s, minus_z = of_row[j * splits // BLOCK]
+                unit = jnp.float32(2.0 ** (UNIT - position))
+                for half, number in enumerate(halves(code(j))):
+                    shifted = multiply_add(number.astype(jnp.float32), unit, minus_z[half], interpret=interpret)
+                    weights[half].append((s[half] * shifted).astype(out_ref.dtype))
+            for half, block in enumerate(weights):
+                place = (half * words + start) * BLOCK + jnp.arange(COLUMNS * BLOCK)
+                end = jnp.minimum((half * words + words) * BLOCK, w.in_features)
+                mask = (row < out)[:, None] & (place < end)[None]
+                plgpu.store(out_ref.at[row[:, None], place[None]], _interleave(block), mask=mask)
+
+    jax.lax.fori_loop(0, pl.cdiv(words, COLUMNS), step, None)
+    if w.row_offsets is not None:
+        # What other threads of the program have written is read again.
+        if not interpret:
+            plgpu.debug_barrier()
+        add_outliers(out_ref, w, rows=first, count=ROWS)
+
+
+def _interleave(parts: Sequence[Float[Array, "rows columns"]]) -> Float[Array, "rows parts*columns"]:
+    """The first column of every part, then the second, and so on; the compiler joins only two at a time."""
+    if len(parts) == 1:
+        return parts[0]
+    pair = jnp.stack([_interleave(parts[0::2]), _interleave(parts[1::2])], axis=-1)
+    return pair.reshape(pair.shape[0], -1)

@@ -1,0 +1,129 @@
+"""One token: every thread multiplies and adds on its own.
+
+A program treats `OCTETS` times eight rows, and `COLUMNS` code words of each: a thread loads four neighbouring words at
+once, and keeps the activations and the codes of the statistics in registers from row to row. What is left to add up,
+one number per row and tile of columns, is left to XLA.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+from jaxtyping import Array, Float
+
+from pallas_kernels.packing import BLOCK
+from pallas_kernels.tensor import SpqrTensor
+from pallas_kernels.triton.arrange import arrange
+from pallas_kernels.triton.code_pairs import code_pairs
+from pallas_kernels.triton.instructions import Pair, halves, multiply_add, pair_add, pair_multiply, pair_multiply_add
+from pallas_kernels.triton.launch import Launch
+from pallas_kernels.triton.outliers import AT_ONCE, outlier_products, outlier_steps
+from pallas_kernels.triton.results import result
+from pallas_kernels.triton.statistics import Halves, group_of, inside, real, statistic
+
+ROWS = 8
+"""Rows that one thread treats: half of those that share a word of a statistics plane."""
+OCTETS = 4
+COLUMNS = 32
+
+
+def fma_matmul(x: Float[Array, "tokens in"], w: SpqrTensor, *, interpret: bool) -> Float[Array, "tokens out"]:
+    """y = x ŵᵀ; more tokens than one are treated one by one.
+
+    Of bfloat16 x, the products of half a group are added up in float16, as exactly as x itself is; of others, and all
+    further sums, in float32.
+    """
+    arranged = arrange(x, w, columns=COLUMNS, pairs=x.dtype == jnp.bfloat16, interpret=interpret)
+    tokens, out = x.shape[0], w.shape[0]
+    tiles = arranged.values.shape[-1] // COLUMNS
+    sums = pl.pallas_call(
+        functools.partial(_kernel, interpret=interpret),
+        out_shape=result((tiles, tokens, out), jnp.float32, (x, w)),
+        grid=(pl.cdiv(out, ROWS * OCTETS), tiles, tokens),
+        compiler_params=plgpu.CompilerParams(num_warps=1, num_stages=1),
+        interpret=interpret,
+        name="spqr_fma",
+    )(x, arranged, w)
+    return sums.sum(0).astype(x.dtype)
+
+
+def launch(w: SpqrTensor, tokens: int) -> Launch:
+    """The loops of the kernel, which treats one token."""
+    return Launch(outlier_steps=outlier_steps(w, pl.cdiv(w.codes.shape[2], COLUMNS), AT_ONCE))
+
+
+def _kernel(x_ref: Any, x: Any, w: Any, out_ref: Any, *, interpret: bool) -> None:
+    bits, out, words = w.codes.shape
+    tile, token = pl.program_id(1), pl.program_id(2)
+    first = (pl.program_id(0) * OCTETS + jnp.arange(OCTETS)) * ROWS
+    column = tile * COLUMNS + jnp.arange(COLUMNS)
+    columns = inside(column, words, OCTETS, COLUMNS)
+
+    def of_x(array: Any, *place: int) -> Array:
+        # One address per thread, although the octets share them: then they lie as the codes do.
+        return plgpu.load(array.at[(token, *map(jnp.int32, place), jnp.broadcast_to(column[None], (OCTETS, COLUMNS)))])
+
+    splits = x.sums.shape[2]
+    groups = []
+    for split in range(splits):
+        group = [group_of(half * words + column, split, w.group_size) for half in range(2)]
+        load = functools.partial(
+            statistic, rows=first, count=ROWS, groups=group, columns=columns, out=out, interpret=interpret
+        )
+        sums = [of_x(x.sums, half, split) for half in range(2)]
+        factors = [of_x(x.factors, half) for half in range(2)]
+        scale = load(w.scale, w.scale_codes, w.scale_scale, w.scale_zero, factor=factors)
+        zero = load(w.zero, w.zero_codes, w.zero_scale, w.zero_zero, factor=[-s for s in sums])
+        groups.append((range(split * BLOCK // splits, (split + 1) * BLOCK // splits), scale, zero))
+    values: Any
+    if x.values.dtype == jnp.uint32:
+        values = [of_x(x.values, j) for j in range(BLOCK)]
+        products = functools.partial(_products_in_float16, values=values, interpret=interpret)
+    else:
+        values = [[of_x(x.values, half, j) for j in range(BLOCK)] for half in range(2)]
+        products = functools.partial(_products_in_float32, values=values, interpret=interpret)
+
+    if w.row_offsets is not None:
+        outliers = outlier_products(x_ref, w, rows=first, count=ROWS, interpret=interpret)
+    for r in range(ROWS):
+        rows = first + r
+        mask = real(columns, rows, out, ROWS * OCTETS)
+        # Codes need no zeros where there are none: the activations there are zero.
+        codes = code_pairs([plgpu.load(w.codes.at[k, rows[:, None], column[None]], mask=mask) for k in range(bits)])
+        total: Any = None
+        for places, scale, zero in groups:
+            for product, s in zip(products(codes, places, zero(r)), scale(r), strict=True):
+                total = s * product if total is None else multiply_add(s, product, total, interpret=interpret)
+        y = total.sum(axis=1)
+        if w.row_offsets is not None:
+            y += outliers[r]
+        plgpu.store(out_ref.at[tile, token, rows], y, mask=rows < out)
+
+
+def _products_in_float16(
+    code: Callable[[int], Pair], places: range, start: Halves, *, values: list[Pair], interpret: bool
+) -> Halves:
+    """Σ q · x + start for the groups of either half, the products of half a group added up in float16."""
+    quarter = len(places) // 4
+    sums = []
+    for begin in places[::quarter]:
+        total = pair_multiply(code(begin), values[begin], interpret=interpret)
+        for j in range(begin + 1, begin + quarter):
+            total = pair_multiply_add(code(j), values[j], total, interpret=interpret)
+        sums.append(total)
+    parts = [halves(pair_add(*two, interpret=interpret)) for two in (sums[:2], sums[2:])]
+    return [sum((part[half].astype(jnp.float32) for part in parts), start[half]) for half in range(2)]
+
+
+def _products_in_float32(
+    code: Callable[[int], Pair], places: range, start: Halves, *, values: list[Halves], interpret: bool
+) -> Halves:
+    """The same with all sums in float32."""
+    totals = list(start)
+    for j in places:
+        for half, number in enumerate(halves(code(j))):
+            totals[half] = multiply_add(number.astype(jnp.float32), values[half][j], totals[half], interpret=interpret)
+    return totals

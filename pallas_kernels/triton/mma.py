@@ -1,0 +1,151 @@
+"""Some tokens: weights are dequantized in registers, to float16, and go to the tensor cores.
+
+A program treats `SETS` sets of neighbouring rows, whose members share the codes of their statistics, and
+`COLUMNS · STEPS` code words of each row. One tensor core product takes code j of the blocks in both halves of the
+words: pairs of float16 are just what the tensor cores read. What is left to add up, one number per row, token and tile
+of columns, is left to XLA.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+from jaxtyping import Array, Float, Float16
+
+from pallas_kernels.packing import BLOCK
+from pallas_kernels.tensor import SpqrTensor
+from pallas_kernels.triton.arrange import arrange
+from pallas_kernels.triton.code_pairs import UNIT, code_pairs, positions
+from pallas_kernels.triton.instructions import Pair, halves, join, pair_multiply, pair_multiply_add, twice
+from pallas_kernels.triton.launch import Launch
+from pallas_kernels.triton.outliers import outlier_products_of_tokens, outlier_steps
+from pallas_kernels.triton.results import result
+from pallas_kernels.triton.statistics import group_of, inside, real, statistic
+
+ROWS = 2
+"""Rows of a set."""
+SETS = 16
+COLUMNS = 16
+STEPS = 2
+NORMAL = 15
+"""Codes q · 2^(p − UNIT) are multiplied by 2^NORMAL, the largest power of two in float16."""
+SMALLER = 4
+"""Weights are computed times 2^−SMALLER: then scales up to 2000 do not overflow."""
+SLOPE = UNIT - NORMAL - SMALLER
+"""Scales are computed times 2^SLOPE: that times a code, so multiplied, is a weight, times 2^−SMALLER and 2^p."""
+
+
+def mma_matmul(x: Float[Array, "tokens in"], w: SpqrTensor, *, interpret: bool) -> Float[Array, "tokens out"]:
+    """y = x ŵᵀ in float16, added up in float32."""
+    arranged = arrange(x, w, columns=COLUMNS * STEPS, pairs=True, by_tile=True, interpret=interpret)
+    tokens, out = x.shape[0], w.shape[0]
+    tiles = arranged.values.shape[-1] // (COLUMNS * STEPS)
+    at_once = _at_once(tokens)
+    sums = pl.pallas_call(
+        functools.partial(_kernel, at_once=at_once, interpret=interpret),
+        out_shape=result((tiles, tokens, out), jnp.float32, (x, w)),
+        grid=(pl.cdiv(out, ROWS * SETS), tiles, pl.cdiv(tokens, at_once)),
+        compiler_params=plgpu.CompilerParams(num_warps=1, num_stages=1),
+        interpret=interpret,
+        name="spqr_mma",
+    )(None if w.row_offsets is None else x.T, arranged.values, arranged.factors, w)
+    return sums.sum(0).astype(x.dtype)
+
+
+def launch(w: SpqrTensor, tokens: int) -> Launch:
+    """The loops of the kernel, which treats its tokens at once."""
+    tiles = pl.cdiv(w.codes.shape[2], COLUMNS * STEPS)
+    return Launch(steps=STEPS, outlier_steps=outlier_steps(w, tiles, 1))
+
+
+def _at_once(tokens: int) -> int:
+    """Tokens of a program."""
+    return 16 if tokens <= 16 else 32 if tokens <= 32 else 64
+
+
+def _kernel(
+    x_ref: Any, values_ref: Any, factors_ref: Any, w: Any, out_ref: Any, *, at_once: int, interpret: bool
+) -> None:
+    tile, tokens, out = pl.program_id(1), values_ref.shape[0], w.shape[0]
+    first = (pl.program_id(0) * SETS + jnp.arange(SETS)) * ROWS
+    token = pl.program_id(2) * at_once + jnp.arange(at_once)
+    known = token < tokens
+
+    def step(i: Array, sums: tuple[Array, ...]) -> tuple[Array, ...]:
+        column = (tile * STEPS + i) * COLUMNS + jnp.arange(COLUMNS)
+        weights = [_weights(w, first, r, column, interpret=interpret) for r in range(ROWS)]
+        for j in range(BLOCK):
+            at = values_ref.at[token[:, None], jnp.int32(j), column[None]]
+            x = plgpu.load(at, mask=jnp.broadcast_to(known[:, None], (at_once, COLUMNS)), other=0)
+            x = _side_by_side(x)
+            sums = tuple(
+                total + pl.dot(_side_by_side(weight(j)), x, trans_b=True)
+                for total, weight in zip(sums, weights, strict=True)
+            )
+        return sums
+
+    sums = jax.lax.fori_loop(0, STEPS, step, (jnp.zeros((SETS, at_once), jnp.float32),) * ROWS)
+    factor = plgpu.load(factors_ref.at[token, jnp.int32(0), tile * STEPS * COLUMNS], mask=known, other=0)
+    factor = factor * 2.0 ** (SMALLER - UNIT)
+    products = [total * factor[None] for total in sums]
+    if w.row_offsets is not None:
+        outliers = outlier_products_of_tokens(x_ref, w, rows=first, count=ROWS, token=token, interpret=interpret)
+        products = [a + b for a, b in zip(products, outliers, strict=True)]
+    for r, product in enumerate(products):
+        row = first + r
+        plgpu.store(out_ref.at[tile, token[None], row[:, None]], product, mask=known[None] & (row < out)[:, None])
+
+
+def _weights(w: Any, first: Array, r: int, column: Array, *, interpret: bool) -> Callable[[int], Pair]:
+    """Of row `first + r` of each set, the weights at code j of the words' blocks, times 2^(p_j − SMALLER), by j."""
+    bits, out, words = w.codes.shape
+    columns = inside(column, words, SETS, COLUMNS * STEPS)
+    center = 2 ** (bits - 1)
+    multiply = functools.partial(pair_multiply, interpret=interpret)
+    splits = max(1, BLOCK // w.group_size)
+    slopes, intercepts = [], []
+    for split in range(splits):
+        load = functools.partial(
+            statistic,
+            rows=first,
+            count=ROWS,
+            groups=[group_of(half * words + column, split, w.group_size) for half in range(2)],
+            columns=columns,
+            out=out,
+            interpret=interpret,
+        )
+        # ŵ = s (q − z) = s (q − center) + s (center − z): the second term is small, and rounded to float16 as such.
+        scale = load(w.scale, w.scale_codes, w.scale_scale, w.scale_zero, factor=2.0**SLOPE)(r)
+        zero = load(w.zero, w.zero_codes, w.zero_scale, w.zero_zero, factor=-1.0, term=center)(r)
+        slopes.append(join(*scale, interpret=interpret))
+        offsets = (s * z for s, z in zip(scale, zero, strict=True))
+        intercepts.append(join(*offsets, interpret=interpret))
+    row = first + r
+    mask = real(columns, row, out, SETS * ROWS)
+    code = code_pairs([plgpu.load(w.codes.at[k, row[:, None], column[None]], mask=mask) for k in range(bits)])
+
+    @functools.cache
+    def intercept(split: int, position: int) -> Pair:
+        return multiply(intercepts[split], jnp.uint32(twice(2.0 ** (position - SLOPE - SMALLER))))
+
+    def weight(j: int) -> Pair:
+        split, position = j * splits // BLOCK, positions(bits)[j]
+        minus_center = jnp.uint32(twice(-center * 2.0 ** (position + NORMAL - UNIT)))
+        centered = pair_multiply_add(code(j), jnp.uint32(twice(2.0**NORMAL)), minus_center, interpret=interpret)
+        return pair_multiply_add(centered, slopes[split], intercept(split, position), interpret=interpret)
+
+    return weight
+
+
+def _side_by_side(pairs: Pair) -> Float16[Array, "rows 2*columns"]:
+    """The numbers of each pair next to each other, and pairs in the order in which threads hold them.
+
+    Of a row, a thread loads four neighbouring words, but the compiler has it give the tensor core two pairs in the
+    first half of a row and two in the second. The order of the sum is free: words are renamed, and nothing moves.
+    """
+    numbers = jnp.stack(halves(pairs), axis=-1)
+    return numbers.reshape(-1, COLUMNS // 4, 2, 4).swapaxes(1, 2).reshape(-1, 2 * COLUMNS)

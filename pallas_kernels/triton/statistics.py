@@ -1,0 +1,118 @@
+"""Scales and zeros of the rows that a thread treats, for the groups in the low and in the high half of code words."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas import triton as plgpu
+from jaxtyping import Array, Bool, Float, Int
+
+from pallas_kernels.packing import BLOCK
+from pallas_kernels.triton.code_pairs import MANTISSA, UNIT, planes_pair
+from pallas_kernels.triton.instructions import halves, multiply_add, pair_multiply, twice
+
+Halves = list[Float[Array, "sets columns"]]
+
+
+def group_of(block: Int[Array, " columns"], split: int, group_size: int) -> Int[Array, " columns"]:
+    """Group of a block of codes, or of one of its splits where it has several groups."""
+    if group_size < BLOCK:
+        return block * (BLOCK // group_size) + split
+    group = jax.lax.div(block, jnp.int32(group_size // BLOCK))
+    # By fours, as words of codes are read; else the compiler would have threads read eight 16-bit numbers at once.
+    return jax.lax.div(group, jnp.int32(4)) * 4 + jax.lax.rem(group, jnp.int32(4))
+
+
+def inside(column: Int[Array, " columns"], words: int, sets: int, tile: int) -> Bool[Array, "sets columns"] | None:
+    """Which of these columns exist, of which a program treats `tile` in all.
+
+    None if all do, because a mask costs instructions even if it is true everywhere.
+    """
+    if words % tile == 0:
+        return None
+    return jnp.broadcast_to((column < words)[None], (sets, column.shape[0]))
+
+
+def real(
+    columns: Bool[Array, "sets columns"] | None, row: Int[Array, " sets"], out: int, rows_per_program: int
+) -> Bool[Array, "sets #columns"] | None:
+    """Which words of codes exist: those of existing columns and of rows below `out`; None if all do."""
+    if out % rows_per_program == 0:
+        return columns
+    rows = (row < out)[:, None]
+    return rows if columns is None else jnp.broadcast_to(rows, columns.shape) & columns
+
+
+def statistic(
+    plain: Any,
+    planes: Any,
+    second_scale: Any,
+    second_zero: Any,
+    *,
+    factor: Halves | float,
+    term: float = 0.0,
+    rows: Int[Array, " sets"],
+    count: int,
+    groups: Sequence[Int[Array, " columns"]],
+    columns: Bool[Array, "sets columns"] | None,
+    out: int,
+    interpret: bool,
+) -> Callable[[int], Halves]:
+    """factor · scale (or zero) + term of row `rows + r` in the group of either half, as a function of r.
+
+    Args:
+      plain, planes, second_scale, second_zero: fields of an `SpqrTensor`.
+      rows: first row of each set of `count` rows; a set lies within the sixteen rows that share words of planes.
+      groups: one for each half.
+      columns: which of the tile's columns exist; None if all do.
+    """
+    factors: Any = factor if isinstance(factor, list) else [factor, factor]
+    mask = real(columns, rows, out, rows.shape[0] * count)
+    if mask is not None:
+        mask = jnp.broadcast_to(mask, (rows.shape[0], groups[0].shape[0]))
+
+    def read(array: Any, *place: Array) -> list[Array]:
+        return [
+            plgpu.load(array.at[(*place, group[None])], mask=mask, other=None if mask is None else 0)
+            for group in groups
+        ]
+
+    if plain is not None:
+
+        def unquantized(r: int) -> Halves:
+            values = read(plain, jnp.minimum(rows + r, out - 1)[:, None])
+            return [value.astype(jnp.float32) * f + term for value, f in zip(values, factors, strict=True)]
+
+        return unquantized
+
+    bits, sixteenths, _ = planes.shape
+    stats_group = (rows // (sixteenths * BLOCK // second_scale.shape[0]))[:, None]
+    scales, zeros = (read(array, stats_group) for array in (second_scale, second_zero))
+    slopes = [scale.astype(jnp.float32) * f for scale, f in zip(scales, factors, strict=True)]
+    intercepts = [term - s * zero.astype(jnp.float32) for s, zero in zip(slopes, zeros, strict=True)]
+    slopes = [slope * 2.0**UNIT for slope in slopes]
+    shift = (rows % BLOCK).astype(jnp.uint32)[:, None]
+    words = []
+    for k in range(bits):
+        low, high = read(planes, jnp.int32(k), (rows // BLOCK)[:, None])
+        words.append((low.astype(jnp.uint32) | high.astype(jnp.uint32) << 16) >> shift)
+    at_once = MANTISSA + 1 - bits
+    """Rows whose codes lie within the mantissa."""
+
+    @functools.cache
+    def shifted(base: int) -> list[Array]:
+        return [word >> (base - k) if base > k else word << (k - base) for k, word in enumerate(words)]
+
+    def quantized(r: int) -> Halves:
+        position = r % at_once
+        codes = planes_pair(shifted(r - position), position)
+        if position:
+            codes = pair_multiply(codes, jnp.uint32(twice(2.0**-position)), interpret=interpret)
+        return [
+            multiply_add(code.astype(jnp.float32), slope, intercept, interpret=interpret)
+            for code, slope, intercept in zip(halves(codes), slopes, intercepts, strict=True)
+        ]
+
+    return quantized
