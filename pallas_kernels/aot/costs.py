@@ -1,0 +1,203 @@
+"""What a compiled kernel will cost on its GPU: instructions, bytes and time, per weight and in all."""
+
+import functools
+import multiprocessing
+import os
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.aot.compiler import ArrayType, Kernel, check_installed, compile_kernels
+from pallas_kernels.aot.formats import Format
+from pallas_kernels.aot.gpus import GPUS, Gpu
+from pallas_kernels.aot.kernels import COMPILED
+from pallas_kernels.aot.pointers import loaded_parameters
+from pallas_kernels.aot.sass import Listing, loops, parse, reachable
+from pallas_kernels.tensor import SpqrTensor
+from pallas_kernels.triton.launch import Launch
+
+
+@dataclass(frozen=True)
+class KernelReport:
+    """One kernel of a product, compiled for one GPU.
+
+    The figures per weight are those of the kernel that reads the codes, and None for what runs beside it. The main
+    loop is the innermost loop that loads codes; where none does, everything outside loops.
+
+    Attributes:
+      kernel: name of the function on the GPU.
+      format: of the matrix, as `Format` spells it.
+      tokens: number of tokens.
+      shape: (out, in).
+      target: name of the GPU.
+      registers: of one thread.
+      spill_bytes: stored and loaded again by one thread for want of registers.
+      shared_bytes: shared memory of one program.
+      load_bytes: how many loads from global memory, of the main loop, have each width in bytes.
+      code_load_bytes: the same of the loads of codes alone.
+      instructions_per_weight: of the main loop, threads times instructions over weights.
+      kinds: the same by kind of instruction.
+      bytes_per_weight: read, over weights.
+      issue_us: all instructions over the GPU's instruction rate; of a kernel that reads no codes, loops count once.
+      outlier_us: the part of it that the loops beside the main loop have, which treat the outliers; what prepares them
+        is among the other instructions.
+      memory_us: bytes of all arrays read and written over the GPU's bandwidth.
+      predicted_us: the larger of `issue_us` and `memory_us`.
+    """
+
+    kernel: str
+    format: str
+    tokens: int
+    shape: tuple[int, int]
+    target: str
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    load_bytes: dict[int, int]
+    code_load_bytes: dict[int, int]
+    instructions_per_weight: float | None
+    kinds: dict[str, float] | None
+    bytes_per_weight: float | None
+    issue_us: float
+    outlier_us: float
+    memory_us: float
+    predicted_us: float
+
+
+def report(target: str, form: Format, tokens: int, shape: tuple[int, int]) -> list[KernelReport]:
+    """Compiles all that treats so many tokens, and reports each kernel.
+
+    Args:
+      target: one of `GPUS`.
+      form: what the matrix is packed as.
+      tokens: number of rows of the activations, in bfloat16.
+      shape: (out, in) of the matrix.
+
+    Raises:
+      ModuleNotFoundError: the compiler is not installed.
+      ValueError: the format does not support these sizes.
+
+    Example:
+      >>> report("h100", Format.parse("3b-g16-s3"), 1, (4096, 4096))[1].registers
+      255
+    """
+    w = form.tensor(shape)
+    x = jax.ShapeDtypeStruct((tokens, shape[1]), jnp.bfloat16)
+    reports = []
+    for compiled in COMPILED:
+        if tokens in compiled.tokens:
+            function = functools.partial(compiled.function, interpret=False)
+            launch = compiled.launch(w, tokens)
+            for kernel in compile_kernels(function, x, w, gpu=GPUS[target]):
+                costs = _costs(kernel, w, launch, GPUS[target])
+                reports.append(
+                    KernelReport(kernel.name, format=str(form), tokens=tokens, shape=shape, target=target, **costs)
+                )
+    return reports
+
+
+def report_all(settings: Sequence[tuple[str, Format, int, tuple[int, int]]]) -> list[list[KernelReport]]:
+    """`report` of several settings, compiled side by side in processes of their own.
+
+    Raises:
+      ModuleNotFoundError: the compiler is not installed.
+      ValueError: a format does not support these sizes.
+    """
+    for _, form, _, shape in settings:
+        form.tensor(shape)  # What does not fit is told before anything is compiled.
+    check_installed()
+    workers = min(len(settings), os.cpu_count() or 1)
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_configure_worker) as pool:
+        return list(pool.map(report, *zip(*settings, strict=True)))
+
+
+def _configure_worker() -> None:
+    # With the plugin for GPUs installed, JAX would look for one, and complain where there is none.
+    jax.config.update("jax_platforms", "cpu")
+    # Such programs are written to JAX's cache but cannot be read from it, and what comes from there is not dumped.
+    jax.config.update("jax_enable_compilation_cache", False)
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """Instructions of a kernel, by how often each thread executes them.
+
+    Attributes:
+      main: those of the main loop.
+      outlier: those of the loops beside it.
+      once: the others.
+      code_loads: all that load codes, wherever they are.
+    """
+
+    main: frozenset[int]
+    outlier: frozenset[int]
+    once: frozenset[int]
+    code_loads: frozenset[int]
+
+
+def _parts(listing: Listing, code_loads: frozenset[int]) -> _Parts:
+    program = frozenset(reachable(listing))
+    if not code_loads:
+        return _Parts(program, frozenset(), frozenset(), code_loads)
+    bodies = loops(listing)
+    loading = [body for body in bodies if body & code_loads]
+    innermost = [body for body in loading if not any(inside < body for inside in loading)]
+    # Loads moved ahead of a loop may make a loop of their own: the main one has the most.
+    main = max(innermost, key=lambda body: len(body & code_loads), default=frozenset())
+    outlier = frozenset().union(*(body for body in bodies if not body & code_loads and not body & main))
+    once = program - main - outlier
+    return _Parts(main, outlier, once, code_loads) if main else _Parts(once, outlier, main, code_loads)
+
+
+def _costs(kernel: Kernel, w: SpqrTensor, launch: Launch, gpu: Gpu) -> dict[str, Any]:
+    """The fields of `KernelReport` that tell what one kernel costs."""
+    listing = parse(kernel.sass)
+    parts = _parts(listing, _code_loads(kernel, listing, w, gpu))
+    threads, weights = kernel.programs * kernel.threads, w.shape[0] * w.shape[1]
+    if parts.outlier and not launch.outlier_steps:
+        raise ValueError(
+            f"{kernel.name} has a loop beside its main loop, but its launch does not say how often it runs"
+        )
+    steps = launch.steps if parts.code_loads else 1
+    kinds = {kind: threads * steps * n / weights for kind, n in listing.kinds(parts.main).most_common()}
+
+    def issue_us(instructions: int) -> float:
+        return 1e6 * threads * instructions / gpu.instruction_rate
+
+    outlier = launch.outlier_steps * len(parts.outlier)
+    issue = issue_us(len(parts.once) + steps * len(parts.main) + outlier)
+    read, written = (sum(array.nbytes for array in arrays) for arrays in (kernel.reads, kernel.writes))
+    memory = 1e6 * (read + written) / gpu.bandwidth
+    return {
+        "registers": kernel.registers,
+        "spill_bytes": kernel.spill_bytes,
+        "shared_bytes": kernel.shared_bytes,
+        "load_bytes": _widths(listing, parts.main),
+        "code_load_bytes": _widths(listing, parts.main & parts.code_loads),
+        "instructions_per_weight": sum(kinds.values()) if parts.code_loads else None,
+        "kinds": kinds if parts.code_loads else None,
+        "bytes_per_weight": read / weights if parts.code_loads else None,
+        "issue_us": issue,
+        "outlier_us": issue_us(outlier),
+        "memory_us": memory,
+        "predicted_us": max(issue, memory),
+    }
+
+
+def _code_loads(kernel: Kernel, listing: Listing, w: SpqrTensor, gpu: Gpu) -> frozenset[int]:
+    """The instructions that load codes; none where the kernel is not given them."""
+    codes = {i for i, array in enumerate(kernel.reads) if array == ArrayType("u32", w.codes.shape)}
+    loaded = loaded_parameters(listing, gpu.parameters)
+    return frozenset(number for number, parameters in loaded.items() if parameters & codes)
+
+
+def _widths(listing: Listing, numbers: Iterable[int]) -> dict[int, int]:
+    """How many of these instructions load so many bytes, widest first."""
+    widths = (listing.instructions[number].load_bytes for number in numbers)
+    counts = Counter(width for width in widths if width is not None)
+    return dict(sorted(counts.items(), reverse=True))

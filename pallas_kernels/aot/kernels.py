@@ -1,0 +1,28 @@
+"""The kernels that are compiled ahead."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from jaxtyping import Array, Float
+
+from pallas_kernels.tensor import SpqrTensor
+from pallas_kernels.triton import fma
+from pallas_kernels.triton.launch import Launch
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A function whose kernels are reported.
+
+    Attributes:
+      function: of activations `[tokens, in]` and a packed matrix; takes the flag `interpret`.
+      launch: how the kernel that reads the codes is spread over a GPU, from the matrix and the number of tokens.
+      tokens: numbers of tokens for which it is compiled.
+    """
+
+    function: Callable[..., Float[Array, "..."]]
+    launch: Callable[[SpqrTensor, int], Launch]
+    tokens: range
+
+
+COMPILED = (Compiled(fma.fma_matmul, fma.launch, range(1, 9)),)

@@ -1,0 +1,181 @@
+"""Reading a listing of machine instructions: where control goes, what loops, what kind each instruction is."""
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+KINDS = {
+    "load global": ("LDG", "LDGSTS"),
+    "store global": ("STG", "RED", "ATOM"),
+    "shared memory": ("LDS", "STS", "LDSM", "STSM"),
+    "tensor core": ("HMMA", "HGMMA", "IMMA", "IGMMA"),
+    "fma": ("FFMA", "HFMA2"),
+    "add": ("FADD", "FMUL", "HADD2", "HMUL2", "FMNMX"),
+    "convert": ("F2F", "F2FP", "F2I", "I2F", "I2FP", "I2I", "HADD2.F32"),
+    "logic": ("LOP3", "PLOP3", "ULOP3", "PRMT", "SEL", "FSEL", "USEL"),
+    "shift": ("SHF", "USHF", "IMAD.SHL", "IMAD.U32"),
+    "move": ("MOV", "UMOV", "IMAD.MOV", "CS2R", "S2R", "S2UR", "LDC", "ULDC", "R2UR", "SHFL"),
+    "integer": ("IMAD", "UIMAD", "IADD3", "UIADD3", "LEA", "ULEA", "VIADD", "ISETP", "UISETP", "IMNMX", "VIMNMX"),
+    "synchronize": ("BAR", "BSSY", "BSYNC", "WARPSYNC", "WARPGROUP", "DEPBAR", "LDGDEPBAR", "FENCE", "MEMBAR"),
+    "control": ("BRA", "EXIT", "ACQBULK", "NOP"),
+}
+"""Kinds of instructions, by the beginnings of their names; an instruction is of the kind with the longest of them."""
+
+_KIND = {name: kind for kind, names in KINDS.items() for name in names}
+_LINE = re.compile(r"^\s*(?:/\*[0-9a-f]{4,}\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][\w.]*)\s*(.*?)\s*;|(\.L\w+):)", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One line of a listing, such as `@!P0 LDG.E.128 R8, [R2.64+0x10]`.
+
+    Attributes:
+      name: with its modifiers, `LDG.E.128`.
+      operands: the rest of the line.
+      guarded: whether a predicate decides if it has an effect.
+    """
+
+    name: str
+    operands: str
+    guarded: bool
+
+    @property
+    def kind(self) -> str:
+        """One of `KINDS`, or "other"."""
+        parts = self.name.split(".")
+        return _KIND.get(".".join(parts[:2]), _KIND.get(parts[0], "other"))
+
+    @property
+    def load_bytes(self) -> int | None:
+        """Bytes that a thread loads from global memory; None for what is no such load."""
+        parts = self.name.split(".")
+        if parts[0] not in ("LDG", "LDGSTS"):
+            return None
+        widths = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
+        return next((widths[part] for part in parts if part in widths), 4)
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The instructions of a kernel, and how control goes from one to the next.
+
+    Attributes:
+      instructions: all, in the order of their addresses.
+      successors: numbers of the instructions that can follow each.
+    """
+
+    instructions: tuple[Instruction, ...]
+    successors: tuple[tuple[int, ...], ...]
+
+    def kinds(self, numbers: Iterable[int]) -> Counter[str]:
+        """How many of these instructions are of each kind."""
+        return Counter(self.instructions[number].kind for number in numbers)
+
+
+def parse(sass: str) -> Listing:
+    """Reads what `nvdisasm -c` has listed of one kernel.
+
+    Example:
+      >>> parse("/*0000*/ MOV R1, R2 ;\\n/*0010*/ EXIT ;").successors
+      ((1,), ())
+    """
+    instructions: list[Instruction] = []
+    labels: dict[str, int] = {}
+    for guard, name, operands, label in _LINE.findall(sass):
+        if label:
+            labels[label] = len(instructions)
+        else:
+            instructions.append(Instruction(name, operands, bool(guard)))
+    successors = tuple(_successors(number, one, labels) for number, one in enumerate(instructions))
+    return Listing(tuple(instructions), tuple(tuple(n for n in s if n < len(instructions)) for s in successors))
+
+
+def reachable(listing: Listing) -> list[int]:
+    """The instructions that can be executed, each before those that only it leads to (reverse postorder).
+
+    What is left out pads the program.
+    """
+    order: list[int] = []
+    seen = {0}
+    stack = [(0, iter(listing.successors[0]))]
+    while stack:
+        number, following = stack[-1]
+        for successor in following:
+            if successor not in seen:
+                seen.add(successor)
+                stack.append((successor, iter(listing.successors[successor])))
+                break
+        else:
+            order.append(number)
+            stack.pop()
+    return order[::-1]
+
+
+def loops(listing: Listing) -> list[frozenset[int]]:
+    """The instructions of each loop, those of loops inside it included.
+
+    A branch makes a loop if its target is on every way to it; the loop is what leads from the target to the branch.
+    Code moved behind the end of a program, from where it branches back, is none.
+    """
+    order = reachable(listing)
+    place = {number: i for i, number in enumerate(order)}
+    predecessors: dict[int, list[int]] = {number: [] for number in order}
+    for number in order:
+        for successor in listing.successors[number]:
+            predecessors[successor].append(number)
+    dominator = _dominators(order, place, predecessors)
+    bodies: dict[int, set[int]] = {}
+    for number in order:
+        for head in listing.successors[number]:
+            if place[head] <= place[number] and _dominates(head, number, dominator):
+                body, stack = bodies.setdefault(head, {head}), [number]
+                while stack:
+                    if (member := stack.pop()) not in body:
+                        body.add(member)
+                        stack += predecessors[member]
+    return [frozenset(body) for body in bodies.values()]
+
+
+def _dominators(order: list[int], place: dict[int, int], predecessors: dict[int, list[int]]) -> dict[int, int]:
+    """The last instruction before each that is on every way to it (Cooper, Harvey and Kennedy 2001)."""
+    dominator = {order[0]: order[0]}
+
+    def meet(a: int, b: int) -> int:
+        while a != b:
+            if place[a] > place[b]:
+                a = dominator[a]
+            else:
+                b = dominator[b]
+        return a
+
+    changed = True
+    while changed:
+        changed = False
+        for number in order[1:]:
+            known = [p for p in predecessors[number] if p in dominator]
+            new = known[0]
+            for other in known[1:]:
+                new = meet(new, other)
+            if dominator.get(number) != new:
+                dominator[number], changed = new, True
+    return dominator
+
+
+def _dominates(head: int, number: int, dominator: dict[int, int]) -> bool:
+    while number != head and dominator[number] != number:
+        number = dominator[number]
+    return number == head
+
+
+def _successors(number: int, instruction: Instruction, labels: dict[str, int]) -> tuple[int, ...]:
+    name = instruction.name.split(".")[0]
+    if name == "EXIT":
+        return (number + 1,) if instruction.guarded else ()
+    # Where the threads of a warp have parted, BRA.DIV goes to code for each apart; here they have not.
+    if name == "BRA" and not instruction.name.startswith("BRA.DIV"):
+        before, label = re.fullmatch(r"(.*?)`\((\S+)\)", instruction.operands).groups()  # type: ignore[union-attr]
+        if instruction.guarded or before:
+            return labels[label], number + 1
+        return (labels[label],)
+    return (number + 1,)

@@ -1,0 +1,261 @@
+import itertools
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError
+
+import jax
+import pytest
+from typer.testing import CliRunner
+
+from pallas_kernels.aot import GPUS, Format, compiler, report_all
+from pallas_kernels.aot.__main__ import app
+from pallas_kernels.aot.kernels import COMPILED
+from pallas_kernels.aot.pointers import loaded_parameters
+from pallas_kernels.aot.sass import loops, parse, reachable
+
+
+def listing(*lines: str):
+    """Instructions, and labels where a line ends in a colon."""
+    return parse(
+        "\n".join(line if line.endswith(":") else f"        /*{i * 16:04x}*/  {line} ;" for i, line in enumerate(lines))
+    )
+
+
+LOOP = listing(
+    "LDC.64 R2, c[0x0][0x218]",
+    ".L_x_1:",
+    "@!P0 LDG.E.128 R4, desc[UR4][R2.64+0x10]",
+    "FFMA R8, R4, R5.reuse, R8",
+    "@P1 BRA `(.L_x_1)",
+    "BRA `(.L_x_3)",
+    ".L_x_2:",
+    "EXIT",
+    ".L_x_3:",
+    "BRA `(.L_x_2)",
+    ".L_x_4:",
+    "BRA `(.L_x_4)",
+    "NOP",
+)
+
+
+def test_what_pads_a_program_is_not_counted():
+    assert reachable(LOOP) == [0, 1, 2, 3, 4, 6, 5]
+
+
+def test_a_branch_back_is_a_loop_only_around_what_leads_to_it():
+    assert loops(LOOP) == [frozenset({1, 2, 3})]
+
+
+def test_loops_in_loops():
+    nested = listing(
+        "NOP", ".L_x_1:", "NOP", ".L_x_2:", "NOP", "BRA.U UP0, `(.L_x_2)", "@P0 BRA `(.L_x_1)", "@P1 EXIT", "EXIT"
+    )
+    assert sorted(loops(nested), key=len) == [{2, 3}, {1, 2, 3, 4}]
+
+
+def test_threads_that_part_are_left_out():
+    assert reachable(listing("BRA.DIV UR4, `(.L_x_1)", "EXIT", ".L_x_1:", "NOP", "EXIT")) == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "width"),
+    [
+        ("LDG.E.128.CONSTANT", "load global", 16),
+        ("LDG.E.64", "load global", 8),
+        ("LDG.E", "load global", 4),
+        ("LDG.E.U16", "load global", 2),
+        ("LDGSTS.E.BYPASS.128", "load global", 16),
+        ("LDS.128", "shared memory", None),
+        ("LOP3.LUT", "logic", None),
+        ("FFMA", "fma", None),
+        ("FADD.FTZ", "add", None),
+        ("HADD2", "add", None),
+        ("HADD2.F32", "convert", None),
+        ("IMAD.SHL.U32", "shift", None),
+        ("IMAD.MOV.U32", "move", None),
+        ("IMAD.WIDE.U32", "integer", None),
+        ("F2FP.BF16.F32.PACK_AB", "convert", None),
+        ("HMMA.16816.F32.BF16", "tensor core", None),
+        ("HGMMA.64x16x16.F32.BF16", "tensor core", None),
+        ("BAR.SYNC", "synchronize", None),
+        ("EXIT", "control", None),
+        ("VOTE.ANY", "other", None),
+    ],
+)
+def test_kinds_and_widths(name, kind, width):
+    (instruction,) = listing(f"{name} R0, [R2]").instructions
+    assert (instruction.kind, instruction.load_bytes) == (kind, width)
+
+
+def test_loads_are_traced_to_parameters():
+    assert loaded_parameters(LOOP, 0x210) == {1: {1}}
+    moved = listing(
+        "ULDC.128 UR4, c[0x0][0x160]",
+        "IMAD.WIDE R2, R9, 0x4, R6",
+        "LEA R4, P0, R3, UR6, 0x2",
+        "LDG.E R4, [R4.64]",
+        "IMAD.WIDE.U32 R6, R4, R5, c[0x0][0x170]",
+        "LDG.E.128 R8, [R6.64+0x20]",
+        "LDGSTS.E.BYPASS.128 [R4], desc[UR8][R6.64+UR4]",
+    )
+    assert loaded_parameters(moved, 0x160) == {3: {1}, 5: {2}, 6: {0, 2}}
+
+
+@pytest.mark.parametrize("spelling", ["3b-g16-s3", "3b-g16-s3-o2%", "4b-g128", "8b-g8-s8-o0.5%"])
+def test_formats_are_spelled_as_they_are_read(spelling):
+    assert str(Format.parse(spelling)) == spelling
+
+
+@pytest.mark.parametrize("spelling", ["3", "3b-g16-o2", "b-g16", "3b-g16-s3-x"])
+def test_a_spelling_that_is_none(spelling):
+    with pytest.raises(ValueError, match=f"{spelling!r} is not a format"):
+        Format.parse(spelling)
+
+
+def test_tensor_of_a_format():
+    w = Format.parse("3b-g16-s3-o2%").tensor((4096, 11008))
+    assert (w.shape, w.bits, w.group_size) == ((4096, 11008), 3, 16)
+    assert w.scale_codes.shape == (3, 256, 688)
+    assert w.outlier_values.shape == (round(0.02 * 4096 * 11008),)
+    with pytest.raises(ValueError, match="24 input features do not divide into groups of 16"):
+        Format.parse("3b-g16").tensor((16, 24))
+
+
+def test_what_is_missing_is_named(monkeypatch):
+    def check(message: str, version: Callable, tool: Callable) -> None:
+        monkeypatch.setattr(compiler, "version", version)
+        monkeypatch.setattr(compiler, "_tool", tool)
+        with pytest.raises(ModuleNotFoundError, match=f"run `make aot-env` first: {message}"):
+            compiler.check_installed()
+
+    def missing(error: Exception) -> Callable:
+        def look(name: str) -> None:
+            raise error
+
+        return look
+
+    check("a plugin is not installed", version=missing(PackageNotFoundError("a plugin")), tool=str)
+    check("ptxas is not installed", version=lambda name: jax.__version__, tool=missing(FileNotFoundError("ptxas")))
+    check("jax-cuda13-plugin is 0.1, but jax is", version=lambda name: "0.1", tool=str)
+
+
+def absent() -> str:
+    """Why nothing can be compiled, empty where it can."""
+    try:
+        compiler.check_installed()
+    except ModuleNotFoundError as error:
+        return str(error)
+    return ""
+
+
+needs_compiler = pytest.mark.skipif(bool(absent()), reason=absent())
+SHAPES = (4096, 4096), (4096, 11008)
+DENSE = "3b-g16-s3", "4b-g16-s3"
+SPARSE = "3b-g16-s3-o2%", "4b-g16-s3-o2%"
+# One number of tokens for each kernel.
+TOKENS = [tokens for tokens in (1, 16, 512) if any(tokens in compiled.tokens for compiled in COMPILED)]
+SETTINGS = [
+    *itertools.product(GPUS, DENSE, TOKENS, SHAPES),
+    *itertools.product(["h100"], SPARSE, [1], SHAPES),
+]
+
+
+@pytest.fixture(scope="module")
+def reports():
+    """The kernels that read codes, by setting, all compiled at once."""
+    parsed = [(target, Format.parse(form), tokens, shape) for target, form, tokens, shape in SETTINGS]
+    found = report_all(parsed)
+    return {
+        setting: [kernel for kernel in kernels if kernel.instructions_per_weight is not None]
+        for setting, kernels in zip(SETTINGS, found, strict=True)
+    }
+
+
+@needs_compiler
+def test_command():
+    command = [sys.executable, "-m", "pallas_kernels.aot", "--target", "h100", "--format", "3b-g16-s3", "--json"]
+    done = subprocess.run(
+        [*command, "--tokens", "1", "--shape", "4096x4096"], capture_output=True, text=True, check=True
+    )
+    kernels = {kernel["kernel"]: kernel for kernel in json.loads(done.stdout)}
+    kernel = kernels["spqr_fma"]
+    assert (kernel["format"], kernel["tokens"], kernel["shape"], kernel["target"]) == (
+        "3b-g16-s3",
+        1,
+        [4096, 4096],
+        "h100",
+    )
+    assert (kernel["spill_bytes"], list(kernel["code_load_bytes"])) == (0, ["16"])
+    assert 0 < kernel["registers"] <= 255
+    assert sum(kernel["kinds"].values()) == pytest.approx(kernel["instructions_per_weight"])
+    # Codes take 3 bits, their statistics (6 + 64 / 16) / 16 of a bit.
+    assert kernel["bytes_per_weight"] == pytest.approx((3 + 10 / 16) / 8, rel=0.01)
+    assert kernel["predicted_us"] == max(kernel["issue_us"], kernel["memory_us"])
+    assert kernels["spqr_arrange"]["instructions_per_weight"] is None
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--format", "3b"], ["--shape", "4096"], ["--tokens", "0"], ["--target", "v100"]]
+)
+def test_wrong_usage(arguments):
+    assert CliRunner().invoke(app, ["--target", "h100", *arguments]).exit_code == 2
+
+
+def test_what_does_not_fit_the_format_is_named():
+    done = CliRunner().invoke(app, ["--target", "h100", "--format", "3b-g16", "--shape", "16x24"])
+    assert (done.exit_code, done.stderr) == (1, "error: 24 input features do not divide into groups of 16\n")
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("setting", SETTINGS, ids=str)
+def test_no_spills_and_wide_loads_of_codes(reports, setting):
+    assert reports[setting]
+    for kernel in reports[setting]:
+        assert kernel.spill_bytes == 0
+        assert set(kernel.code_load_bytes) == {16}
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize(("form", "most"), [("3b-g16-s3", 4.0), ("4b-g16-s3", 3.5)])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_instructions_for_one_token(reports, form, most, shape):
+    assert min(kernel.instructions_per_weight for kernel in reports["h100", form, 1, shape]) <= most
+
+
+def packed_bytes(form: str, shape: tuple[int, int]) -> int:
+    return sum(array.size * array.dtype.itemsize for array in Format.parse(form).tensor(shape).arrays().values())
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("form", DENSE)
+def test_time_of_one_token_is_that_of_reading_the_matrix(reports, form):
+    shape = 4096, 11008
+    predicted = min(kernel.predicted_us for kernel in reports["h100", form, 1, shape])
+    assert predicted <= 1.25 * 1e6 * packed_bytes(form, shape) / 3.0e12
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("form", DENSE)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_cost_of_outliers(reports, form, shape):
+    dense, sparse = (min(kernel.predicted_us for kernel in reports["h100", f, 1, shape]) for f in (form, f"{form}-o2%"))
+    # At 3 bits and 2 %, the four bytes of each are 17.6 % of the matrix: then only reading them may cost.
+    reading = 1e6 * (packed_bytes(f"{form}-o2%", shape) - packed_bytes(form, shape)) / GPUS["h100"].bandwidth
+    assert sparse - dense <= max(0.15 * dense, 1.001 * reading)
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.skipif(16 not in TOKENS, reason="no kernel treats 16 tokens")
+@pytest.mark.parametrize("form", DENSE)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_tensor_cores_for_sixteen_tokens(reports, form, shape):
+    (kernel,) = reports["h100", form, 16, shape]
+    assert kernel.kinds["tensor core"] > 0
+    assert kernel.instructions_per_weight <= 5.0
