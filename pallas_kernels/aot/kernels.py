@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from jaxtyping import Array, Float
 
 from pallas_kernels.tensor import SpqrTensor
-from pallas_kernels.triton import fma
+from pallas_kernels.triton import dequantize, fma, mma
 from pallas_kernels.triton.launch import Launch
 
 
@@ -25,4 +25,12 @@ class Compiled:
     tokens: range
 
 
-COMPILED = (Compiled(fma.fma_matmul, fma.launch, range(1, 9)),)
+def _dequantize(x: Array, w: SpqrTensor, *, interpret: bool) -> Array:
+    return dequantize.dequantize_matrix(w, x.dtype, interpret=interpret)
+
+
+COMPILED = (
+    Compiled(fma.fma_matmul, fma.launch, range(1, 2)),
+    Compiled(mma.mma_matmul, mma.launch, range(2, 129)),
+    Compiled(_dequantize, dequantize.launch, range(129, 1 << 16)),
+)
