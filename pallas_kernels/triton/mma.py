@@ -83,7 +83,7 @@ def _kernel(
             x = plgpu.load(at, mask=jnp.broadcast_to(known[:, None], (at_once, COLUMNS)), other=0)
             x = _side_by_side(x)
             sums = tuple(
-                total + pl.dot(_side_by_side(weight(j)), x, trans_b=True)
+                total + plgpu.dot(_side_by_side(weight(j)), x, trans_b=True)
                 for total, weight in zip(sums, weights, strict=True)
             )
         return sums

@@ -1,0 +1,265 @@
+"""The Pallas kernels against float64: interpreted on any machine, and with `-m gpu` compiled on a GPU."""
+
+import functools
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, PartitionSpec
+from random_packed import random_packed
+
+from pallas_kernels import split_rows, spqr_dequantize, spqr_matmul
+from pallas_kernels.devices import choose
+from pallas_kernels.regimes import MOST_TOKENS, regime
+from pallas_kernels.triton.dequantize import dequantize_matrix
+from pallas_kernels.triton.fma import fma_matmul
+from pallas_kernels.triton.mma import mma_matmul
+
+BITS, GROUP_SIZES, STATS_BITS = (2, 3, 4, 5, 8), (8, 16, 32, 64, 128), (None, 2, 3, 4, 5, 8)
+OUTLIERS = ("everywhere", "none", "one row")
+# An odd number of blocks, or words that fill no tile, where the group size allows it.
+IN_FEATURES = {8: 400, 16: 400, 32: 416, 64: 448, 128: 384}
+OUT = 512
+
+# ‖Δ‖ / ‖y‖: what rounding y, and for tensor cores the weights, to the type makes of it.
+MOST_ERROR = {"bfloat16": 2e-3, "float16": 2.0**-11, "float32": 1e-6}
+
+on_gpu = functools.partial(pytest.param, marks=pytest.mark.gpu)
+IMPLEMENTATIONS = ["interpret", on_gpu("pallas")]
+
+FAST = {(3, 16), (4, 128), (8, 8)}
+
+
+def formats():
+    """Every width of a code with every group size, and all else in turn."""
+    others = zip(itertools.cycle(STATS_BITS), itertools.cycle(OUTLIERS), itertools.cycle((True, True, False, False)))
+    for (bits, group_size), (stats_bits, outliers, permuted) in zip(itertools.product(BITS, GROUP_SIZES), others):
+        settings = dict(
+            bits=bits,
+            group_size=group_size,
+            stats_bits=stats_bits,
+            stats_group_size=32 if bits % 2 else 16,
+            outliers=outliers,
+            permuted=permuted,
+        )
+        slow = () if (bits, group_size) in FAST else pytest.mark.slow
+        yield pytest.param(settings, marks=slow, id="-".join(f"{value}" for value in settings.values()))
+
+
+FORMATS = list(formats())
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    """Other inputs each time; a failure shows the seed."""
+    seed = np.random.SeedSequence().entropy
+    print(f"seed {seed}")
+    return np.random.default_rng(seed)
+
+
+def run(implementation: str, function: Callable[..., Any], *args: Any) -> Any:
+    """Compiled, with NaN in the memory that results will get: where kernels are interpreted, JAX does that."""
+    if implementation == "interpret":
+        # XLA's fusions for CPUs compute the same things many times over in programs like these.
+        options = {
+            "xla_backend_optimization_level": 0,
+            "xla_llvm_disable_expensive_passes": True,
+            "xla_disable_hlo_passes": "fusion,cpu-instruction-fusion",
+        }
+        return jax.jit(function).lower(*args).compile(compiler_options=options)(*args)
+    if jax.default_backend() != "gpu":
+        pytest.skip("no GPU")
+    compiled = jax.jit(function).lower(*args).compile()
+    for size in (OUT, 1 << 20, 1 << 26):
+        jnp.full(size, jnp.nan).block_until_ready()
+    return compiled(*args)
+
+
+def random_x(rng: np.random.Generator, tokens: int, in_features: int, dtype: Any) -> jax.Array:
+    return jnp.asarray(rng.standard_normal((tokens, in_features)), dtype)
+
+
+def exact(x: jax.Array, packed: Any) -> np.ndarray:
+    return np.asarray(x, np.float64) @ np.asarray(spqr_dequantize(packed, implementation="xla"), np.float64).T
+
+
+def assert_close(y: Any, expected: np.ndarray, dtype: Any) -> None:
+    assert y.dtype == dtype
+    error = np.linalg.norm(np.asarray(y, np.float64) - expected) / np.linalg.norm(expected)
+    assert error < MOST_ERROR[jnp.dtype(dtype).name]
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("settings", FORMATS)
+def test_fma(settings, implementation, rng):
+    packed = random_packed(rng, OUT, IN_FEATURES[settings["group_size"]], **settings)
+    x = random_x(rng, 4, packed.in_features, jnp.bfloat16)
+    y = run(implementation, functools.partial(fma_matmul, interpret=implementation == "interpret"), x, packed)
+    assert_close(y, exact(x, packed), jnp.bfloat16)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("settings", FORMATS)
+def test_mma(settings, implementation, rng):
+    packed = random_packed(rng, OUT, IN_FEATURES[settings["group_size"]], **settings)
+    x = random_x(rng, 5, packed.in_features, jnp.bfloat16)
+    y = run(implementation, functools.partial(mma_matmul, interpret=implementation == "interpret"), x, packed)
+    assert_close(y, exact(x, packed), jnp.bfloat16)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("settings", FORMATS)
+def test_dequantize(settings, implementation, rng):
+    packed = random_packed(rng, 48, IN_FEATURES[settings["group_size"]], **{**settings, "stats_group_size": 16})
+    weight = run(implementation, functools.partial(spqr_dequantize, implementation=implementation), packed)
+    expected = spqr_dequantize(packed, implementation="xla")
+    np.testing.assert_allclose(weight, expected, rtol=1e-6, atol=1e-6 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.float32])
+def test_fma_in_other_types(dtype, implementation, rng):
+    packed = random_packed(rng, OUT, 400)
+    x = random_x(rng, 2, 400, dtype)
+    y = run(implementation, functools.partial(fma_matmul, interpret=implementation == "interpret"), x, packed)
+    assert_close(y, exact(x, packed), dtype)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(("tokens", "out"), [(17, 40), (33, 40), (70, 512)])
+def test_mma_of_float16_and_more_tokens(tokens, out, implementation, rng):
+    packed = random_packed(rng, out, 1200, stats_bits=None)
+    x = random_x(rng, tokens, 1200, jnp.float16)
+    y = run(implementation, functools.partial(mma_matmul, interpret=implementation == "interpret"), x, packed)
+    assert_close(y, exact(x, packed), jnp.float16)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("kernel", [fma_matmul, mma_matmul])
+def test_activations_of_very_different_sizes(kernel, implementation, rng):
+    """Float16 inside the kernels bounds neither large nor small bfloat16 activations."""
+    packed = random_packed(rng, OUT, 1200, outliers="none")
+    sizes = 2.0 ** rng.integers(-60, 60, (3, 1)) * np.where(rng.random((3, 1200)) < 0.003, 1000.0, 1.0)
+    x = jnp.asarray(sizes * rng.standard_normal((3, 1200)), jnp.bfloat16)
+    y = run(implementation, functools.partial(kernel, interpret=implementation == "interpret"), x, packed)
+    for token, expected in zip(y, exact(x, packed), strict=True):
+        # A token's few outputs are rounded less evenly.
+        assert np.linalg.norm(np.asarray(token, np.float64) - expected) < 2.5e-3 * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(
+    ("batch", "dtype"), [((), jnp.float16), ((2, 3), jnp.float16), ((3, 50), jnp.float16), ((9,), jnp.float32)]
+)
+def test_matmul_in_every_regime(batch, dtype, implementation, rng):
+    packed = random_packed(rng, 64, 400)
+    x = jnp.asarray(rng.standard_normal((*batch, 400)), dtype)
+    y = run(implementation, functools.partial(spqr_matmul, implementation=implementation), x, packed)
+    assert_close(y, exact(x, packed), dtype)
+
+
+def test_unwritten_results_are_nan_where_kernels_are_interpreted():
+    """What `run` relies on."""
+    from jax.experimental import pallas as pl
+
+    call = pl.pallas_call(lambda ref: None, out_shape=jax.ShapeDtypeStruct((4,), jnp.float32), interpret=True)
+    assert np.isnan(call()).all()
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_vmap(implementation, rng):
+    stack = [random_packed(rng, 32, 256, outliers="none") for _ in range(2)]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *stack)
+    x = jnp.asarray(rng.standard_normal((2, 3, 256)), jnp.float16)
+    matmul = functools.partial(spqr_matmul, implementation=implementation)
+
+    def both(x, stacked):
+        one = jax.tree.map(lambda leaf: leaf[0], stacked)
+        return (
+            jax.vmap(matmul, (0, None))(x, one),
+            jax.vmap(matmul)(x, stacked),
+            jax.vmap(matmul, (None, 0))(x[0], stacked),
+        )
+
+    over_x, over_both, over_w = run(implementation, both, x, stacked)
+    assert_close(over_x, exact(x, stack[0]), jnp.float16)
+    assert_close(over_both, np.stack([exact(part, packed) for part, packed in zip(x, stack, strict=True)]), jnp.float16)
+    assert_close(over_w, np.stack([exact(x[0], packed) for packed in stack]), jnp.float16)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_gradient_with_respect_to_inputs(implementation, rng):
+    packed = random_packed(rng, 64, 400)
+    x = random_x(rng, 2, 400, jnp.float32)
+    cotangent = jnp.asarray(rng.standard_normal((2, 64)), jnp.float32)
+
+    def loss(x, packed):
+        return jnp.vdot(cotangent, spqr_matmul(x, packed, implementation=implementation))
+
+    weight = np.asarray(spqr_dequantize(packed, implementation="xla"), np.float64)
+    assert_close(
+        run(implementation, jax.grad(loss), x, packed), np.asarray(cotangent, np.float64) @ weight, jnp.float32
+    )
+
+
+def test_each_device_of_a_shard_map_runs_its_rows(rng):
+    mesh = jax.make_mesh((1,), ("rows",), axis_types=(AxisType.Auto,))
+    packed, x = random_packed(rng, 64, 256), random_x(rng, 2, 256, jnp.float16)
+
+    def local(x, parts):
+        return spqr_matmul(x, jax.tree.map(lambda leaf: leaf[0], parts), implementation="interpret")
+
+    rows = PartitionSpec("rows")
+    # JAX's interpreter of kernels does not track what varies between devices.
+    sharded = jax.shard_map(
+        local, mesh=mesh, in_specs=(PartitionSpec(), rows), out_specs=PartitionSpec(None, "rows"), check_vma=False
+    )
+    assert_close(run("interpret", sharded, x, split_rows(packed, 1)), exact(x, packed), jnp.float16)
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 200])
+def test_kernels_lower_for_a_gpu_under_shard_map(tokens, rng):
+    mesh = jax.make_mesh((1,), ("rows",), axis_types=(AxisType.Auto,))
+    packed, x = random_packed(rng, 64, 256), random_x(rng, tokens, 256, jnp.bfloat16)
+    kernel = {
+        "fma": fma_matmul,
+        "mma": mma_matmul,
+        "dequantize": lambda x, w, interpret: dequantize_matrix(w, x.dtype, interpret=interpret),
+    }[regime(tokens, x.dtype)]
+
+    def local(x, parts):
+        return kernel(x, jax.tree.map(lambda leaf: leaf[0], parts), interpret=False)
+
+    rows = PartitionSpec("rows")
+    out_specs = rows if tokens == 200 else PartitionSpec(None, "rows")
+    sharded = jax.shard_map(local, mesh=mesh, in_specs=(PartitionSpec(), rows), out_specs=out_specs)
+    lowered = jax.jit(sharded).trace(x, split_rows(packed, 1)).lower(lowering_platforms=("cuda",))
+    assert f"spqr_{regime(tokens, x.dtype)}" in lowered.as_text()
+
+
+def test_nothing_gives_nothing(rng):
+    packed = random_packed(rng, 32, 256)
+    assert spqr_matmul(jnp.zeros((0, 256)), packed, implementation="interpret").shape == (0, 32)
+
+
+def test_regimes_follow_the_table():
+    for dtype, table in MOST_TOKENS.items():
+        for name, most in table.items():
+            assert regime(most, dtype) == name
+            assert regime(most + 1, dtype) != name
+        assert regime(10**6, dtype) == "dequantize"
+
+
+def test_errors_say_what_to_do(rng):
+    packed, x = random_packed(rng, 32, 256), jnp.zeros((1, 256))
+    if jax.default_backend() == "cpu":
+        with pytest.raises(ValueError, match=r"needs an NVIDIA GPU of compute capability 8\.0 or more, but .* cpu"):
+            spqr_matmul(x, packed, implementation="pallas")
+    with pytest.raises(ValueError, match="implementation is 'triton', but must be"):
+        choose("triton")
+    with pytest.raises(ValueError, match="take activations in bfloat16, float16, float32, not int32"):
+        spqr_matmul(x.astype(jnp.int32), packed, implementation="interpret")
