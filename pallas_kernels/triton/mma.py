@@ -144,8 +144,9 @@ def _weights(w: Any, first: Array, r: int, column: Array, *, interpret: bool) ->
 def _side_by_side(pairs: Pair) -> Float16[Array, "rows 2*columns"]:
     """The numbers of each pair next to each other, and pairs in the order in which threads hold them.
 
-    Of a row, a thread loads four neighbouring words, but the compiler has it give the tensor core two pairs in the
-    first half of a row and two in the second. The order of the sum is free: words are renamed, and nothing moves.
+    Of a row, a thread loads four neighbouring words; the compiler wants from it two neighbouring pairs in the first
+    half of a row and two in the second, and gives one of each to a tensor core at a time. The order of the sum is free:
+    words are renamed so that these are neighbours too, and nothing moves.
     """
     numbers = jnp.stack(halves(pairs), axis=-1)
-    return numbers.reshape(-1, COLUMNS // 4, 2, 4).swapaxes(1, 2).reshape(-1, 2 * COLUMNS)
+    return numbers.reshape(-1, COLUMNS // 4, 2, 2, 2).transpose(0, 3, 1, 2, 4).reshape(-1, 2 * COLUMNS)

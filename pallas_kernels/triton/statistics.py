@@ -91,7 +91,10 @@ def statistic(
     stats_group = (rows // (sixteenths * BLOCK // second_scale.shape[0]))[:, None]
     scales, zeros = (read(array, stats_group) for array in (second_scale, second_zero))
     slopes = [scale.astype(jnp.float32) * f for scale, f in zip(scales, factors, strict=True)]
-    intercepts = [term - s * zero.astype(jnp.float32) for s, zero in zip(slopes, zeros, strict=True)]
+    intercepts = [
+        multiply_add(-slope, zero.astype(jnp.float32), jnp.float32(term), interpret=interpret)
+        for slope, zero in zip(slopes, zeros, strict=True)
+    ]
     slopes = [slope * 2.0**UNIT for slope in slopes]
     shift = (rows % BLOCK).astype(jnp.uint32)[:, None]
     words = []
