@@ -87,7 +87,7 @@ def _kernel(x_ref: Any, x: Any, w: Any, out_ref: Any, *, interpret: bool) -> Non
         products = functools.partial(_products_in_float32, values=values, interpret=interpret)
 
     if w.row_offsets is not None:
-        outliers = outlier_products(x_ref, w, rows=first, count=ROWS, interpret=interpret)
+        outliers = outlier_products(x_ref, w, rows=first, count=ROWS, tiles=out_ref.shape[0], interpret=interpret)
     for r in range(ROWS):
         rows = first + r
         mask = real(columns, rows, out, ROWS * OCTETS)

@@ -93,7 +93,9 @@ def _kernel(
     factor = factor * 2.0 ** (SMALLER - UNIT)
     products = [total * factor[None] for total in sums]
     if w.row_offsets is not None:
-        outliers = outlier_products_of_tokens(x_ref, w, rows=first, count=ROWS, token=token, interpret=interpret)
+        outliers = outlier_products_of_tokens(
+            x_ref, w, rows=first, count=ROWS, tiles=out_ref.shape[0], token=token, interpret=interpret
+        )
         products = [a + b for a, b in zip(products, outliers, strict=True)]
     for r, product in enumerate(products):
         row = first + r

@@ -16,13 +16,14 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.tensor import SpqrTensor
 from pallas_kernels.triton.instructions import multiply_add
+from pallas_kernels.triton.layouts import by_fours
 
 AT_ONCE = 8
 """Outliers of one row that a program treats at once."""
 
 
 def outlier_products(
-    x_ref: Any, w: Any, *, rows: Int[Array, " sets"], count: int, interpret: bool
+    x_ref: Any, w: Any, *, rows: Int[Array, " sets"], count: int, tiles: int, interpret: bool
 ) -> list[Float[Array, " sets"]]:
     """Of each of `count` rows from `rows` on, Σ residual · x over this program's share of the row's outliers.
 
@@ -36,12 +37,19 @@ def outlier_products(
         value = plgpu.load(x_ref.at[token, _feature(w, column)]).astype(jnp.float32)
         return multiply_add(residual, value, total, interpret=interpret)
 
-    sums = _over_shares(product, w, rows, count, AT_ONCE, jnp.zeros((rows.shape[0], AT_ONCE), jnp.float32))
+    sums = _over_shares(product, w, rows, count, tiles, AT_ONCE, jnp.zeros((rows.shape[0], AT_ONCE), jnp.float32))
     return [total.sum(axis=1) for total in sums]
 
 
 def outlier_products_of_tokens(
-    x_ref: Any, w: Any, *, rows: Int[Array, " sets"], count: int, token: Int[Array, " tokens"], interpret: bool
+    x_ref: Any,
+    w: Any,
+    *,
+    rows: Int[Array, " sets"],
+    count: int,
+    tiles: int,
+    token: Int[Array, " tokens"],
+    interpret: bool,
 ) -> list[Float[Array, "sets tokens"]]:
     """The same for several tokens; x is `[in, tokens]`."""
 
@@ -49,10 +57,12 @@ def outlier_products_of_tokens(
         place = start + i
         residual, column = _outlier(w, place, place < stop)
         known = jnp.broadcast_to((token < x_ref.shape[1])[None], total.shape)
-        value = plgpu.load(x_ref.at[_feature(w, column)[:, None], token[None]], mask=known, other=0).astype(jnp.float32)
+        value = plgpu.load(x_ref.at[_feature(w, column)[:, None], by_fours(token)[None]], mask=known, other=0).astype(
+            jnp.float32
+        )
         return multiply_add(jnp.broadcast_to(residual[:, None], total.shape), value, total, interpret=interpret)
 
-    return _over_shares(product, w, rows, count, 1, jnp.zeros((rows.shape[0], token.shape[0]), jnp.float32))
+    return _over_shares(product, w, rows, count, tiles, 1, jnp.zeros((rows.shape[0], token.shape[0]), jnp.float32))
 
 
 def add_outliers(out_ref: Any, w: Any, *, rows: Int[Array, " sets"], count: int) -> None:
@@ -67,7 +77,7 @@ def add_outliers(out_ref: Any, w: Any, *, rows: Int[Array, " sets"], count: int)
         beneath = plgpu.load(at, mask=real, other=0).astype(jnp.float32)
         plgpu.store(at, (beneath + residual).astype(out_ref.dtype), mask=real)
 
-    _over_shares(add, w, rows, count, AT_ONCE, None)
+    _over_shares(add, w, rows, count, 1, AT_ONCE, None)
 
 
 def outlier_steps(w: SpqrTensor, tiles: int, at_once: int) -> int:
@@ -92,13 +102,14 @@ def _over_shares(
     w: Any,
     rows: Int[Array, " sets"],
     count: int,
+    tiles: int,
     at_once: int,
     carry: Any,
 ) -> list[Any]:
     """Runs `carry = visit(r, start, stop, i, carry)` for each row r until each share, start to stop, is through."""
-    tile, tiles, out = pl.program_id(1), pl.num_programs(1), w.shape[0]
+    tile, out = pl.program_id(1), w.shape[0]
     ends = [plgpu.load(w.row_offsets.at[jnp.minimum(rows + r, out)]) for r in range(count + 1)]
-    shares = [(stop - start + tiles - 1) // tiles for start, stop in itertools.pairwise(ends)]
+    shares = [_ceil(stop - start, tiles) for start, stop in itertools.pairwise(ends)]
     starts = [start + tile * share for start, share in zip(ends, shares, strict=False)]
     stops = [jnp.minimum(start + share, end) for start, share, end in zip(starts, shares, ends[1:], strict=True)]
 
@@ -106,4 +117,9 @@ def _over_shares(
         return [visit(r, starts[r], stops[r], i, carries[r]) for r in range(count)]
 
     longest = functools.reduce(jnp.maximum, [jnp.max(share) for share in shares])
-    return jax.lax.fori_loop(0, pl.cdiv(longest, at_once), step, [carry] * count)
+    return jax.lax.fori_loop(0, _ceil(longest, at_once), step, [carry] * count)
+
+
+def _ceil(a: Array, b: int) -> Array:
+    """⌈a / b⌉ of numbers that are not negative; to allow for others takes more instructions."""
+    return jax.lax.div(a + (b - 1), jnp.int32(b))

@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 from pallas_kernels.packing import BLOCK
 from pallas_kernels.triton.code_pairs import MANTISSA, UNIT, planes_pair
 from pallas_kernels.triton.instructions import halves, multiply_add, pair_multiply, twice
+from pallas_kernels.triton.layouts import by_fours
 
 Halves = list[Float[Array, "sets columns"]]
 
@@ -20,9 +21,7 @@ def group_of(block: Int[Array, " columns"], split: int, group_size: int) -> Int[
     """Group of a block of codes, or of one of its splits where it has several groups."""
     if group_size < BLOCK:
         return block * (BLOCK // group_size) + split
-    group = jax.lax.div(block, jnp.int32(group_size // BLOCK))
-    # By fours, as words of codes are read; else the compiler would have threads read eight 16-bit numbers at once.
-    return jax.lax.div(group, jnp.int32(4)) * 4 + jax.lax.rem(group, jnp.int32(4))
+    return by_fours(jax.lax.div(block, jnp.int32(group_size // BLOCK)))
 
 
 def inside(column: Int[Array, " columns"], words: int, sets: int, tile: int) -> Bool[Array, "sets columns"] | None:
