@@ -15,8 +15,9 @@ MOST_TOKENS: dict[str, dict[Regime, int]] = {
 }
 """For each type of activations the regimes in order, each with the most tokens it is used for; more are dequantized.
 
-From the predicted times of the kernels on an H100 (`python -m pallas_kernels.aot`): the tensor core kernel overtakes
-the other at two tokens, and is overtaken by writing the weight out, at 2 bytes each, beyond 128.
+Predicted, not measured (`python -m pallas_kernels.aot`): a second token doubles the first kernel's 2.7 instructions per
+weight, and the tensor core kernel has 4.0 for up to 16 tokens. It unpacks the weight again for every 64; how many times
+is worth while depends on how busy the tensor cores are, which the prediction does not know.
 """
 
 
