@@ -3,6 +3,7 @@
 import functools
 import itertools
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 from random_packed import random_packed
 
-from pallas_kernels import split_rows, spqr_dequantize, spqr_matmul
+from pallas_kernels import devices, split_rows, spqr_dequantize, spqr_matmul
 from pallas_kernels.devices import choose
 from pallas_kernels.regimes import MOST_TOKENS, regime
 from pallas_kernels.triton.dequantize import dequantize_matrix
@@ -251,6 +252,21 @@ def test_regimes_follow_the_table():
             assert regime(most, dtype) == name
             assert regime(most + 1, dtype) != name
         assert regime(10**6, dtype) == "dequantize"
+
+
+@pytest.mark.parametrize(
+    ("device", "supported"),
+    [
+        ({"compute_capability": "9.0"}, True),
+        ({"compute_capability": "8.0"}, True),
+        ({"compute_capability": "12.0"}, True),
+        ({"compute_capability": "7.5"}, False),
+        ({"compute_capability": "gfx90a"}, False),
+        ({}, False),
+    ],
+)
+def test_supported_devices(device, supported):
+    assert devices._supported(SimpleNamespace(**device)) == supported
 
 
 def test_errors_say_what_to_do(rng):

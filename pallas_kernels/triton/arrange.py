@@ -14,6 +14,7 @@ from pallas_kernels.tensor import SpqrTensor
 from pallas_kernels.triton.code_pairs import UNIT, positions
 from pallas_kernels.triton.instructions import join
 from pallas_kernels.triton.results import result
+from pallas_kernels.triton.statistics import groups_per_block
 
 LARGEST = 15
 """Activations in float16 are scaled to lie below 2^LARGEST."""
@@ -54,7 +55,7 @@ def arrange(
         functools.partial(_kernel, w=w, columns=columns, by_tile=by_tile, interpret=interpret),
         out_shape=Arranged(
             output(BLOCK, dtype=jnp.uint32) if pairs else output(2, BLOCK),
-            output(2, max(1, BLOCK // w.group_size)),
+            output(2, groups_per_block(w.group_size)),
             output(2),
         ),
         grid=(tiles, tokens),

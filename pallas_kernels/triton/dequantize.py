@@ -18,7 +18,7 @@ from pallas_kernels.triton.instructions import halves, multiply_add
 from pallas_kernels.triton.launch import Launch
 from pallas_kernels.triton.outliers import AT_ONCE, add_outliers, outlier_steps
 from pallas_kernels.triton.results import result
-from pallas_kernels.triton.statistics import group_of, inside, real, statistic
+from pallas_kernels.triton.statistics import inside, real, statistics
 
 SETS = 8
 ROWS = 2
@@ -46,35 +46,23 @@ def launch(w: SpqrTensor, tokens: int) -> Launch:
 
 def _kernel(w: Any, out_ref: Any, *, interpret: bool) -> None:
     bits, out, words = w.codes.shape
-    splits = max(1, BLOCK // w.group_size)
     first = (pl.program_id(0) * SETS + jnp.arange(SETS)) * ROWS
 
     def step(i: Array, _: None) -> None:
         start = i * COLUMNS
         column = start + jnp.arange(COLUMNS)
         columns = inside(column, words, SETS, COLUMNS)
-        statistics = []
-        for split in range(splits):
-            load = functools.partial(
-                statistic,
-                rows=first,
-                count=ROWS,
-                groups=[group_of(half * words + column, split, w.group_size) for half in range(2)],
-                columns=columns,
-                out=out,
-                interpret=interpret,
-            )
-            scale = load(w.scale, w.scale_codes, w.scale_scale, w.scale_zero, factor=1.0)
-            zero = load(w.zero, w.zero_codes, w.zero_scale, w.zero_zero, factor=-1.0)
-            statistics.append((scale, zero))
+        groups = statistics(
+            w, column, rows=first, count=ROWS, columns=columns, zero_factors=(-1.0, -1.0), interpret=interpret
+        )
         for r in range(ROWS):
             row = first + r
             mask = real(columns, row, out, SETS * ROWS)
             code = code_pairs([plgpu.load(w.codes.at[k, row[:, None], column[None]], mask=mask) for k in range(bits)])
-            of_row = [(scale(r), zero(r)) for scale, zero in statistics]
+            of_row = [(scale(r), zero(r)) for scale, zero in groups]
             weights: list[list[Array]] = [[], []]
             for j, position in enumerate(positions(bits)):
-                s, minus_z = of_row[j * splits // BLOCK]
+                s, minus_z = of_row[j * len(groups) // BLOCK]
                 unit = jnp.float32(2.0 ** (UNIT - position))
                 for half, number in enumerate(halves(code(j))):
                     shifted = multiply_add(number.astype(jnp.float32), unit, minus_z[half], interpret=interpret)

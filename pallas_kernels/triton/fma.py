@@ -22,7 +22,7 @@ from pallas_kernels.triton.instructions import Pair, halves, multiply_add, pair_
 from pallas_kernels.triton.launch import Launch
 from pallas_kernels.triton.outliers import AT_ONCE, outlier_products, outlier_steps
 from pallas_kernels.triton.results import result
-from pallas_kernels.triton.statistics import Halves, group_of, inside, real, statistic
+from pallas_kernels.triton.statistics import Halves, inside, real, statistics
 
 ROWS = 8
 """Rows that one thread treats: half of those that share a word of a statistics plane."""
@@ -67,17 +67,16 @@ def _kernel(x_ref: Any, x: Any, w: Any, out_ref: Any, *, interpret: bool) -> Non
         return plgpu.load(array.at[(token, *map(jnp.int32, place), jnp.broadcast_to(column[None], (OCTETS, COLUMNS)))])
 
     splits = x.sums.shape[2]
-    groups = []
-    for split in range(splits):
-        group = [group_of(half * words + column, split, w.group_size) for half in range(2)]
-        load = functools.partial(
-            statistic, rows=first, count=ROWS, groups=group, columns=columns, out=out, interpret=interpret
-        )
-        sums = [of_x(x.sums, half, split) for half in range(2)]
-        factors = [of_x(x.factors, half) for half in range(2)]
-        scale = load(w.scale, w.scale_codes, w.scale_scale, w.scale_zero, factor=factors)
-        zero = load(w.zero, w.zero_codes, w.zero_scale, w.zero_zero, factor=[-s for s in sums])
-        groups.append((range(split * BLOCK // splits, (split + 1) * BLOCK // splits), scale, zero))
+    groups = statistics(
+        w,
+        column,
+        rows=first,
+        count=ROWS,
+        columns=columns,
+        scale_factor=[of_x(x.factors, half) for half in range(2)],
+        zero_factors=[[-of_x(x.sums, half, split) for half in range(2)] for split in range(splits)],
+        interpret=interpret,
+    )
     values: Any
     if x.values.dtype == jnp.uint32:
         values = [of_x(x.values, j) for j in range(BLOCK)]
@@ -94,7 +93,8 @@ def _kernel(x_ref: Any, x: Any, w: Any, out_ref: Any, *, interpret: bool) -> Non
         # Codes need no zeros where there are none: the activations there are zero.
         codes = code_pairs([plgpu.load(w.codes.at[k, rows[:, None], column[None]], mask=mask) for k in range(bits)])
         total: Any = None
-        for places, scale, zero in groups:
+        for split, (scale, zero) in enumerate(groups):
+            places = range(split * BLOCK // splits, (split + 1) * BLOCK // splits)
             for product, s in zip(products(codes, places, zero(r)), scale(r), strict=True):
                 total = s * product if total is None else multiply_add(s, product, total, interpret=interpret)
         y = total.sum(axis=1)

@@ -24,7 +24,7 @@ from pallas_kernels.triton.instructions import Pair, halves, join, pair_multiply
 from pallas_kernels.triton.launch import Launch
 from pallas_kernels.triton.outliers import outlier_products_of_tokens, outlier_steps
 from pallas_kernels.triton.results import result
-from pallas_kernels.triton.statistics import group_of, inside, real, statistic
+from pallas_kernels.triton.statistics import inside, real, statistics
 
 ROWS = 2
 """Rows of a set."""
@@ -108,23 +108,22 @@ def _weights(w: Any, first: Array, r: int, column: Array, *, interpret: bool) ->
     columns = inside(column, words, SETS, COLUMNS * STEPS)
     center = 2 ** (bits - 1)
     multiply = functools.partial(pair_multiply, interpret=interpret)
-    splits = max(1, BLOCK // w.group_size)
+    # ŵ = s (q − z) = s (q − center) + s (center − z): the second term is small, and rounded to float16 as such.
+    groups = statistics(
+        w,
+        column,
+        rows=first,
+        count=ROWS,
+        columns=columns,
+        scale_factor=2.0**SLOPE,
+        zero_factors=(-1.0, -1.0),
+        zero_term=center,
+        interpret=interpret,
+    )
     slopes, intercepts = [], []
-    for split in range(splits):
-        load = functools.partial(
-            statistic,
-            rows=first,
-            count=ROWS,
-            groups=[group_of(half * words + column, split, w.group_size) for half in range(2)],
-            columns=columns,
-            out=out,
-            interpret=interpret,
-        )
-        # ŵ = s (q − z) = s (q − center) + s (center − z): the second term is small, and rounded to float16 as such.
-        scale = load(w.scale, w.scale_codes, w.scale_scale, w.scale_zero, factor=2.0**SLOPE)(r)
-        zero = load(w.zero, w.zero_codes, w.zero_scale, w.zero_zero, factor=-1.0, term=center)(r)
-        slopes.append(join(*scale, interpret=interpret))
-        offsets = (s * z for s, z in zip(scale, zero, strict=True))
+    for scale, zero in groups:
+        slopes.append(join(*scale(r), interpret=interpret))
+        offsets = (s * z for s, z in zip(scale(r), zero(r), strict=True))
         intercepts.append(join(*offsets, interpret=interpret))
     row = first + r
     mask = real(columns, row, out, SETS * ROWS)
@@ -135,7 +134,7 @@ def _weights(w: Any, first: Array, r: int, column: Array, *, interpret: bool) ->
         return multiply(intercepts[split], jnp.uint32(twice(2.0 ** (position - SLOPE - SMALLER))))
 
     def weight(j: int) -> Pair:
-        split, position = j * splits // BLOCK, positions(bits)[j]
+        split, position = j * len(groups) // BLOCK, positions(bits)[j]
         minus_center = jnp.uint32(twice(-center * 2.0 ** (position + NORMAL - UNIT)))
         centered = pair_multiply_add(code(j), jnp.uint32(twice(2.0**NORMAL)), minus_center, interpret=interpret)
         return pair_multiply_add(centered, slopes[split], intercept(split, position), interpret=interpret)

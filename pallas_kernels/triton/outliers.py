@@ -57,9 +57,8 @@ def outlier_products_of_tokens(
         place = start + i
         residual, column = _outlier(w, place, place < stop)
         known = jnp.broadcast_to((token < x_ref.shape[1])[None], total.shape)
-        value = plgpu.load(x_ref.at[_feature(w, column)[:, None], by_fours(token)[None]], mask=known, other=0).astype(
-            jnp.float32
-        )
+        at = x_ref.at[_feature(w, column)[:, None], by_fours(token)[None]]
+        value = plgpu.load(at, mask=known, other=0).astype(jnp.float32)
         return multiply_add(jnp.broadcast_to(residual[:, None], total.shape), value, total, interpret=interpret)
 
     return _over_shares(product, w, rows, count, tiles, 1, jnp.zeros((rows.shape[0], token.shape[0]), jnp.float32))

@@ -15,13 +15,48 @@ from pallas_kernels.triton.instructions import halves, multiply_add, pair_multip
 from pallas_kernels.triton.layouts import by_fours
 
 Halves = list[Float[Array, "sets columns"]]
+"""Something of the block in the low half, and of that in the high half."""
+
+Statistic = Callable[[int], Halves]
+"""A statistic of row `rows + r` in the group of either half, as a function of r."""
 
 
-def group_of(block: Int[Array, " columns"], split: int, group_size: int) -> Int[Array, " columns"]:
-    """Group of a block of codes, or of one of its splits where it has several groups."""
-    if group_size < BLOCK:
-        return block * (BLOCK // group_size) + split
-    return by_fours(jax.lax.div(block, jnp.int32(group_size // BLOCK)))
+def statistics(
+    w: Any,
+    column: Int[Array, " columns"],
+    *,
+    rows: Int[Array, " sets"],
+    count: int,
+    columns: Bool[Array, "sets columns"] | None,
+    scale_factor: Halves | float = 1.0,
+    zero_factors: Sequence[Halves | float] = (1.0, 1.0),
+    zero_term: float = 0.0,
+    interpret: bool,
+) -> list[tuple[Statistic, Statistic]]:
+    """factor · scale, and factor · zero + term, for each group that is in a block of these code words.
+
+    Args:
+      column: the code words.
+      rows: first row of each set of `count` rows; a set lies within the sixteen rows that share words of planes.
+      columns: which of the code words exist; None if all do.
+      zero_factors: one for each group of a block.
+    """
+    words, out = w.codes.shape[2], w.codes.shape[1]
+    result = []
+    for split in range(groups_per_block(w.group_size)):
+        groups = [_group_of(half * words + column, split, w.group_size) for half in range(2)]
+        of_rows = functools.partial(
+            _statistic, rows=rows, count=count, groups=groups, columns=columns, out=out, interpret=interpret
+        )
+        scale = of_rows(w.scale, w.scale_codes, w.scale_scale, w.scale_zero, factor=scale_factor)
+        zero = of_rows(w.zero, w.zero_codes, w.zero_scale, w.zero_zero, factor=zero_factors[split], term=zero_term)
+        result.append((scale, zero))
+    return result
+
+
+def groups_per_block(group_size: int) -> int:
+    """Groups that begin and end within a block; 1 where a group is a block or more."""
+    return max(1, BLOCK // group_size)
 
 
 def inside(column: Int[Array, " columns"], words: int, sets: int, tile: int) -> Bool[Array, "sets columns"] | None:
@@ -44,7 +79,7 @@ def real(
     return rows if columns is None else jnp.broadcast_to(rows, columns.shape) & columns
 
 
-def statistic(
+def _statistic(
     plain: Any,
     planes: Any,
     second_scale: Any,
@@ -58,15 +93,8 @@ def statistic(
     columns: Bool[Array, "sets columns"] | None,
     out: int,
     interpret: bool,
-) -> Callable[[int], Halves]:
-    """factor · scale (or zero) + term of row `rows + r` in the group of either half, as a function of r.
-
-    Args:
-      plain, planes, second_scale, second_zero: fields of an `SpqrTensor`.
-      rows: first row of each set of `count` rows; a set lies within the sixteen rows that share words of planes.
-      groups: one for each half.
-      columns: which of the tile's columns exist; None if all do.
-    """
+) -> Statistic:
+    """factor · scale (or zero) + term, from its fields in an `SpqrTensor`; `groups` has one for each half."""
     factors: Any = factor if isinstance(factor, list) else [factor, factor]
     mask = real(columns, rows, out, rows.shape[0] * count)
     if mask is not None:
@@ -118,3 +146,10 @@ def statistic(
         ]
 
     return quantized
+
+
+def _group_of(block: Int[Array, " columns"], split: int, group_size: int) -> Int[Array, " columns"]:
+    """Group of a block of codes, or of one of its splits where it has several groups."""
+    if group_size < BLOCK:
+        return block * (BLOCK // group_size) + split
+    return by_fours(jax.lax.div(block, jnp.int32(group_size // BLOCK)))
