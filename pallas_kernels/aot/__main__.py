@@ -104,6 +104,7 @@ def _table(kernels: Sequence[KernelReport]) -> Table:
     row("bytes of shared memory", [kernel.shared_bytes for kernel in kernels])
     row("global loads: bytes x number", [_widths(kernel.load_bytes) for kernel in kernels])
     row("of these, codes", [_widths(kernel.code_load_bytes) for kernel in kernels])
+    row("times that codes are loaded", [kernel.code_reads for kernel in kernels], ".2f")
     row("instructions per weight", [kernel.instructions_per_weight for kernel in kernels], ".2f")
     for kind in dict.fromkeys(kind for kernel in kernels for kind in kernel.kinds or ()):
         row(f"  {kind}", [kernel.kinds and kernel.kinds.get(kind, 0.0) for kernel in kernels], ".2f")

@@ -40,6 +40,8 @@ class KernelReport:
       shared_bytes: shared memory of one program.
       load_bytes: how many loads from global memory, of the main loop, have each width in bytes.
       code_load_bytes: the same of the loads of codes alone.
+      code_reads: bytes that all threads load with these over those of the codes; more than 1 where tiles reach beyond
+        the matrix, or several programs treat the same rows.
       instructions_per_weight: of the main loop, threads times instructions over weights.
       kinds: the same by kind of instruction.
       bytes_per_weight: read, over weights.
@@ -60,6 +62,7 @@ class KernelReport:
     shared_bytes: int
     load_bytes: dict[int, int]
     code_load_bytes: dict[int, int]
+    code_reads: float | None
     instructions_per_weight: float | None
     kinds: dict[str, float] | None
     bytes_per_weight: float | None
@@ -80,7 +83,7 @@ def report(target: str, form: Format, tokens: int, shape: tuple[int, int]) -> li
 
     Raises:
       ModuleNotFoundError: the compiler is not installed.
-      ValueError: the format does not support these sizes.
+      ValueError: the format does not support these sizes, or a kernel's instructions are not understood.
 
     Example:
       >>> report("h100", Format.parse("3b-g16-s3"), 1, (4096, 4096))[1].registers
@@ -94,7 +97,10 @@ def report(target: str, form: Format, tokens: int, shape: tuple[int, int]) -> li
             function = functools.partial(compiled.function, interpret=False)
             launch = compiled.launch(w, tokens)
             for kernel in compile_kernels(function, x, w, gpu=GPUS[target]):
-                costs = _costs(kernel, w, launch, GPUS[target])
+                try:
+                    costs = _costs(kernel, w, launch, GPUS[target])
+                except ValueError as error:
+                    raise ValueError(f"{kernel.name} for {target}, {form}, {tokens} tokens: {error}") from None
                 reports.append(
                     KernelReport(kernel.name, format=str(form), tokens=tokens, shape=shape, target=target, **costs)
                 )
@@ -106,7 +112,7 @@ def report_all(settings: Sequence[tuple[str, Format, int, tuple[int, int]]]) -> 
 
     Raises:
       ModuleNotFoundError: the compiler is not installed.
-      ValueError: a format does not support these sizes.
+      ValueError: a format does not support these sizes, or a kernel's instructions are not understood.
     """
     for _, form, _, shape in settings:
         form.tensor(shape)  # What does not fit is told before anything is compiled.
@@ -155,20 +161,32 @@ def _parts(listing: Listing, code_loads: frozenset[int]) -> _Parts:
 
 
 def _costs(kernel: Kernel, w: SpqrTensor, launch: Launch, gpu: Gpu) -> dict[str, Any]:
-    """The fields of `KernelReport` that tell what one kernel costs."""
+    """The fields of `KernelReport` that tell what one kernel costs.
+
+    Raises:
+      ValueError: the loops that a launch tells of are not found, or not all loads of codes.
+    """
     listing = parse(kernel.sass)
     parts = _parts(listing, _code_loads(kernel, listing, w, gpu))
     threads, weights = kernel.programs * kernel.threads, w.shape[0] * w.shape[1]
-    if parts.outlier and not launch.outlier_steps:
-        raise ValueError(
-            f"{kernel.name} has a loop beside its main loop, but its launch does not say how often it runs"
-        )
     steps = launch.steps if parts.code_loads else 1
     kinds = {kind: threads * steps * n / weights for kind, n in listing.kinds(parts.main).most_common()}
 
     def issue_us(instructions: int) -> float:
         return 1e6 * threads * instructions / gpu.instruction_rate
 
+    code_reads = None
+    if parts.code_loads:
+        if bool(parts.outlier) != bool(launch.outlier_steps):
+            raise ValueError(
+                f"{launch.outlier_steps} steps over outliers, in a loop of {len(parts.outlier)} instructions"
+            )
+        code_bytes = steps * _bytes(listing, parts.main & parts.code_loads) + _bytes(
+            listing, parts.once & parts.code_loads
+        )
+        code_reads = threads * code_bytes / ArrayType("u32", w.codes.shape).nbytes
+        if code_reads < 1:
+            raise ValueError(f"only {code_reads:.2f} of the codes seem to be loaded")
     outlier = launch.outlier_steps * len(parts.outlier)
     issue = issue_us(len(parts.once) + steps * len(parts.main) + outlier)
     read, written = (sum(array.nbytes for array in arrays) for arrays in (kernel.reads, kernel.writes))
@@ -179,6 +197,7 @@ def _costs(kernel: Kernel, w: SpqrTensor, launch: Launch, gpu: Gpu) -> dict[str,
         "shared_bytes": kernel.shared_bytes,
         "load_bytes": _widths(listing, parts.main),
         "code_load_bytes": _widths(listing, parts.main & parts.code_loads),
+        "code_reads": code_reads,
         "instructions_per_weight": sum(kinds.values()) if parts.code_loads else None,
         "kinds": kinds if parts.code_loads else None,
         "bytes_per_weight": read / weights if parts.code_loads else None,
@@ -190,10 +209,19 @@ def _costs(kernel: Kernel, w: SpqrTensor, launch: Launch, gpu: Gpu) -> dict[str,
 
 
 def _code_loads(kernel: Kernel, listing: Listing, w: SpqrTensor, gpu: Gpu) -> frozenset[int]:
-    """The instructions that load codes; none where the kernel is not given them."""
+    """The instructions that load codes; none where the kernel is not given them.
+
+    Raises:
+      ValueError: what some load reads is not certain.
+    """
     codes = {i for i, array in enumerate(kernel.reads) if array == ArrayType("u32", w.codes.shape)}
+    if not codes:
+        return frozenset()
     loaded = loaded_parameters(listing, gpu.parameters)
-    return frozenset(number for number, parameters in loaded.items() if parameters & codes)
+    uncertain = sum(len(parameters) != 1 for parameters in loaded.values())
+    if uncertain or not any(parameters <= codes for parameters in loaded.values()):
+        raise ValueError(f"{uncertain} of {len(loaded)} loads cannot be traced to one array, or none to the codes")
+    return frozenset(number for number, parameters in loaded.items() if parameters <= codes)
 
 
 def _widths(listing: Listing, numbers: Iterable[int]) -> dict[int, int]:
@@ -201,3 +229,8 @@ def _widths(listing: Listing, numbers: Iterable[int]) -> dict[int, int]:
     widths = (listing.instructions[number].load_bytes for number in numbers)
     counts = Counter(width for width in widths if width is not None)
     return dict(sorted(counts.items(), reverse=True))
+
+
+def _bytes(listing: Listing, numbers: Iterable[int]) -> int:
+    """Bytes that a thread loads with these instructions."""
+    return sum(width * count for width, count in _widths(listing, numbers).items())

@@ -2,50 +2,76 @@
 
 import re
 
-from pallas_kernels.aot.sass import Listing
+from pallas_kernels.aot.sass import Instruction, Listing
+
+Held = dict[str, frozenset[int]]
+"""The parameters that the content of each register is made of."""
 
 _REGISTER = re.compile(r"\bU?R\d+\b")
+_RESULT = re.compile(r"(?:P[T\d], )?(U?R)(\d+),")
+"""The first register that an instruction writes, behind the predicate that some write."""
 
 
 def loaded_parameters(listing: Listing, parameters: int) -> dict[int, frozenset[int]]:
-    """For each load from global memory, the numbers of the parameters that its address is made of, in general one.
+    """For each load from global memory, the numbers of the parameters that its address can be made of.
 
     Every parameter is a pointer of 8 bytes, from the offset `parameters` of the constant bank on. A register holds a
-    pointer's parameter until it is written again; what is loaded through a pointer is none.
+    pointer's parameter until it is written again; what is loaded through a pointer is none. Where ways through the
+    program meet, a register can hold what it held on any of them. A predicate that decides whether a register is
+    written is taken to decide too whether that is used.
 
     Example:
       >>> listing = parse("/*0000*/ LDC.64 R2, c[0x0][0x218] ;\\n/*0010*/ LDG.E.128 R4, [R2.64] ;")
       >>> loaded_parameters(listing, 0x210)
       {1: frozenset({1})}
     """
-    held: dict[str, frozenset[int]] = {}
-    loads = {}
-    for number, instruction in enumerate(listing.instructions):
-        target, _, sources = instruction.operands.partition(",")
+    loads: dict[int, frozenset[int]] = {}
+    entering: dict[int, Held] = {0: {}}
+    changed = [0]
+    while changed:
+        number = changed.pop()
+        instruction, held = listing.instructions[number], entering[number]
         if instruction.load_bytes is not None:
-            address = instruction.operands.rpartition("[")[2]
-            loads[number] = _union(held, address)
-        if not _REGISTER.fullmatch(target):
-            continue
-        is_load = instruction.name.split(".")[0] in ("LDG", "LDS", "LDSM", "LDL")
-        for i in range(_registers(instruction.name)):
-            value: frozenset[int] = frozenset()
-            if not is_load:
-                value = _union(held, sources) | _constants(sources, parameters, 4 * i)
-            bank, first = re.fullmatch(r"(U?R)(\d+)", target).groups()  # type: ignore[union-attr]
-            register = f"{bank}{int(first) + i}"
-            held[register] = value | (held.get(register, frozenset()) if instruction.guarded else frozenset())
+            loads[number] = _union(held, instruction.operands.rpartition("[")[2])
+        held = held | _written(instruction, held, parameters)
+        for successor in listing.successors[number]:
+            known = entering.get(successor)
+            merged = held if known is None else _merged(known, held)
+            if merged != known:
+                entering[successor] = merged
+                changed.append(successor)
     return loads
+
+
+def _written(instruction: Instruction, held: Held, parameters: int) -> Held:
+    """What the registers hold that an instruction writes."""
+    result = _RESULT.match(instruction.operands)
+    if result is None:
+        return {}
+    sources = instruction.operands[result.end() :]
+    from_memory = instruction.name.split(".")[0] in ("LDG", "LDS", "LDSM", "LDL")
+    written = {}
+    for i in range(_registers(instruction.name)):
+        value = frozenset() if from_memory else _union(held, sources) | _constants(sources, parameters, 4 * i)
+        written[f"{result[1]}{int(result[2]) + i}"] = value
+    return written
 
 
 def _registers(name: str) -> int:
     """Number of registers that an instruction of this name writes."""
     parts = name.split(".")
-    return 4 if "128" in parts else 2 if "64" in parts or "WIDE" in parts else 1
+    if "128" in parts or "4" in parts or parts[0] in ("HMMA", "IMMA"):
+        return 4
+    return 2 if "64" in parts or "WIDE" in parts or (parts[0] == "CS2R" and "32" not in parts) else 1
 
 
-def _union(held: dict[str, frozenset[int]], text: str) -> frozenset[int]:
+def _union(held: Held, text: str) -> frozenset[int]:
     return frozenset().union(*(held.get(register, frozenset()) for register in _REGISTER.findall(text)))
+
+
+def _merged(first: Held, second: Held) -> Held:
+    missing: frozenset[int] = frozenset()
+    return {name: first.get(name, missing) | second.get(name, missing) for name in first | second}
 
 
 def _constants(text: str, parameters: int, beyond: int) -> frozenset[int]:

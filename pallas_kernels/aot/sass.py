@@ -18,7 +18,7 @@ KINDS = {
     "move": ("MOV", "UMOV", "IMAD.MOV", "CS2R", "S2R", "S2UR", "LDC", "ULDC", "R2UR", "SHFL"),
     "integer": ("IMAD", "UIMAD", "IADD3", "UIADD3", "LEA", "ULEA", "VIADD", "ISETP", "UISETP", "IMNMX", "VIMNMX"),
     "synchronize": ("BAR", "BSSY", "BSYNC", "WARPSYNC", "WARPGROUP", "DEPBAR", "LDGDEPBAR", "FENCE", "MEMBAR"),
-    "control": ("BRA", "EXIT", "ACQBULK", "NOP"),
+    "control": ("BRA", "CALL", "EXIT", "ACQBULK", "NOP"),
 }
 """Kinds of instructions, by the beginnings of their names; an instruction is of the kind with the longest of them."""
 
@@ -172,8 +172,11 @@ def _successors(number: int, instruction: Instruction, labels: dict[str, int]) -
     name = instruction.name.split(".")[0]
     if name == "EXIT":
         return (number + 1,) if instruction.guarded else ()
-    # Where the threads of a warp have parted, BRA.DIV goes to code for each apart; here they have not.
-    if name == "BRA" and not instruction.name.startswith("BRA.DIV"):
+    if name in ("RET", "BRX", "JMX"):
+        raise ValueError(f"where {name} goes is not known")
+    # Far branches are CALL.REL.NOINC, from where none returns. Where the threads of a warp have parted, BRA.DIV goes to
+    # code for each apart; here they have not.
+    if name in ("BRA", "CALL") and not instruction.name.startswith("BRA.DIV"):
         before, label = re.fullmatch(r"(.*?)`\((\S+)\)", instruction.operands).groups()  # type: ignore[union-attr]
         if instruction.guarded or before:
             return labels[label], number + 1
