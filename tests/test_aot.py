@@ -103,6 +103,46 @@ def test_loads_are_traced_to_parameters():
     assert loaded_parameters(moved, 0x160) == {3: {1}, 5: {2}, 6: {0, 2}}
 
 
+def test_what_a_register_held_before_is_not_traced():
+    written = listing(
+        "LDC.64 R2, c[0x0][0x210]",
+        "LDC.64 R4, c[0x0][0x218]",
+        "LDC.64 R6, c[0x0][0x220]",
+        "CS2R R2, SRZ",
+        "SHFL.BFLY PT, R4, R9, 0x1, 0x1f",
+        "@!P0 LDG.E.U16 R3, desc[UR4][R6.64]",
+        "IMAD.WIDE R8, R3, 0x2, R6",
+        "IADD3 R8, P0, R8, R4, RZ",
+        "ISETP.NE.AND P1, PT, R8, RZ, PT",
+        "LDG.E R8, desc[UR4][R8.64]",
+    )
+    assert loaded_parameters(written, 0x210) == {5: {2}, 9: {2}}
+
+
+def test_a_load_is_traced_on_every_way_to_it():
+    chosen = listing(
+        "LDC.64 R2, c[0x0][0x210]",
+        "LDC.64 R4, c[0x0][0x218]",
+        "@P0 BRA `(.L_x_2)",
+        ".L_x_1:",
+        "LDG.E R6, [R4.64]",
+        "EXIT",
+        ".L_x_2:",
+        "@P1 BRA `(.L_x_3)",
+        "IMAD.MOV.U32 R4, RZ, RZ, R2",
+        ".L_x_3:",
+        "@!P1 CALL.REL.NOINC `(.L_x_1)",
+        "LDG.E R6, [R2.64]",
+        "EXIT",
+    )
+    assert loaded_parameters(chosen, 0x210) == {3: {0, 1}, 8: {0}}
+
+
+def test_what_returns_is_an_error():
+    with pytest.raises(ValueError, match="where RET goes is not known"):
+        listing("RET.REL.NODEC R2 `(.L_x_1)")
+
+
 @pytest.mark.parametrize("spelling", ["3b-g16-s3", "3b-g16-s3-o2%", "4b-g128", "8b-g8-s8-o0.5%"])
 def test_formats_are_spelled_as_they_are_read(spelling):
     assert str(Format.parse(spelling)) == spelling
@@ -159,6 +199,8 @@ TOKENS = [tokens for tokens in (1, 16, 512) if any(tokens in compiled.tokens for
 SETTINGS = [
     *itertools.product(GPUS, DENSE, TOKENS, SHAPES),
     *itertools.product(["h100"], SPARSE, [1], SHAPES),
+    *itertools.product(GPUS, SPARSE, [16, 512], SHAPES[1:]),
+    *itertools.product(["a100", "rtx4090"], SPARSE, [1], SHAPES[1:]),
 ]
 
 
@@ -220,6 +262,16 @@ def test_no_spills_and_wide_loads_of_codes(reports, setting):
 
 @needs_compiler
 @pytest.mark.slow
+@pytest.mark.parametrize("setting", SETTINGS, ids=str)
+def test_codes_are_loaded_once_and_outliers_in_a_loop(reports, setting):
+    (kernel,) = reports[setting]
+    # Tiles of 32 words reach beyond the 344 words of 11008 columns.
+    assert 1 <= kernel.code_reads <= 1.3
+    assert (kernel.outlier_us > 0) == (setting[1] in SPARSE)
+
+
+@needs_compiler
+@pytest.mark.slow
 @pytest.mark.parametrize(("form", "most"), [("3b-g16-s3", 4.0), ("4b-g16-s3", 3.5)])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_instructions_for_one_token(reports, form, most, shape):
@@ -241,13 +293,24 @@ def test_time_of_one_token_is_that_of_reading_the_matrix(reports, form):
 
 @needs_compiler
 @pytest.mark.slow
-@pytest.mark.parametrize("form", DENSE)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_cost_of_outliers(reports, form, shape):
-    dense, sparse = (min(kernel.predicted_us for kernel in reports["h100", f, 1, shape]) for f in (form, f"{form}-o2%"))
-    # At 3 bits and 2 %, the four bytes of each are 17.6 % of the matrix: then only reading them may cost.
-    reading = 1e6 * (packed_bytes(f"{form}-o2%", shape) - packed_bytes(form, shape)) / GPUS["h100"].bandwidth
-    assert sparse - dense <= max(0.15 * dense, 1.001 * reading)
+def test_two_percent_outliers_of_4_bit_weights_cost_15_percent(reports, shape):
+    dense, sparse = (reports["h100", form, 1, shape][0].predicted_us for form in ("4b-g16-s3", "4b-g16-s3-o2%"))
+    assert sparse <= 1.15 * dense
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", SHAPES)
+def test_two_percent_outliers_of_3_bit_weights_cost_over_15_percent_because_they_are_that_large(reports, shape):
+    forms = "3b-g16-s3", "3b-g16-s3-o2%"
+    dense, sparse = (reports["h100", form, 1, shape][0] for form in forms)
+    dense_bytes, sparse_bytes = (packed_bytes(form, shape) for form in forms)
+    # Four bytes each are more than 15 % of the packed bytes, and reading is all that they cost in time:
+    assert sparse_bytes > 1.15 * dense_bytes
+    assert sparse.predicted_us / dense.predicted_us == pytest.approx(sparse_bytes / dense_bytes, rel=0.01)
+    # what they have the threads do beside it fits into the time that reading takes.
+    assert sparse.issue_us < 0.8 * sparse.memory_us
 
 
 @needs_compiler
