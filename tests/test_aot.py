@@ -3,7 +3,6 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError
 
 import jax
 import pytest
@@ -165,20 +164,17 @@ def test_tensor_of_a_format():
 
 def test_what_is_missing_is_named(monkeypatch):
     def check(message: str, version: Callable, tool: Callable) -> None:
-        monkeypatch.setattr(compiler, "version", version)
+        monkeypatch.setattr(compiler, "_plugin_version", version)
         monkeypatch.setattr(compiler, "_tool", tool)
         with pytest.raises(ModuleNotFoundError, match=f"run `make aot-env` first: {message}"):
             compiler.check_installed()
 
-    def missing(error: Exception) -> Callable:
-        def look(name: str) -> None:
-            raise error
+    def missing(*_: str) -> None:
+        raise FileNotFoundError("a package")
 
-        return look
-
-    check("a plugin is not installed", version=missing(PackageNotFoundError("a plugin")), tool=str)
-    check("ptxas is not installed", version=lambda name: jax.__version__, tool=missing(FileNotFoundError("ptxas")))
-    check("jax-cuda13-plugin is 0.1, but jax is", version=lambda name: "0.1", tool=str)
+    check("a package is not installed", version=missing, tool=str)
+    check("a package is not installed", version=lambda: jax.__version__, tool=missing)
+    check("jax-cuda13-plugin is 0.1, but jax is", version=lambda: "0.1", tool=str)
 
 
 def absent() -> str:
@@ -199,8 +195,7 @@ TOKENS = [tokens for tokens in (1, 16, 512) if any(tokens in compiled.tokens for
 SETTINGS = [
     *itertools.product(GPUS, DENSE, TOKENS, SHAPES),
     *itertools.product(["h100"], SPARSE, [1], SHAPES),
-    *itertools.product(GPUS, SPARSE, [16, 512], SHAPES[1:]),
-    *itertools.product(["a100", "rtx4090"], SPARSE, [1], SHAPES[1:]),
+    *itertools.product(["h100", "a100"], SPARSE, [16, 512], SHAPES[1:]),
 ]
 
 

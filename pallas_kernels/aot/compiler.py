@@ -3,11 +3,11 @@
 import math
 import re
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,10 @@ from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
 from pallas_kernels.aot.gpus import Gpu
+
+PACKAGES = Path(sys.prefix, "aot")
+"""Where `make aot-env` installs what only this compiler needs; other programs, which do not look there, would have JAX
+look for a GPU, and complain where there is none."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,8 @@ class Kernel:
 def compile_kernels(function: Callable[..., Any], *args: Any, gpu: Gpu) -> list[Kernel]:
     """The kernels of a function for arguments of these types, in the order in which they are launched.
 
+    For processes of `report_all`, in which JAX finds `PACKAGES` and looks for no GPU.
+
     Raises:
       ModuleNotFoundError: the compiler is not installed.
 
@@ -86,12 +92,19 @@ def check_installed() -> None:
     """Raises a ModuleNotFoundError where a package that only this compiler needs is missing, or is for another JAX."""
     advice = "to compile for a GPU that is not there, run `make aot-env` first"
     try:
-        plugin = version("jax-cuda13-plugin")
+        plugin = _plugin_version()
         _tool("ptxas"), _tool("nvdisasm")
-    except (PackageNotFoundError, FileNotFoundError) as error:
-        raise ModuleNotFoundError(f"{advice}: {error.args[0]} is not installed") from None
+    except FileNotFoundError as error:
+        raise ModuleNotFoundError(f"{advice}: {error} is not installed") from None
     if plugin != jax.__version__:
         raise ModuleNotFoundError(f"{advice}: jax-cuda13-plugin is {plugin}, but jax is {jax.__version__}")
+
+
+def _plugin_version() -> str:
+    name = "jax-cuda13-plugin"
+    for distribution in distributions(name=name, path=[*sys.path, str(PACKAGES)]):
+        return distribution.version
+    raise FileNotFoundError(name)
 
 
 def _launches(dump: Path, hlo: str) -> Iterator[Kernel]:
@@ -160,9 +173,7 @@ def _output(*command: str | Path) -> str:
 
 def _tool(name: str) -> Path:
     """A program in one of NVIDIA's packages, of which JAX takes its own copies."""
-    spec = find_spec("nvidia")
-    folders = [] if spec is None else list(spec.submodule_search_locations or ())
-    for folder in folders:
-        for path in sorted(Path(folder).glob(f"*/bin/{name}")):
+    for folder in (*map(Path, sys.path), PACKAGES):
+        for path in sorted(folder.glob(f"nvidia/*/bin/{name}")):
             return path
     raise FileNotFoundError(name)

@@ -3,6 +3,7 @@
 import functools
 import multiprocessing
 import os
+import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -12,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.aot.compiler import ArrayType, Kernel, check_installed, compile_kernels
+from pallas_kernels.aot.compiler import PACKAGES, ArrayType, Kernel, check_installed, compile_kernels
 from pallas_kernels.aot.formats import Format
 from pallas_kernels.aot.gpus import GPUS, Gpu
 from pallas_kernels.aot.kernels import COMPILED
@@ -89,6 +90,33 @@ def report(target: str, form: Format, tokens: int, shape: tuple[int, int]) -> li
       >>> report("h100", Format.parse("3b-g16-s3"), 1, (4096, 4096))[1].registers
       255
     """
+    return report_all([(target, form, tokens, shape)])[0]
+
+
+def report_all(settings: Sequence[tuple[str, Format, int, tuple[int, int]]]) -> list[list[KernelReport]]:
+    """`report` of several settings, compiled side by side in processes of their own.
+
+    Raises:
+      ModuleNotFoundError: the compiler is not installed.
+      ValueError: a format does not support these sizes, or a kernel's instructions are not understood.
+    """
+    for _, form, _, shape in settings:
+        form.tensor(shape)  # What does not fit is told before anything is compiled.
+    check_installed()
+    workers = min(len(settings), os.cpu_count() or 1)
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_configure_worker) as pool:
+        return list(pool.map(_report, *zip(*settings, strict=True)))
+
+
+def _configure_worker() -> None:
+    sys.path.append(str(PACKAGES))
+    # With the plugin for GPUs found, JAX would look for one, and complain where there is none.
+    jax.config.update("jax_platforms", "cpu")
+    # Such programs are written to JAX's cache but cannot be read from it, and what comes from there is not dumped.
+    jax.config.update("jax_enable_compilation_cache", False)
+
+
+def _report(target: str, form: Format, tokens: int, shape: tuple[int, int]) -> list[KernelReport]:
     w = form.tensor(shape)
     x = jax.ShapeDtypeStruct((tokens, shape[1]), jnp.bfloat16)
     reports = []
@@ -105,28 +133,6 @@ def report(target: str, form: Format, tokens: int, shape: tuple[int, int]) -> li
                     KernelReport(kernel.name, format=str(form), tokens=tokens, shape=shape, target=target, **costs)
                 )
     return reports
-
-
-def report_all(settings: Sequence[tuple[str, Format, int, tuple[int, int]]]) -> list[list[KernelReport]]:
-    """`report` of several settings, compiled side by side in processes of their own.
-
-    Raises:
-      ModuleNotFoundError: the compiler is not installed.
-      ValueError: a format does not support these sizes, or a kernel's instructions are not understood.
-    """
-    for _, form, _, shape in settings:
-        form.tensor(shape)  # What does not fit is told before anything is compiled.
-    check_installed()
-    workers = min(len(settings), os.cpu_count() or 1)
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_configure_worker) as pool:
-        return list(pool.map(report, *zip(*settings, strict=True)))
-
-
-def _configure_worker() -> None:
-    # With the plugin for GPUs installed, JAX would look for one, and complain where there is none.
-    jax.config.update("jax_platforms", "cpu")
-    # Such programs are written to JAX's cache but cannot be read from it, and what comes from there is not dumped.
-    jax.config.update("jax_enable_compilation_cache", False)
 
 
 @dataclass(frozen=True)
