@@ -222,7 +222,7 @@ def test_each_device_of_a_shard_map_runs_its_rows(rng):
 
 
 @pytest.mark.parametrize("tokens", [1, 16, 200])
-def test_kernels_lower_for_a_gpu_under_shard_map(tokens, rng):
+def test_kernels_say_what_varies_between_the_devices_of_a_shard_map(tokens, rng):
     mesh = jax.make_mesh((1,), ("rows",), axis_types=(AxisType.Auto,))
     packed, x = random_packed(rng, 64, 256), random_x(rng, tokens, 256, jnp.bfloat16)
     kernel = {
@@ -237,8 +237,8 @@ def test_kernels_lower_for_a_gpu_under_shard_map(tokens, rng):
     rows = PartitionSpec("rows")
     out_specs = rows if tokens == 200 else PartitionSpec(None, "rows")
     sharded = jax.shard_map(local, mesh=mesh, in_specs=(PartitionSpec(), rows), out_specs=out_specs)
-    lowered = jax.jit(sharded).trace(x, split_rows(packed, 1)).lower(lowering_platforms=("cuda",))
-    assert f"spqr_{regime(tokens, x.dtype)}" in lowered.as_text()
+    traced = jax.make_jaxpr(sharded)(x, split_rows(packed, 1))
+    assert f"spqr_{regime(tokens, x.dtype)}" in str(traced)
 
 
 def test_nothing_gives_nothing(rng):
