@@ -31,6 +31,8 @@ ROWS = 2
 SETS = 16
 COLUMNS = 16
 STEPS = 2
+NEIGHBOURS = 2 if jax.__version_info__ < (0, 11) else 1
+"""Neighbouring pairs that the compiler, which comes with JAX, has one thread give to a tensor core."""
 NORMAL = 15
 """Codes q · 2^(p − UNIT) are multiplied by 2^NORMAL, the largest power of two in float16."""
 SMALLER = 4
@@ -145,9 +147,10 @@ def _weights(w: Any, first: Array, r: int, column: Array, *, interpret: bool) ->
 def _side_by_side(pairs: Pair) -> Float16[Array, "rows 2*columns"]:
     """The numbers of each pair next to each other, and pairs in the order in which threads hold them.
 
-    Of a row, a thread loads four neighbouring words; the compiler wants from it two neighbouring pairs in the first
-    half of a row and two in the second, and gives one of each to a tensor core at a time. The order of the sum is free:
-    words are renamed so that these are neighbours too, and nothing moves.
+    Of a row, a thread loads four neighbouring words, but it has other pairs to give to the tensor cores: `NEIGHBOURS`
+    at a time, the next as far away as four threads reach. The order of the sum is free: words are renamed, so that
+    nothing moves, and what goes to a tensor core together is together.
     """
     numbers = jnp.stack(halves(pairs), axis=-1)
-    return numbers.reshape(-1, COLUMNS // 4, 2, 2, 2).transpose(0, 3, 1, 2, 4).reshape(-1, 2 * COLUMNS)
+    parts = numbers.reshape(-1, COLUMNS // 4, NEIGHBOURS, 4 // NEIGHBOURS, 2)
+    return parts.transpose(0, 3, 1, 2, 4).reshape(-1, 2 * COLUMNS)
