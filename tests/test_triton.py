@@ -94,20 +94,12 @@ def assert_close(y: Any, expected: np.ndarray, dtype: Any) -> None:
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(("kernel", "tokens"), [(fma_matmul, 4), (mma_matmul, 5)])
 @pytest.mark.parametrize("settings", FORMATS)
-def test_fma(settings, implementation, rng):
+def test_product(settings, kernel, tokens, implementation, rng):
     packed = random_packed(rng, OUT, IN_FEATURES[settings["group_size"]], **settings)
-    x = random_x(rng, 4, packed.in_features, jnp.bfloat16)
-    y = run(implementation, functools.partial(fma_matmul, interpret=implementation == "interpret"), x, packed)
-    assert_close(y, exact(x, packed), jnp.bfloat16)
-
-
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("settings", FORMATS)
-def test_mma(settings, implementation, rng):
-    packed = random_packed(rng, OUT, IN_FEATURES[settings["group_size"]], **settings)
-    x = random_x(rng, 5, packed.in_features, jnp.bfloat16)
-    y = run(implementation, functools.partial(mma_matmul, interpret=implementation == "interpret"), x, packed)
+    x = random_x(rng, tokens, packed.in_features, jnp.bfloat16)
+    y = run(implementation, functools.partial(kernel, interpret=implementation == "interpret"), x, packed)
     assert_close(y, exact(x, packed), jnp.bfloat16)
 
 

@@ -87,8 +87,8 @@ def report(target: str, form: Format, tokens: int, shape: tuple[int, int]) -> li
       ValueError: the format does not support these sizes, or a kernel's instructions are not understood.
 
     Example:
-      >>> report("h100", Format.parse("3b-g16-s3"), 1, (4096, 4096))[1].registers
-      255
+      >>> report("h100", Format.parse("3b-g16-s3"), 1, (4096, 4096))[1].spill_bytes
+      0
     """
     return report_all([(target, form, tokens, shape)])[0]
 
