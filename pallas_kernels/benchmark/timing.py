@@ -1,0 +1,113 @@
+"""How long a call takes on JAX's device, without the time that it takes to get there.
+
+Many calls are one program: a loop, each of whose steps calls the function once with every one of several copies of the
+matrix, in turn. By the time that a copy comes again, the cache no longer has it.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+ROTATED_BYTES = 2 * 126 << 20
+"""Bytes of all copies: twice the largest cache of a GPU, the B200's; an H100's has 50 MB."""
+MOST_COPIES = 32
+EXECUTIONS = 9
+EXECUTION_SECONDS = 0.01
+"""About what one execution of the program takes: much more than to start it."""
+MOST_STEPS = 1000
+
+COPIED_BYTES = {"gpu": 1 << 30, "cpu": 1 << 26}
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds per call.
+
+    Attributes:
+      seconds: the median over executions of the program.
+      quartiles: the lower and the upper one.
+    """
+
+    seconds: float
+    quartiles: tuple[float, float]
+
+
+def seconds_per_call(function: Callable[[Array, Any], Any], x: Array, w: Any, *, copies: int | None = None) -> Timing:
+    """Measures what `function(x, w)` takes.
+
+    Args:
+      function: can be jitted; it is called with the same x and other copies of w.
+      x: activations.
+      w: a pytree of arrays.
+      copies: number of copies of w; None is as many as make up `ROTATED_BYTES`, up to `MOST_COPIES`.
+
+    Example:
+      >>> seconds_per_call(spqr_matmul, x, packed).seconds
+      7.3e-06
+    """
+    if copies is None:
+        nbytes = sum(leaf.nbytes for leaf in jax.tree.leaves(w))
+        copies = min(-(-ROTATED_BYTES // nbytes), MOST_COPIES)
+    call = jax.jit(function)
+    rough = min(_seconds(call, x, w) for _ in range(4))
+    steps = int(np.clip(EXECUTION_SECONDS / (rough * copies), 1, MOST_STEPS))
+    matrices = [jax.tree.map(jnp.copy, w) for _ in range(copies)]
+    options: dict[str, str | bool] = {}
+    if jax.default_backend() == "gpu":
+        # In CUDA graphs, calls that could run at once would do so.
+        options["xla_gpu_command_buffer_scheduling_mode"] = "SERIALIZE"
+    program = jax.jit(repeated(call, steps)).lower(x, matrices).compile(compiler_options=options)
+    program(x, matrices)
+    seconds = [_seconds(program, x, matrices) / (steps * copies) for _ in range(EXECUTIONS)]
+    lower, median, upper = np.quantile(seconds, [0.25, 0.5, 0.75])
+    return Timing(float(median), (float(lower), float(upper)))
+
+
+def repeated(function: Callable[[Array, Any], Any], steps: int) -> Callable[[Array, Sequence[Any]], list[Any]]:
+    """A function of x and several matrices that calls another one with each of these, so many times.
+
+    Every result is used, and every call gets an x that depends on the call before: so, compiled, none is left out, and
+    none moved out of the loop.
+
+    Example:
+      >>> jax.jit(repeated(spqr_matmul, steps=10))(x, [first, second])  # 20 products
+    """
+
+    def program(x: Array, matrices: Sequence[Any]) -> list[Any]:
+        def step(_: Array, carry: tuple[Array, list[Any]]) -> tuple[Array, list[Any]]:
+            x, results = carry
+            for i, w in enumerate(matrices):
+                # Number −1, the last of the step before, for the first.
+                x, _ = jax.lax.optimization_barrier((x, results[i - 1]))
+                results = [*results[:i], function(x, w), *results[i + 1 :]]
+            return x, results
+
+        empty = [jax.tree.map(jnp.zeros_like, jax.eval_shape(function, x, w)) for w in matrices]
+        return jax.lax.fori_loop(0, steps, step, (x, empty))[1]
+
+    return program
+
+
+def bandwidth() -> float:
+    """Bytes per second that the device reads and writes: those of multiplying a large array by a number.
+
+    Example:
+      >>> bandwidth()  # an H100
+      2.9e12
+    """
+    nbytes = COPIED_BYTES[jax.default_backend()]
+    large = jnp.ones(nbytes // 2, jnp.bfloat16)
+    timing = seconds_per_call(jnp.multiply, jnp.bfloat16(0.5), large, copies=1)
+    return 2 * nbytes / timing.seconds
+
+
+def _seconds(function: Callable[..., Any], *args: Any) -> float:
+    started = time.perf_counter()
+    jax.block_until_ready(function(*args))
+    return time.perf_counter() - started
