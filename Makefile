@@ -7,13 +7,29 @@ TORCH := torch==2.13.0
 # Compilers for GPUs, of which only programs and libraries are needed that run without one.
 CUDA := $(addsuffix ==13.5.37,nvidia-cuda-nvcc nvidia-nvvm nvidia-cuda-runtime nvidia-cuda-crt nvidia-cuda-nvdisasm)
 
-.PHONY: demo test aot-env lint types clean
+.PHONY: demo test gpu aot-env lint types clean
 
 demo: $(VENV)/installed
 	$(BIN)/python -m spqr_jax.demo
 
 test: $(VENV)/installed-test
 	$(BIN)/python -m pytest -q -m 'not gpu'
+
+# All that a GPU is needed for, in 8 minutes, with the Python that is there (JAX with CUDA) and installing nothing. A step
+# that fails keeps no other from running.
+gpu: export PYTHONPATH := $(CURDIR)
+gpu: RESULTS := notebooks/results
+gpu: NAME_OF_GPU := from pallas_kernels import devices, measurements; print(measurements.file_of(devices.device_kind()).stem)
+gpu:
+	@mkdir -p $(RESULTS); failed=; \
+	gpu=$$($(PYTHON) -c '$(NAME_OF_GPU)') || exit 1; \
+	step() { name=$$1; shift; echo "== $$name, $$(date +%T)"; "$$@" || failed="$$failed $$name"; }; \
+	step tests timeout 110 $(PYTHON) -m pytest -q -m 'gpu and not slow' --junitxml=$(RESULTS)/tests-$$gpu.xml tests/test_triton.py; \
+	step tune timeout 130 $(PYTHON) -m pallas_kernels.tune --seconds 100; \
+	step kernels timeout 110 $(PYTHON) -m pallas_kernels.benchmark --seconds 85 --output $(RESULTS)/kernels-$$gpu.json; \
+	step decode timeout 120 $(PYTHON) -m spqr_jax.benchmark --decode --seconds 90 --output $(RESULTS)/decode-$$gpu.json; \
+	cp pallas_kernels/gpus/$$gpu.json $(RESULTS)/tiles-$$gpu.json; \
+	test -z "$$failed" || { echo "failed:$$failed"; exit 1; }
 
 # What `python -m pallas_kernels.aot` needs, about 0.7 GB, in a folder where nothing else finds it.
 aot-env: $(VENV)/aot/installed

@@ -4,7 +4,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.devices import Implementation, choose
+from pallas_kernels.devices import Implementation, choose, device_kind
+from pallas_kernels.measurements import best_tile
 from pallas_kernels.packing import unpack_codes, unpack_planes
 from pallas_kernels.tensor import SpqrTensor
 from pallas_kernels.triton.dequantize import dequantize_matrix
@@ -30,7 +31,8 @@ def spqr_dequantize(
     if chosen == "xla":
         weight = dequantize_in_order(w).astype(dtype)
     else:
-        weight = dequantize_matrix(w, dtype, interpret=chosen == "interpret")
+        tile = best_tile("dequantize", w, 1, device_kind())
+        weight = dequantize_matrix(w, dtype, tile=tile, interpret=chosen == "interpret")
     return weight if w.permutation is None else weight[:, jnp.argsort(w.permutation)]
 
 

@@ -28,6 +28,11 @@ def choose(implementation: Implementation | None) -> Implementation:
     return implementation
 
 
+def device_kind() -> str:
+    """Name of the device that JAX computes on, such as 'NVIDIA H100 80GB HBM3'."""
+    return _device().device_kind
+
+
 def _device() -> Any:
     default = getattr(jax.config, "jax_default_device", None)
     return default if isinstance(default, jax.Device) else jax.devices(default)[0]

@@ -1,11 +1,12 @@
 """Which kernel multiplies how many tokens."""
 
-from typing import Literal
+import itertools
 
 from jax.typing import DTypeLike
 from numpy import dtype as numpy_dtype
 
-Regime = Literal["fma", "mma", "dequantize"]
+from pallas_kernels.measurements import most_tokens
+from pallas_kernels.tiles import Regime
 
 MOST_TOKENS: dict[str, dict[Regime, int]] = {
     "bfloat16": {"fma": 1, "mma": 128},
@@ -21,8 +22,8 @@ is worth while depends on how busy the tensor cores are, which the prediction do
 """
 
 
-def regime(tokens: int, dtype: DTypeLike) -> Regime:
-    """The regime of so many tokens.
+def regime(tokens: int, dtype: DTypeLike, device_kind: str = "") -> Regime:
+    """The regime of so many tokens: as measured on this kind of GPU, or by the table.
 
     Raises:
       ValueError: there are no kernels for activations of this type.
@@ -34,4 +35,10 @@ def regime(tokens: int, dtype: DTypeLike) -> Regime:
     name = numpy_dtype(dtype).name
     if name not in MOST_TOKENS:
         raise ValueError(f"the Pallas kernels take activations in {', '.join(MOST_TOKENS)}, not {name}")
-    return next((regime for regime, most in MOST_TOKENS[name].items() if tokens <= most), "dequantize")
+    table = MOST_TOKENS[name]
+    for first, second in itertools.pairwise((*table, "dequantize")):
+        # Measured with bfloat16.
+        measured = None if name == "float32" else most_tokens(first, second, device_kind)
+        if tokens <= (table[first] if measured is None else measured):
+            return first
+    return "dequantize"

@@ -7,7 +7,7 @@ import numpy as np
 
 from pallas_kernels import QuantizedStatistics, SpqrTensor, pack, trim
 
-Outliers = Literal["none", "one row", "everywhere"]
+Outliers = Literal["none", "one row", "first column", "everywhere"]
 
 
 def random_packed(
@@ -37,6 +37,8 @@ def random_packed(
     mask = np.zeros((out, in_features), bool)
     if outliers == "one row":
         mask[rng.integers(out)] = True
+    elif outliers == "first column":
+        mask[:, 0] = True
     elif outliers == "everywhere":
         mask = rng.random(mask.shape) < 0.05
     residual = 0.05 * rng.standard_normal(mask.shape, np.float32)

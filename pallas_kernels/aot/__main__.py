@@ -6,7 +6,6 @@ Exit status: 0 done, 1 an error told in one line, 2 wrong usage.
 import dataclasses
 import itertools
 import json
-import re
 import sys
 from collections.abc import Sequence
 from enum import StrEnum
@@ -17,8 +16,8 @@ from rich.console import Console
 from rich.table import Table
 
 from pallas_kernels.aot.costs import KernelReport, report_all
-from pallas_kernels.aot.formats import Format
 from pallas_kernels.aot.gpus import GPUS
+from pallas_kernels.aot.options import parse_format, parse_shape
 
 FORMATS = ["3b-g16-s3", "4b-g16-s3"]
 TOKENS = [1, 16, 512]
@@ -36,20 +35,6 @@ class Target(StrEnum):
     ALL = "all"
 
 
-def _format(spelling: str) -> Format:
-    try:
-        return Format.parse(spelling)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
-
-
-def _shape(text: str) -> tuple[int, int]:
-    match = re.fullmatch(r"(\d+)x(\d+)", text)
-    if match is None:
-        raise typer.BadParameter(f"{text!r} is not a shape; 4096 rows of 11008 weights are 4096x11008")
-    return int(match[1]), int(match[2])
-
-
 @app.command()
 def main(
     target: Annotated[list[Target], typer.Option(help="GPU to compile for; can be given several times, as can all.")],
@@ -57,14 +42,14 @@ def main(
         list[Any],
         typer.Option(
             "--format",
-            parser=_format,
+            parser=parse_format,
             metavar="FORMAT",
             help="Bits, group size, statistics bits (16 without), outliers (none without): 3b-g16-s3-o2%.",
         ),
     ] = FORMATS,
     tokens: Annotated[list[int], typer.Option(min=1, help="Rows of the activations.")] = TOKENS,
     shape: Annotated[
-        list[Any], typer.Option(parser=_shape, metavar="OUTxIN", help="Rows and columns of the matrix.")
+        list[Any], typer.Option(parser=parse_shape, metavar="OUTxIN", help="Rows and columns of the matrix.")
     ] = SHAPES,
     as_json: Annotated[bool, typer.Option("--json", help="Print a list of objects as JSON.")] = False,
 ) -> None:

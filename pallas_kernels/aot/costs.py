@@ -19,7 +19,9 @@ from pallas_kernels.aot.gpus import GPUS, Gpu
 from pallas_kernels.aot.kernels import COMPILED
 from pallas_kernels.aot.pointers import loaded_parameters
 from pallas_kernels.aot.sass import Listing, loops, parse, reachable
+from pallas_kernels.measurements import best_tile
 from pallas_kernels.tensor import SpqrTensor
+from pallas_kernels.tiles import Tile
 from pallas_kernels.triton.launch import Launch
 
 
@@ -93,19 +95,37 @@ def report(target: str, form: Format, tokens: int, shape: tuple[int, int]) -> li
     return report_all([(target, form, tokens, shape)])[0]
 
 
-def report_all(settings: Sequence[tuple[str, Format, int, tuple[int, int]]]) -> list[list[KernelReport]]:
+def report_all(
+    settings: Sequence[tuple[str, Format, int, tuple[int, int]]], tiles: Sequence[Tile] | None = None
+) -> list[list[KernelReport]]:
     """`report` of several settings, compiled side by side in processes of their own.
+
+    Args:
+      settings: target, format, tokens and shape of each.
+      tiles: the tile for each; without, that which is used on such a GPU.
 
     Raises:
       ModuleNotFoundError: the compiler is not installed.
       ValueError: a format does not support these sizes, or a kernel's instructions are not understood.
     """
+    reports = []
+    for result in try_reports(settings, tiles):
+        if isinstance(result, ValueError):
+            raise result
+        reports.append(result)
+    return reports
+
+
+def try_reports(
+    settings: Sequence[tuple[str, Format, int, tuple[int, int]]], tiles: Sequence[Tile] | None = None
+) -> list[list[KernelReport] | ValueError]:
+    """The same, with an error in the place of a report whose kernel's instructions are not understood."""
     for _, form, _, shape in settings:
         form.tensor(shape)  # What does not fit is told before anything is compiled.
     check_installed()
     workers = min(len(settings), os.cpu_count() or 1)
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_configure_worker) as pool:
-        return list(pool.map(_report, *zip(*settings, strict=True)))
+        return list(pool.map(_try_report, settings, tiles or [None] * len(settings)))
 
 
 def _configure_worker() -> None:
@@ -116,14 +136,25 @@ def _configure_worker() -> None:
     jax.config.update("jax_enable_compilation_cache", False)
 
 
-def _report(target: str, form: Format, tokens: int, shape: tuple[int, int]) -> list[KernelReport]:
+def _try_report(
+    setting: tuple[str, Format, int, tuple[int, int]], tile: Tile | None
+) -> list[KernelReport] | ValueError:
+    try:
+        return _report(setting, tile)
+    except ValueError as error:
+        return error
+
+
+def _report(setting: tuple[str, Format, int, tuple[int, int]], tile: Tile | None) -> list[KernelReport]:
+    target, form, tokens, shape = setting
     w = form.tensor(shape)
     x = jax.ShapeDtypeStruct((tokens, shape[1]), jnp.bfloat16)
     reports = []
     for compiled in COMPILED:
         if tokens in compiled.tokens:
-            function = functools.partial(compiled.function, interpret=False)
-            launch = compiled.launch(w, tokens)
+            used = tile or best_tile(compiled.regime, w, tokens, target)
+            function = functools.partial(compiled.function, tile=used, interpret=False)
+            launch = compiled.launch(w, tokens, used)
             for kernel in compile_kernels(function, x, w, gpu=GPUS[target]):
                 try:
                     costs = _costs(kernel, w, launch, GPUS[target])

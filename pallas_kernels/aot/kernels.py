@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from jaxtyping import Array, Float
 
 from pallas_kernels.tensor import SpqrTensor
+from pallas_kernels.tiles import Regime, Tile
 from pallas_kernels.triton import dequantize, fma, mma
 from pallas_kernels.triton.launch import Launch
 
@@ -15,22 +16,24 @@ class Compiled:
     """A function whose kernels are reported.
 
     Attributes:
-      function: of activations `[tokens, in]` and a packed matrix; takes the flag `interpret`.
-      launch: how the kernel that reads the codes is spread over a GPU, from the matrix and the number of tokens.
+      regime: the kernel that reads the codes.
+      function: of activations `[tokens, in]` and a packed matrix; takes `tile`, and the flag `interpret`.
+      launch: how that kernel is spread over a GPU, from the matrix, the number of tokens and the tile.
       tokens: numbers of tokens for which it is compiled.
     """
 
+    regime: Regime
     function: Callable[..., Float[Array, "..."]]
-    launch: Callable[[SpqrTensor, int], Launch]
+    launch: Callable[[SpqrTensor, int, Tile], Launch]
     tokens: range
 
 
-def _dequantize(x: Array, w: SpqrTensor, *, interpret: bool) -> Array:
-    return dequantize.dequantize_matrix(w, x.dtype, interpret=interpret)
+def _dequantize(x: Array, w: SpqrTensor, *, tile: Tile, interpret: bool) -> Array:
+    return dequantize.dequantize_matrix(w, x.dtype, tile=tile, interpret=interpret)
 
 
 COMPILED = (
-    Compiled(fma.fma_matmul, fma.launch, range(1, 2)),
-    Compiled(mma.mma_matmul, mma.launch, range(2, 129)),
-    Compiled(_dequantize, dequantize.launch, range(129, 1 << 16)),
+    Compiled("fma", fma.fma_matmul, fma.launch, range(1, 2)),
+    Compiled("mma", mma.mma_matmul, mma.launch, range(2, 129)),
+    Compiled("dequantize", _dequantize, dequantize.launch, range(129, 1 << 16)),
 )

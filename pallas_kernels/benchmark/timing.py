@@ -51,20 +51,41 @@ def seconds_per_call(function: Callable[[Array, Any], Any], x: Array, w: Any, *,
       >>> seconds_per_call(spqr_matmul, x, packed).seconds
       7.3e-06
     """
+    call = jax.jit(function)
+    rough = min(_seconds(call, x, w) for _ in range(4))
+    return measure(compile_calls(call, x, w, rough, copies=copies), x, w)
+
+
+@dataclass(frozen=True)
+class Calls:
+    """A program that calls a function many times."""
+
+    program: Callable[[Array, Sequence[Any]], Any]
+    copies: int
+    steps: int
+
+
+def compile_calls(
+    function: Callable[[Array, Any], Any], x: Array, w: Any, rough: float, *, copies: int | None = None
+) -> Calls:
+    """The program that `measure` runs, where a call takes about `rough` seconds; can be compiled in several threads."""
     if copies is None:
         nbytes = sum(leaf.nbytes for leaf in jax.tree.leaves(w))
         copies = min(-(-ROTATED_BYTES // nbytes), MOST_COPIES)
-    call = jax.jit(function)
-    rough = min(_seconds(call, x, w) for _ in range(4))
     steps = int(np.clip(EXECUTION_SECONDS / (rough * copies), 1, MOST_STEPS))
-    matrices = [jax.tree.map(jnp.copy, w) for _ in range(copies)]
     options: dict[str, str | bool] = {}
     if jax.default_backend() == "gpu":
         # In CUDA graphs, calls that could run at once would do so.
         options["xla_gpu_command_buffer_scheduling_mode"] = "SERIALIZE"
-    program = jax.jit(repeated(call, steps)).lower(x, matrices).compile(compiler_options=options)
-    program(x, matrices)
-    seconds = [_seconds(program, x, matrices) / (steps * copies) for _ in range(EXECUTIONS)]
+    program = jax.jit(repeated(function, steps)).lower(x, [w] * copies).compile(compiler_options=options)
+    return Calls(program, copies, steps)
+
+
+def measure(calls: Calls, x: Array, w: Any) -> Timing:
+    """Runs a program, and divides its time by the number of its calls."""
+    matrices = [jax.tree.map(jnp.copy, w) for _ in range(calls.copies)]
+    calls.program(x, matrices)
+    seconds = [_seconds(calls.program, x, matrices) / (calls.steps * calls.copies) for _ in range(EXECUTIONS)]
     lower, median, upper = np.quantile(seconds, [0.25, 0.5, 0.75])
     return Timing(float(median), (float(lower), float(upper)))
 

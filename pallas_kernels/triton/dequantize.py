@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.packing import BLOCK
 from pallas_kernels.tensor import SpqrTensor
+from pallas_kernels.tiles import DEFAULT, Tile
 from pallas_kernels.triton.code_pairs import UNIT, code_pairs, positions
 from pallas_kernels.triton.instructions import halves, multiply_add
 from pallas_kernels.triton.launch import Launch
@@ -20,44 +21,42 @@ from pallas_kernels.triton.outliers import AT_ONCE, add_outliers, outlier_steps
 from pallas_kernels.triton.results import result
 from pallas_kernels.triton.statistics import inside, real, statistics
 
-SETS = 8
-ROWS = 2
-"""Rows of a set."""
-COLUMNS = 64
 
-
-def dequantize_matrix(w: SpqrTensor, dtype: DTypeLike, *, interpret: bool) -> Float[Array, "out in"]:
+def dequantize_matrix(
+    w: SpqrTensor, dtype: DTypeLike, *, tile: Tile = DEFAULT["dequantize"], interpret: bool
+) -> Float[Array, "out in"]:
     """ŵ with columns in quantization order."""
     return pl.pallas_call(
-        functools.partial(_kernel, interpret=interpret),
+        functools.partial(_kernel, tile=tile, interpret=interpret),
         out_shape=result(w.shape, dtype, w),
         # The second axis is that along which programs share outliers: here one program has them all.
-        grid=(pl.cdiv(w.shape[0], SETS * ROWS), 1),
-        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
+        grid=(pl.cdiv(w.shape[0], tile.sets * tile.rows), 1),
+        compiler_params=plgpu.CompilerParams(num_warps=tile.warps, num_stages=1),
         interpret=interpret,
         name="spqr_dequantize",
     )(w)
 
 
-def launch(w: SpqrTensor, tokens: int) -> Launch:
+def launch(w: SpqrTensor, tokens: int, tile: Tile) -> Launch:
     """The size of the launch, whatever the number of tokens."""
-    return Launch(steps=pl.cdiv(w.codes.shape[2], COLUMNS), outlier_steps=outlier_steps(w, 1, AT_ONCE))
+    return Launch(steps=pl.cdiv(w.codes.shape[2], tile.columns), outlier_steps=outlier_steps(w, 1, AT_ONCE))
 
 
-def _kernel(w: Any, out_ref: Any, *, interpret: bool) -> None:
+def _kernel(w: Any, out_ref: Any, *, tile: Tile, interpret: bool) -> None:
     bits, out, words = w.codes.shape
-    first = (pl.program_id(0) * SETS + jnp.arange(SETS)) * ROWS
+    sets, count, size = tile.sets, tile.rows, tile.columns
+    first = (pl.program_id(0) * sets + jnp.arange(sets)) * count
 
     def step(i: Array, _: None) -> None:
-        start = i * COLUMNS
-        column = start + jnp.arange(COLUMNS)
-        columns = inside(column, words, SETS, COLUMNS)
+        start = i * size
+        column = start + jnp.arange(size)
+        columns = inside(column, words, sets, size)
         groups = statistics(
-            w, column, rows=first, count=ROWS, columns=columns, zero_factors=(-1.0, -1.0), interpret=interpret
+            w, column, rows=first, count=count, columns=columns, zero_factors=(-1.0, -1.0), interpret=interpret
         )
-        for r in range(ROWS):
+        for r in range(count):
             row = first + r
-            mask = real(columns, row, out, SETS * ROWS)
+            mask = real(columns, row, out, sets * count)
             code = code_pairs([plgpu.load(w.codes.at[k, row[:, None], column[None]], mask=mask) for k in range(bits)])
             of_row = [(scale(r), zero(r)) for scale, zero in groups]
             weights: list[list[Array]] = [[], []]
@@ -68,17 +67,17 @@ def _kernel(w: Any, out_ref: Any, *, interpret: bool) -> None:
                     shifted = multiply_add(number.astype(jnp.float32), unit, minus_z[half], interpret=interpret)
                     weights[half].append((s[half] * shifted).astype(out_ref.dtype))
             for half, block in enumerate(weights):
-                place = (half * words + start) * BLOCK + jnp.arange(COLUMNS * BLOCK)
+                place = (half * words + start) * BLOCK + jnp.arange(size * BLOCK)
                 end = jnp.minimum((half * words + words) * BLOCK, w.in_features)
                 mask = (row < out)[:, None] & (place < end)[None]
                 plgpu.store(out_ref.at[row[:, None], place[None]], _interleave(block), mask=mask)
 
-    jax.lax.fori_loop(0, pl.cdiv(words, COLUMNS), step, None)
+    jax.lax.fori_loop(0, pl.cdiv(words, size), step, None)
     if w.row_offsets is not None:
         # What other threads of the program have written is read again.
         if not interpret:
             plgpu.debug_barrier()
-        add_outliers(out_ref, w, rows=first, count=ROWS)
+        add_outliers(out_ref, w, rows=first, count=count)
 
 
 def _interleave(parts: Sequence[Float[Array, "rows columns"]]) -> Float[Array, "rows parts*columns"]:

@@ -1,8 +1,7 @@
 """One token: every thread multiplies and adds on its own.
 
-A program treats `OCTETS` times eight rows, and `COLUMNS` code words of each: a thread loads four neighbouring words at
-once, and keeps the activations and the codes of the statistics in registers from row to row. What is left to add up,
-one number per row and tile of columns, is left to XLA.
+A thread loads four neighbouring words of codes at once, and keeps the activations and the codes of the statistics in
+registers from row to row of a set. What is left to add up, one number per row and tile of columns, is left to XLA.
 """
 
 import functools
@@ -16,6 +15,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.packing import BLOCK
 from pallas_kernels.tensor import SpqrTensor
+from pallas_kernels.tiles import DEFAULT, Tile
 from pallas_kernels.triton.arrange import arrange
 from pallas_kernels.triton.code_pairs import code_pairs
 from pallas_kernels.triton.instructions import Pair, halves, multiply_add, pair_add, pair_multiply, pair_multiply_add
@@ -24,54 +24,53 @@ from pallas_kernels.triton.outliers import AT_ONCE, outlier_products, outlier_st
 from pallas_kernels.triton.results import result
 from pallas_kernels.triton.statistics import Halves, inside, real, statistics
 
-ROWS = 8
-"""Rows that one thread treats: half of those that share a word of a statistics plane."""
-OCTETS = 4
-COLUMNS = 32
 
-
-def fma_matmul(x: Float[Array, "tokens in"], w: SpqrTensor, *, interpret: bool) -> Float[Array, "tokens out"]:
+def fma_matmul(
+    x: Float[Array, "tokens in"], w: SpqrTensor, *, tile: Tile = DEFAULT["fma"], interpret: bool
+) -> Float[Array, "tokens out"]:
     """y = x ŵᵀ; more tokens than one are treated one by one.
 
     Of bfloat16 x, the products of half a group are added up in float16, as exactly as x itself is; of others, and all
     further sums, in float32.
     """
-    arranged = arrange(x, w, columns=COLUMNS, pairs=x.dtype == jnp.bfloat16, interpret=interpret)
+    arranged = arrange(x, w, columns=tile.columns, pairs=x.dtype == jnp.bfloat16, interpret=interpret)
     tokens, out = x.shape[0], w.shape[0]
-    tiles = arranged.values.shape[-1] // COLUMNS
+    tiles = arranged.values.shape[-1] // tile.columns
     sums = pl.pallas_call(
-        functools.partial(_kernel, interpret=interpret),
+        functools.partial(_kernel, tile=tile, interpret=interpret),
         out_shape=result((tiles, tokens, out), jnp.float32, (x, w)),
-        grid=(pl.cdiv(out, ROWS * OCTETS), tiles, tokens),
-        compiler_params=plgpu.CompilerParams(num_warps=1, num_stages=1),
+        grid=(pl.cdiv(out, tile.sets * tile.rows), tiles, tokens),
+        compiler_params=plgpu.CompilerParams(num_warps=tile.warps, num_stages=1),
         interpret=interpret,
         name="spqr_fma",
     )(x, arranged, w)
     return sums.sum(0).astype(x.dtype)
 
 
-def launch(w: SpqrTensor, tokens: int) -> Launch:
+def launch(w: SpqrTensor, tokens: int, tile: Tile) -> Launch:
     """The loops of the kernel, which treats one token."""
-    return Launch(outlier_steps=outlier_steps(w, pl.cdiv(w.codes.shape[2], COLUMNS), AT_ONCE))
+    return Launch(outlier_steps=outlier_steps(w, pl.cdiv(w.codes.shape[2], tile.columns), AT_ONCE))
 
 
-def _kernel(x_ref: Any, x: Any, w: Any, out_ref: Any, *, interpret: bool) -> None:
+def _kernel(x_ref: Any, x: Any, w: Any, out_ref: Any, *, tile: Tile, interpret: bool) -> None:
     bits, out, words = w.codes.shape
-    tile, token = pl.program_id(1), pl.program_id(2)
-    first = (pl.program_id(0) * OCTETS + jnp.arange(OCTETS)) * ROWS
-    column = tile * COLUMNS + jnp.arange(COLUMNS)
-    columns = inside(column, words, OCTETS, COLUMNS)
+    sets, count = tile.sets, tile.rows
+    number, token = pl.program_id(1), pl.program_id(2)
+    first = (pl.program_id(0) * sets + jnp.arange(sets)) * count
+    column = number * tile.columns + jnp.arange(tile.columns)
+    columns = inside(column, words, sets, tile.columns)
 
     def of_x(array: Any, *place: int) -> Array:
-        # One address per thread, although the octets share them: then they lie as the codes do.
-        return plgpu.load(array.at[(token, *map(jnp.int32, place), jnp.broadcast_to(column[None], (OCTETS, COLUMNS)))])
+        # One address per thread, although the sets share them: then they lie as the codes do.
+        of_all_sets = jnp.broadcast_to(column[None], (sets, tile.columns))
+        return plgpu.load(array.at[(token, *map(jnp.int32, place), of_all_sets)])
 
     splits = x.sums.shape[2]
     groups = statistics(
         w,
         column,
         rows=first,
-        count=ROWS,
+        count=count,
         columns=columns,
         scale_factor=[of_x(x.factors, half) for half in range(2)],
         zero_factors=[[-of_x(x.sums, half, split) for half in range(2)] for split in range(splits)],
@@ -86,10 +85,10 @@ def _kernel(x_ref: Any, x: Any, w: Any, out_ref: Any, *, interpret: bool) -> Non
         products = functools.partial(_products_in_float32, values=values, interpret=interpret)
 
     if w.row_offsets is not None:
-        outliers = outlier_products(x_ref, w, rows=first, count=ROWS, tiles=out_ref.shape[0], interpret=interpret)
-    for r in range(ROWS):
+        outliers = outlier_products(x_ref, w, rows=first, count=count, tiles=out_ref.shape[0], interpret=interpret)
+    for r in range(count):
         rows = first + r
-        mask = real(columns, rows, out, ROWS * OCTETS)
+        mask = real(columns, rows, out, sets * count)
         # Codes need no zeros where there are none: the activations there are zero.
         codes = code_pairs([plgpu.load(w.codes.at[k, rows[:, None], column[None]], mask=mask) for k in range(bits)])
         total: Any = None
@@ -100,7 +99,7 @@ def _kernel(x_ref: Any, x: Any, w: Any, out_ref: Any, *, interpret: bool) -> Non
         y = total.sum(axis=1)
         if w.row_offsets is not None:
             y += outliers[r]
-        plgpu.store(out_ref.at[tile, token, rows], y, mask=rows < out)
+        plgpu.store(out_ref.at[number, token, rows], y, mask=rows < out)
 
 
 def _products_in_float16(

@@ -1,12 +1,16 @@
 """x ŵᵀ by the kernel for so many tokens."""
 
 import math
+from collections.abc import Callable
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from pallas_kernels.devices import device_kind
+from pallas_kernels.measurements import best_tile
 from pallas_kernels.regimes import regime
 from pallas_kernels.tensor import SpqrTensor
+from pallas_kernels.tiles import Regime, Tile
 from pallas_kernels.triton.dequantize import dequantize_matrix
 from pallas_kernels.triton.fma import fma_matmul
 from pallas_kernels.triton.mma import mma_matmul
@@ -14,15 +18,26 @@ from pallas_kernels.triton.mma import mma_matmul
 
 def matmul(x: Float[Array, "*batch in"], w: SpqrTensor, *, interpret: bool) -> Float[Array, "*batch out"]:
     """y = x ŵᵀ, accumulated in float32, in x's type."""
-    tokens, out = math.prod(x.shape[:-1]), w.shape[0]
-    flat = x.reshape(tokens, w.in_features)
-    match regime(tokens, x.dtype):
-        case "fma":
-            y = fma_matmul(flat, w, interpret=interpret)
-        case "mma":
-            y = mma_matmul(flat, w, interpret=interpret)
-        case "dequantize":
-            weight = dequantize_matrix(w, x.dtype, interpret=interpret)
-            in_order = flat if w.permutation is None else flat[:, w.permutation]
-            y = jnp.matmul(in_order, weight.T, preferred_element_type=jnp.float32).astype(x.dtype)
-    return y.reshape(*x.shape[:-1], out)
+    tokens, device = math.prod(x.shape[:-1]), device_kind()
+    kernel = regime(tokens, x.dtype, device)
+    y = MATMULS[kernel](
+        x.reshape(tokens, w.in_features), w, tile=best_tile(kernel, w, tokens, device), interpret=interpret
+    )
+    return y.reshape(*x.shape[:-1], w.shape[0])
+
+
+def dequantize_and_matmul(
+    x: Float[Array, "tokens in"], w: SpqrTensor, *, tile: Tile, interpret: bool
+) -> Float[Array, "tokens out"]:
+    """y = x ŵᵀ by XLA, of the weight that the kernel writes."""
+    weight = dequantize_matrix(w, x.dtype, tile=tile, interpret=interpret)
+    in_order = x if w.permutation is None else x[:, w.permutation]
+    return jnp.matmul(in_order, weight.T, preferred_element_type=jnp.float32).astype(x.dtype)
+
+
+MATMULS: dict[Regime, Callable[..., Float[Array, "tokens out"]]] = {
+    "fma": fma_matmul,
+    "mma": mma_matmul,
+    "dequantize": dequantize_and_matmul,
+}
+"""The product in each regime: of x `[tokens, in]` and a packed matrix, with `tile` and `interpret`."""

@@ -1,9 +1,8 @@
 """Some tokens: weights are dequantized in registers, to float16, and go to the tensor cores.
 
-A program treats `SETS` sets of neighbouring rows, whose members share the codes of their statistics, and
-`COLUMNS · STEPS` code words of each row. One tensor core product takes code j of the blocks in both halves of the
-words: pairs of float16 are just what the tensor cores read. What is left to add up, one number per row, token and tile
-of columns, is left to XLA.
+The members of a set of rows share the codes of their statistics. One tensor core product takes code j of the blocks in
+both halves of the words: pairs of float16 are just what the tensor cores read. What is left to add up, one number per
+row, token and tile of columns, is left to XLA.
 """
 
 import functools
@@ -18,6 +17,7 @@ from jaxtyping import Array, Float, Float16
 
 from pallas_kernels.packing import BLOCK
 from pallas_kernels.tensor import SpqrTensor
+from pallas_kernels.tiles import DEFAULT, Tile
 from pallas_kernels.triton.arrange import arrange
 from pallas_kernels.triton.code_pairs import UNIT, code_pairs, positions
 from pallas_kernels.triton.instructions import Pair, halves, join, pair_multiply, pair_multiply_add, twice
@@ -26,11 +26,6 @@ from pallas_kernels.triton.outliers import outlier_products_of_tokens, outlier_s
 from pallas_kernels.triton.results import result
 from pallas_kernels.triton.statistics import inside, real, statistics
 
-ROWS = 2
-"""Rows of a set."""
-SETS = 16
-COLUMNS = 16
-STEPS = 2
 NEIGHBOURS = 2 if jax.__version_info__ < (0, 11) else 1
 """Neighbouring pairs that the compiler, which comes with JAX, has one thread give to a tensor core."""
 NORMAL = 15
@@ -41,27 +36,30 @@ SLOPE = UNIT - NORMAL - SMALLER
 """Scales are computed times 2^SLOPE: that times a code, so multiplied, is a weight, times 2^−SMALLER and 2^p."""
 
 
-def mma_matmul(x: Float[Array, "tokens in"], w: SpqrTensor, *, interpret: bool) -> Float[Array, "tokens out"]:
+def mma_matmul(
+    x: Float[Array, "tokens in"], w: SpqrTensor, *, tile: Tile = DEFAULT["mma"], interpret: bool
+) -> Float[Array, "tokens out"]:
     """y = x ŵᵀ in float16, added up in float32."""
-    arranged = arrange(x, w, columns=COLUMNS * STEPS, pairs=True, by_tile=True, interpret=interpret)
+    columns = tile.columns * tile.steps
+    arranged = arrange(x, w, columns=columns, pairs=True, by_tile=True, interpret=interpret)
     tokens, out = x.shape[0], w.shape[0]
-    tiles = arranged.values.shape[-1] // (COLUMNS * STEPS)
+    tiles = arranged.values.shape[-1] // columns
     at_once = _at_once(tokens)
     sums = pl.pallas_call(
-        functools.partial(_kernel, at_once=at_once, interpret=interpret),
+        functools.partial(_kernel, tile=tile, at_once=at_once, interpret=interpret),
         out_shape=result((tiles, tokens, out), jnp.float32, (x, w)),
-        grid=(pl.cdiv(out, ROWS * SETS), tiles, pl.cdiv(tokens, at_once)),
-        compiler_params=plgpu.CompilerParams(num_warps=1, num_stages=1),
+        grid=(pl.cdiv(out, tile.sets * tile.rows), tiles, pl.cdiv(tokens, at_once)),
+        compiler_params=plgpu.CompilerParams(num_warps=tile.warps, num_stages=1),
         interpret=interpret,
         name="spqr_mma",
     )(None if w.row_offsets is None else x.T, arranged.values, arranged.factors, w)
     return sums.sum(0).astype(x.dtype)
 
 
-def launch(w: SpqrTensor, tokens: int) -> Launch:
+def launch(w: SpqrTensor, tokens: int, tile: Tile) -> Launch:
     """The loops of the kernel, which treats its tokens at once."""
-    tiles = pl.cdiv(w.codes.shape[2], COLUMNS * STEPS)
-    return Launch(steps=STEPS, outlier_steps=outlier_steps(w, tiles, 1))
+    tiles = pl.cdiv(w.codes.shape[2], tile.columns * tile.steps)
+    return Launch(steps=tile.steps, outlier_steps=outlier_steps(w, tiles, 1))
 
 
 def _at_once(tokens: int) -> int:
@@ -70,19 +68,19 @@ def _at_once(tokens: int) -> int:
 
 
 def _kernel(
-    x_ref: Any, values_ref: Any, factors_ref: Any, w: Any, out_ref: Any, *, at_once: int, interpret: bool
+    x_ref: Any, values_ref: Any, factors_ref: Any, w: Any, out_ref: Any, *, tile: Tile, at_once: int, interpret: bool
 ) -> None:
-    tile, tokens, out = pl.program_id(1), values_ref.shape[0], w.shape[0]
-    first = (pl.program_id(0) * SETS + jnp.arange(SETS)) * ROWS
+    number, tokens, out = pl.program_id(1), values_ref.shape[0], w.shape[0]
+    first = (pl.program_id(0) * tile.sets + jnp.arange(tile.sets)) * tile.rows
     token = pl.program_id(2) * at_once + jnp.arange(at_once)
     known = token < tokens
 
     def step(i: Array, sums: tuple[Array, ...]) -> tuple[Array, ...]:
-        column = (tile * STEPS + i) * COLUMNS + jnp.arange(COLUMNS)
-        weights = [_weights(w, first, r, column, interpret=interpret) for r in range(ROWS)]
+        column = (number * tile.steps + i) * tile.columns + jnp.arange(tile.columns)
+        weights = [_weights(w, first, r, column, tile=tile, interpret=interpret) for r in range(tile.rows)]
         for j in range(BLOCK):
             at = values_ref.at[token[:, None], jnp.int32(j), column[None]]
-            x = plgpu.load(at, mask=jnp.broadcast_to(known[:, None], (at_once, COLUMNS)), other=0)
+            x = plgpu.load(at, mask=jnp.broadcast_to(known[:, None], (at_once, tile.columns)), other=0)
             x = _side_by_side(x)
             sums = tuple(
                 total + plgpu.dot(_side_by_side(weight(j)), x, trans_b=True)
@@ -90,24 +88,24 @@ def _kernel(
             )
         return sums
 
-    sums = jax.lax.fori_loop(0, STEPS, step, (jnp.zeros((SETS, at_once), jnp.float32),) * ROWS)
-    factor = plgpu.load(factors_ref.at[token, jnp.int32(0), tile * STEPS * COLUMNS], mask=known, other=0)
+    sums = jax.lax.fori_loop(0, tile.steps, step, (jnp.zeros((tile.sets, at_once), jnp.float32),) * tile.rows)
+    factor = plgpu.load(factors_ref.at[token, jnp.int32(0), number * tile.steps * tile.columns], mask=known, other=0)
     factor = factor * 2.0 ** (SMALLER - UNIT)
     products = [total * factor[None] for total in sums]
     if w.row_offsets is not None:
         outliers = outlier_products_of_tokens(
-            x_ref, w, rows=first, count=ROWS, tiles=out_ref.shape[0], token=token, interpret=interpret
+            x_ref, w, rows=first, count=tile.rows, tiles=out_ref.shape[0], token=token, interpret=interpret
         )
         products = [a + b for a, b in zip(products, outliers, strict=True)]
     for r, product in enumerate(products):
         row = first + r
-        plgpu.store(out_ref.at[tile, token[None], row[:, None]], product, mask=known[None] & (row < out)[:, None])
+        plgpu.store(out_ref.at[number, token[None], row[:, None]], product, mask=known[None] & (row < out)[:, None])
 
 
-def _weights(w: Any, first: Array, r: int, column: Array, *, interpret: bool) -> Callable[[int], Pair]:
+def _weights(w: Any, first: Array, r: int, column: Array, *, tile: Tile, interpret: bool) -> Callable[[int], Pair]:
     """Of row `first + r` of each set, the weights at code j of the words' blocks, times 2^(p_j − SMALLER), by j."""
     bits, out, words = w.codes.shape
-    columns = inside(column, words, SETS, COLUMNS * STEPS)
+    columns = inside(column, words, tile.sets, tile.columns * tile.steps)
     center = 2 ** (bits - 1)
     multiply = functools.partial(pair_multiply, interpret=interpret)
     # ŵ = s (q − z) = s (q − center) + s (center − z): the second term is small, and rounded to float16 as such.
@@ -115,7 +113,7 @@ def _weights(w: Any, first: Array, r: int, column: Array, *, interpret: bool) ->
         w,
         column,
         rows=first,
-        count=ROWS,
+        count=tile.rows,
         columns=columns,
         scale_factor=2.0**SLOPE,
         zero_factors=(-1.0, -1.0),
@@ -128,7 +126,7 @@ def _weights(w: Any, first: Array, r: int, column: Array, *, interpret: bool) ->
         offsets = (s * z for s, z in zip(scale(r), zero(r), strict=True))
         intercepts.append(join(*offsets, interpret=interpret))
     row = first + r
-    mask = real(columns, row, out, SETS * ROWS)
+    mask = real(columns, row, out, tile.sets * tile.rows)
     code = code_pairs([plgpu.load(w.codes.at[k, row[:, None], column[None]], mask=mask) for k in range(bits)])
 
     @functools.cache
@@ -151,6 +149,7 @@ def _side_by_side(pairs: Pair) -> Float16[Array, "rows 2*columns"]:
     at a time, the next as far away as four threads reach. The order of the sum is free: words are renamed, so that
     nothing moves, and what goes to a tensor core together is together.
     """
+    rows, columns = pairs.shape
     numbers = jnp.stack(halves(pairs), axis=-1)
-    parts = numbers.reshape(-1, COLUMNS // 4, NEIGHBOURS, 4 // NEIGHBOURS, 2)
-    return parts.transpose(0, 3, 1, 2, 4).reshape(-1, 2 * COLUMNS)
+    parts = numbers.reshape(rows, columns // 4, NEIGHBOURS, 4 // NEIGHBOURS, 2)
+    return parts.transpose(0, 3, 1, 2, 4).reshape(rows, 2 * columns)

@@ -72,7 +72,8 @@ def add_outliers(out_ref: Any, w: Any, *, rows: Int[Array, " sets"], count: int)
         place = start[:, None] + i * AT_ONCE + lane
         real = place < stop[:, None]
         residual, column = _outlier(w, place, real)
-        at = out_ref.at[(rows + r)[:, None], column]
+        # Interpreted, a masked store writes what it has read: beside the matrix, where nothing else is written.
+        at = out_ref.at[(rows + r)[:, None], jnp.where(real, column, out_ref.shape[1])]
         beneath = plgpu.load(at, mask=real, other=0).astype(jnp.float32)
         plgpu.store(at, (beneath + residual).astype(out_ref.dtype), mask=real)
 

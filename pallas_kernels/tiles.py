@@ -1,0 +1,66 @@
+"""How much of a matrix one program of a kernel treats, and which sizes are worth trying."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Regime = Literal["fma", "mma", "dequantize"]
+"""The kernels, by how they treat a weight: see `regimes`."""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """What one program treats.
+
+    Attributes:
+      sets: sets of neighbouring rows; a thread holds the codes of its statistics for all rows of a set.
+      rows: rows of a set, within the sixteen that share the words of a statistics plane.
+      columns: code words of each row at once.
+      steps: how often the columns are as many again; 1 where a kernel does not say otherwise.
+      warps: 32 threads each.
+    """
+
+    sets: int
+    rows: int
+    columns: int
+    steps: int = 1
+    warps: int = 1
+
+
+DEFAULT: dict[Regime, Tile] = {
+    "fma": Tile(sets=4, rows=8, columns=32),
+    "mma": Tile(sets=16, rows=2, columns=16, steps=2),
+    "dequantize": Tile(sets=8, rows=2, columns=64, warps=4),
+}
+"""For GPUs that have not been measured; chosen by their predicted times."""
+
+
+def candidates(regime: Regime) -> tuple[Tile, ...]:
+    """Tiles that fit the kernel, the default first.
+
+    A thread reads four neighbouring words, so 32 · 4 words take one warp, or half of one in the tensor core kernel,
+    where a thread holds two rows of four words.
+    """
+    match regime:
+        case "fma":
+            tried = [
+                Tile(128 * warps // columns, rows, columns, warps=warps)
+                for warps in (1, 2, 4)
+                for columns in (16, 32, 64, 128)
+                for rows in (8, 16)
+            ]
+        case "mma":
+            # The tensor cores multiply 16 rows by 16 numbers.
+            tried = [
+                Tile(sets, rows, columns, steps)
+                for sets, columns in ((16, 8), (16, 16), (32, 8))
+                for rows in (1, 2, 4)
+                for steps in (1, 2, 4, 8)
+            ]
+        case "dequantize":
+            tried = [
+                Tile(128 * warps // columns, rows, columns, warps=warps)
+                for warps in (2, 4, 8)
+                for columns in (16, 32, 64)
+                for rows in (1, 2, 4)
+            ]
+    return (DEFAULT[regime], *(tile for tile in tried if tile != DEFAULT[regime]))
