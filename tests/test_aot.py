@@ -137,6 +137,24 @@ def test_a_load_is_traced_on_every_way_to_it():
     assert loaded_parameters(chosen, 0x210) == {3: {0, 1}, 8: {0}}
 
 
+def test_pointers_kept_on_the_stack_are_traced():
+    kept = listing(
+        "LDC.64 R2, c[0x0][0x210]",
+        "LDC.64 R4, c[0x0][0x218]",
+        'STL.64 [R1+0x8], R2 (*"SpillRefill"*)',
+        "STL [R1], R4",
+        "STL [R1+0x4], RZ",
+        "LDG.E.64 R2, [R4.64]",
+        "LDL.LU.64 R2, [R1+0x8]",
+        "LDG.E R6, [R2.64]",
+        "LDL R2, [R1]",
+        "LDG.E R6, [R2.64]",
+        "LDL R2, [R1+0x4]",
+        "LDG.E R6, [R2.64]",
+    )
+    assert loaded_parameters(kept, 0x210) == {5: {1}, 7: {0}, 9: {1}, 11: frozenset()}
+
+
 def test_what_returns_is_an_error():
     with pytest.raises(ValueError, match="where RET goes is not known"):
         listing("RET.REL.NODEC R2 `(.L_x_1)")

@@ -5,11 +5,13 @@ import re
 from pallas_kernels.aot.sass import Instruction, Listing
 
 Held = dict[str, frozenset[int]]
-"""The parameters that the content of each register is made of."""
+"""The parameters that the content of each register is made of, and that of each word of the stack."""
 
 _REGISTER = re.compile(r"\bU?R\d+\b")
 _RESULT = re.compile(r"(?:P[T\d], )?(U?R)(\d+),")
 """The first register that an instruction writes, behind the predicate that some write."""
+_STACK = re.compile(r"\[R1(?:\+(0x[0-9a-f]+))?\](?:, R(\d+))?")
+"""An address on the stack, where registers are kept for want of more, and the first register that is kept there."""
 
 
 def loaded_parameters(listing: Listing, parameters: int) -> dict[int, frozenset[int]]:
@@ -44,15 +46,25 @@ def loaded_parameters(listing: Listing, parameters: int) -> dict[int, frozenset[
 
 
 def _written(instruction: Instruction, held: Held, parameters: int) -> Held:
-    """What the registers hold that an instruction writes."""
+    """What the registers, or the words of the stack, hold that an instruction writes."""
+    kind, count = instruction.name.split(".")[0], _registers(instruction.name)
+    stack = _STACK.search(instruction.operands) if kind in ("STL", "LDL") else None
+    words = [f"stack {int(stack[1] or '0', 16) + 4 * i}" for i in range(count)] if stack else []
+    if kind == "STL":
+        # What is kept of RZ, which is zero, is no pointer.
+        kept = int(stack[2]) if stack and stack[2] else -len(words)
+        return {word: held.get(f"R{kept + i}", frozenset()) for i, word in enumerate(words)}
     result = _RESULT.match(instruction.operands)
     if result is None:
         return {}
     sources = instruction.operands[result.end() :]
-    from_memory = instruction.name.split(".")[0] in ("LDG", "LDS", "LDSM", "LDL")
     written = {}
-    for i in range(_registers(instruction.name)):
-        value = frozenset() if from_memory else _union(held, sources) | _constants(sources, parameters, 4 * i)
+    for i in range(count):
+        value: frozenset[int] = frozenset()
+        if words:
+            value = held.get(words[i], value)
+        elif kind not in ("LDG", "LDS", "LDSM", "LDL"):
+            value = _union(held, sources) | _constants(sources, parameters, 4 * i)
         written[f"{result[1]}{int(result[2]) + i}"] = value
     return written
 
