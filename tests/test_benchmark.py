@@ -1,21 +1,42 @@
+import functools
 import itertools
 import re
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from multiprocessing import get_context
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from rich.console import Console
+from typer.testing import CliRunner
 
+from converters.official_tiles import decode_arrays, reader_weight
 from pallas_kernels import SpqrTensor, spqr_dequantize, spqr_matmul
-from pallas_kernels.aot import Format
+from pallas_kernels.aot import GPUS, Format
+from pallas_kernels.aot.compiler import check_installed, compile_kernels
+from pallas_kernels.aot.costs import _configure_worker
 from pallas_kernels.benchmark import Timing, bandwidth, random_matrix, seconds_per_call
+from pallas_kernels.benchmark.__main__ import app, run
+from pallas_kernels.benchmark.contestants import jax_contestants
+from pallas_kernels.benchmark.measured import checked_error, measured_row, measured_rows
+from pallas_kernels.benchmark.rows import Results, Row, read, write
+from pallas_kernels.benchmark.shapes import MODELS, TOKENS, names, plan
 from pallas_kernels.benchmark.timing import repeated
+from pallas_kernels.benchmark.torch_contestants import missing, torch_contestants
+from pallas_kernels.triton import matmul
 
+FORM = Format.parse("3b-g16-s3-o1%")
 COLUMNS = {"3b-g16-s3-o1%": 336, "2b-g8": 1000, "8b-g128-s2-o40%": 128}
 
 
-def read(w: SpqrTensor) -> np.ndarray:
+def weight_of(w: SpqrTensor) -> np.ndarray:
     """ŵ in quantization order in float64, bit by bit, without the library."""
     out, columns = w.shape
     bits, per_word = w.bits, 16 // w.bits
@@ -51,7 +72,7 @@ def test_random_matrix_is_one_of_its_format(spelling):
     like = form.tensor(shape)
     assert jax.tree.structure(w) == jax.tree.structure(like)
     assert [(a.shape, a.dtype) for a in jax.tree.leaves(w)] == [(a.shape, a.dtype) for a in jax.tree.leaves(like)]
-    weight = read(w)
+    weight = weight_of(w)
     np.testing.assert_array_equal(np.sort(w.permutation), np.arange(shape[1]))
     np.testing.assert_allclose(spqr_dequantize(w)[:, w.permutation], weight, rtol=1e-5, atol=1e-6)
     assert 0.02 < np.median(np.abs(weight)) / 0.6745 < 0.07
@@ -81,7 +102,7 @@ def test_more_outliers_than_a_row_has_columns_are_cut_off():
     counts = np.diff(w.row_offsets)
     assert counts.max() == 16
     assert (np.asarray(w.outlier_values)[w.row_offsets[-1] :] == 0).all()
-    np.testing.assert_allclose(spqr_dequantize(w)[:, w.permutation], read(w), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(spqr_dequantize(w)[:, w.permutation], weight_of(w), rtol=1e-5, atol=1e-6)
 
 
 def test_a_matrix_that_does_not_fit_its_format():
@@ -91,19 +112,20 @@ def test_a_matrix_that_does_not_fit_its_format():
 
 def test_all_calls_are_in_the_loop():
     x, matrices = jnp.ones((64, 256)), [jnp.full((256, 256), float(i)) for i in range(5)]
-    compiled = jax.jit(repeated(jnp.dot, steps=3)).lower(x, matrices).compile()
+    # A part that has nothing to do with x must stay there too.
+    compiled = jax.jit(repeated(lambda x, w: x @ jnp.cos(w), steps=3)).lower(x, matrices).compile()
     text = compiled.as_text()
     computations = dict(re.findall(r"^(?:ENTRY )?%?([\w.-]+) \([^\n]*\{\n(.*?)^\}", text, re.MULTILINE | re.DOTALL))
     called = {name: re.findall(r"(?:calls|to_apply)=%?([\w.-]+)", body) for name, body in computations.items()}
 
-    def dots(name: str) -> int:
-        return len(re.findall(r" dot\(", computations[name])) + sum(map(dots, called[name]))
+    def count(operation: str, name: str) -> int:
+        return computations[name].count(f" {operation}(") + sum(count(operation, one) for one in called[name])
 
     (body,) = re.findall(r"while\(.*body=%?([\w.-]+)", text)
-    assert dots(body) == 5
-    assert text.count(" dot(") == 5
+    for operation in ("dot", "cosine"):
+        assert count(operation, body) == text.count(f" {operation}(") == 5
     for i, y in enumerate(compiled(x, matrices)):
-        np.testing.assert_array_equal(y, np.full((64, 256), 256.0 * i))
+        np.testing.assert_allclose(y, np.full((64, 256), 256 * np.cos(i)), rtol=1e-5)
 
 
 def test_timing_of_a_product():
@@ -123,3 +145,208 @@ def test_every_copy_of_a_matrix_is_one_of_its_own(monkeypatch):
 
 def test_bandwidth_is_a_number():
     assert bandwidth() > 1e6
+
+
+def skip_all() -> dict[str, str]:
+    return {"torch.matmul": "not asked for", "official kernel": "not asked for"}
+
+
+@pytest.fixture
+def short(monkeypatch):
+    """Programs that compile fast."""
+    monkeypatch.setattr("pallas_kernels.benchmark.timing.MOST_COPIES", 2)
+    monkeypatch.setattr("pallas_kernels.benchmark.timing.EXECUTION_SECONDS", 1e-4)
+
+
+def test_rows_of_all_contestants(short):
+    found = list(measured_rows(FORM, (64, 256), [1, 3], matrix="a", bandwidth=1e9, skipped=skip_all()))
+    assert [[row.tokens for row in rows] for rows in found] == [[1] * 4, [3] * 4]
+    assert [row.contestant for row in found[0]] == ["spqr_matmul", "jnp.dot", "dense part", "sparse part"]
+    packed_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(random_matrix(FORM, (64, 256), 0)))
+    assert [row.read_bytes for row in found[0]][:2] == [packed_bytes + 512, 2 * 64 * 256 + 512]
+    for row in (row for rows in found for row in rows):
+        assert row.error is None
+        assert row.seconds > 0
+        assert row.bandwidth_fraction == pytest.approx(row.read_bytes / row.seconds / 1e9)
+        assert 0 <= row.relative_error < 2.0**-8
+        assert (row.matrix, row.shape, row.source) == ("a", (64, 256), "measured")
+
+
+def test_the_parts_make_up_the_whole():
+    whole, bfloat16, dense, sparse = jax_contestants(FORM, (64, 256), None)
+    np.testing.assert_allclose(dense.weight + sparse.weight, whole.weight, atol=1e-6)
+    assert 0 < np.count_nonzero(np.abs(sparse.weight) > 1e-6) <= round(0.01 * 64 * 256)
+    np.testing.assert_array_equal(bfloat16.weight, whole.weight.astype(jnp.bfloat16))
+    assert (dense.format, sparse.nbytes) == ("3b-g16-s3", 8 * 164 + 4 * 65)
+
+
+@pytest.mark.parametrize("wrong", [lambda y: 1.01 * y, lambda y: jnp.full_like(y, jnp.nan), lambda y: 1 / 0])
+def test_a_wrong_product_has_no_time(wrong):
+    contestant = next(jax_contestants(FORM, (64, 256), None))
+    timed = []
+    wrong_one = replace(contestant, multiply=lambda x: wrong(contestant.multiply(x)), time=timed.append)
+    row = measured_row(wrong_one, jnp.ones((2, 256)), matrix="", bandwidth=1e9)
+    assert row.error
+    assert (row.seconds, row.quartiles, row.bandwidth_fraction, timed) == (None, None, None, [])
+    with pytest.raises(ValueError, match=r"the product is wrong: its relative error is 0\.01, but may be 0\.0039"):
+        checked_error(1.01 * jnp.ones((1, 64)), jnp.ones((1, 1)), jnp.ones((64, 1)))
+
+
+def test_products_in_torch(monkeypatch):
+    """The official kernel is played by a reader of its format, called as in the official library."""
+    torch = pytest.importorskip("torch")
+
+    def call(m, n, bits, beta1, beta2, in_perm, dense, row_offsets, col_vals, nnz, x, flags, _, out):
+        arrays = {"dense_weights": dense, "row_offsets": row_offsets, "col_vals": col_vals, "in_perm": in_perm}
+        matrix = decode_arrays({name: tensor.numpy() for name, tensor in arrays.items()}, (m, n), "it")
+        weight = reader_weight(matrix).astype(np.float32)
+        weight[matrix.outliers.rows, matrix.outliers.columns] += matrix.outliers.values
+        assert (bits, beta1, beta2, nnz, flags) == (3, 16, 16, len(col_vals), 17)
+        out[:] = torch.from_numpy(weight @ x.float().numpy()[matrix.permutation]).half()
+
+    names = ("spqr_quant", "spqr_quant.inference", "spqr_quant.inference_kernels.cuda_kernel")
+    for name in (*names, "spqr_quant.inference_kernels"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    sys.modules[names[1]].FeatureFlags = SimpleNamespace(SPARSE_FUSED_FP32_ASYNC=17)
+    sys.modules[names[2]].call_spqr_mul_fused = call
+    monkeypatch.setattr("pallas_kernels.benchmark.torch_contestants.DEVICE", "cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert missing(FORM) == {}
+    x = jax.random.normal(jax.random.key(0), (3, 256))
+    for contestant in torch_contestants(FORM, (64, 256), missing(FORM)):
+        typed = x.astype(contestant.dtype)
+        assert checked_error(contestant.multiply(typed), typed, contestant.weight) < 2.0**-8
+    assert [one.name for one in torch_contestants(FORM, (64, 256), {"official kernel": ""})] == ["torch.matmul"]
+    assert list(missing(Format.parse("4b-g16-s3"))) == ["official kernel"]
+
+
+def test_what_is_missing_is_told(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    assert list(missing(FORM)) == ["torch.matmul", "official kernel"]
+
+
+@pytest.mark.gpu
+def test_every_contestant_on_a_gpu():
+    if jax.default_backend() != "gpu":
+        pytest.skip("no GPU")
+    reached, skipped = bandwidth(), missing(FORM)
+    for rows in measured_rows(FORM, (4096, 11008), [1, 16, 200], matrix="", bandwidth=reached, skipped=skipped):
+        for row in rows:
+            assert row.error is None
+            assert row.contestant in ("sparse part", "jnp.dot") or row.bandwidth_fraction < 1.5
+
+
+ROWS = (
+    Row("a", (64, 256), 1, "jnp.dot", "bfloat16", 10, "measured", 1e-5, (0.9e-5, 1.1e-5), 0.5, 1e-3),
+    Row("a", (64, 256), 2, "jnp.dot", "bfloat16", 10, "measured", error="it failed"),
+)
+RESULTS = Results(True, "a GPU", 1e12, None, {1: 1e-3}, "2026-01-01", {"jax": "0.10.2"}, ROWS)
+
+
+@pytest.mark.parametrize("results", [RESULTS, replace(RESULTS, rows=())])
+def test_results_are_read_as_they_were_written(results, tmp_path):
+    path = tmp_path / "results.json"
+    path.write_text("what was there before")
+    write(results, path)
+    assert read(path) == results
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_measured_and_predicted_rows_do_not_mix():
+    with pytest.raises(ValueError, match="measured and predicted rows cannot be in the same results"):
+        replace(RESULTS, measured=False)
+
+
+def test_plan_has_everything_once_and_first_what_says_most():
+    shapes = names(MODELS)
+    work = [(shape, number) for shape, numbers in plan(shapes, TOKENS) for number in numbers]
+    assert sorted(work) == sorted(itertools.product(shapes, TOKENS))
+    assert work[:6] == list(itertools.product([(4096, 11008), (11008, 4096)], [1, 16, 2048]))
+    assert shapes[8192, 8192] == "llama-65b q, k, v, o; falcon-40b dense"
+    for shape in shapes:
+        FORM.tensor(shape)
+
+
+def test_measuring_ends_when_the_time_is_up(short, tmp_path, capsys):
+    """The command's own loop, on a CPU with XLA's products."""
+    produce = functools.partial(measured_rows, FORM, bandwidth=1e9, skipped=skip_all())
+    console = Console(width=200)
+    shapes = {(64, 256): "a matrix"}
+    rows = list(itertools.chain(*run([((64, 256), [1, 2, 3])], shapes, produce, time.monotonic(), console)))
+    assert rows == []
+    assert "3 of 3 settings are left out" in capsys.readouterr().out
+    rows = list(itertools.chain(*run([((64, 256), [1])], shapes, produce, float("inf"), console)))
+    shown = capsys.readouterr().out
+    assert "left out" not in shown
+    for row in rows:
+        assert f"{1e6 * row.seconds:.2f}" in shown
+
+
+@pytest.mark.parametrize("arguments", [["--model", "gpt"], ["--format", "3b"], ["--shape", "4"], ["--target", "v100"]])
+def test_wrong_usage(arguments):
+    assert CliRunner().invoke(app, arguments).exit_code == 2
+
+
+def test_without_compilers_nothing_is_predicted(monkeypatch):
+    monkeypatch.setattr("pallas_kernels.benchmark.__main__.checked", lambda form: {})
+    monkeypatch.setattr("pallas_kernels.aot.compiler.PACKAGES", Path("nowhere"))
+    done = CliRunner().invoke(app, ["--target", "h100", "--shape", "64x256", "--tokens", "1"])
+    assert done.exit_code == 1
+    assert "error: to compile for a GPU that is not there, run `make aot-env` first" in done.stderr
+
+
+def absent() -> str:
+    """Why nothing can be compiled for a GPU, empty where it can."""
+    try:
+        check_installed()
+    except ModuleNotFoundError as error:
+        return str(error)
+    return ""
+
+
+needs_compiler = pytest.mark.skipif(bool(absent()), reason=absent())
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_prediction(tmp_path):
+    path = tmp_path / "results.json"
+    arguments = ["--target", "h100", "--shape", "4096x11008", "--output", str(path)]
+    done = CliRunner().invoke(app, [*arguments, *(f"--tokens={tokens}" for tokens in (1, 512, 2048))])
+    assert (done.exit_code, done.stderr) == (0, "")
+    results = read(path)
+    assert (results.measured, results.device) == (False, "h100")
+    assert all(error < 2.0**-8 for error in results.checked.values())
+    seconds = {(row.contestant, row.tokens): row.seconds for row in results.rows}
+    # 90 MB at 3.0 TB/s, and 2 · 4096 · 11008 · 2048 operations at 989 · 10¹² a second.
+    assert seconds["jnp.dot", 1] == pytest.approx(30e-6, rel=0.01)
+    assert seconds["jnp.dot", 2048] == pytest.approx(186.7e-6, rel=0.01)
+    assert 2.5 < seconds["jnp.dot", 1] / seconds["spqr_matmul", 1] < 90.2 / 20.5
+    # The weight is written out once, whatever the number of tokens.
+    beside = [seconds["spqr_matmul", n] - seconds["jnp.dot", n] - 4 * n * 11008 / 3.0e12 for n in (512, 2048)]
+    assert beside[0] == pytest.approx(beside[1])
+    assert {row.source for row in results.rows} == {"compile-ahead", "roofline"}
+
+
+def loop_kernels(tokens: int, copies: int) -> list[str]:
+    """Kernels of a timed program, in a process that compiles for GPUs."""
+    x = jax.ShapeDtypeStruct((tokens, 11008), jnp.bfloat16)
+    product = functools.partial(matmul, interpret=False)
+    w = FORM.tensor((4096, 11008))
+    return [kernel.name for kernel in compile_kernels(repeated(product, 10), x, [w] * copies, gpu=GPUS["h100"])]
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("tokens", "kernels"), [(1, ["arrange", "fma"]), (16, ["arrange", "mma"]), (512, ["dequantize"])]
+)
+def test_on_a_gpu_each_call_is_made_and_nothing_beside(tokens, kernels):
+    with ProcessPoolExecutor(1, get_context("spawn"), initializer=_configure_worker) as pool:
+        once, more = (pool.submit(loop_kernels, tokens, copies).result() for copies in (1, 4))
+    of_spqr = [name for name in more if name.startswith("spqr_")]
+    assert of_spqr == [f"spqr_{kernel}" for kernel in kernels] * 4
+    # One for each addition to the loop's number, one for its comparison, one for the first results.
+    per_call = (len(more) - len(once)) / 3
+    assert len(more) == 4 * per_call + len(once) - per_call
+    assert len(once) - per_call <= 4

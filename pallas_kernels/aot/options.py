@@ -1,6 +1,7 @@
-"""Options that several commands have."""
+"""Values of options on the command line."""
 
 import re
+from collections.abc import Callable, Collection
 
 import typer
 
@@ -8,7 +9,7 @@ from pallas_kernels.aot.formats import Format
 
 
 def parse_format(spelling: str) -> Format:
-    """A format as an option's value."""
+    """A format such as 3b-g16-s3-o2%."""
     try:
         return Format.parse(spelling)
     except ValueError as error:
@@ -16,8 +17,19 @@ def parse_format(spelling: str) -> Format:
 
 
 def parse_shape(text: str) -> tuple[int, int]:
-    """A matrix's shape as an option's value: 4096x11008 has 4096 rows."""
+    """A shape such as 4096x11008."""
     match = re.fullmatch(r"(\d+)x(\d+)", text)
     if match is None:
         raise typer.BadParameter(f"{text!r} is not a shape; 4096 rows of 11008 weights are 4096x11008")
     return int(match[1]), int(match[2])
+
+
+def one_of(choices: Collection[str]) -> Callable[[str], str]:
+    """A parser of names, of which there are only these."""
+
+    def parse(name: str) -> str:
+        if name not in choices:
+            raise typer.BadParameter(f"{name!r} is not one of {', '.join(choices)}")
+        return name
+
+    return parse

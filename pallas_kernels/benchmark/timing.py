@@ -16,7 +16,7 @@ from jaxtyping import Array
 
 ROTATED_BYTES = 2 * 126 << 20
 """Bytes of all copies: twice the largest cache of a GPU, the B200's; an H100's has 50 MB."""
-MOST_COPIES = 32
+MOST_COPIES = 16
 EXECUTIONS = 9
 EXECUTION_SECONDS = 0.01
 """About what one execution of the program takes: much more than to start it."""
@@ -58,9 +58,9 @@ def seconds_per_call(function: Callable[[Array, Any], Any], x: Array, w: Any, *,
 
 @dataclass(frozen=True)
 class Calls:
-    """A program that calls a function many times."""
+    """A program that calls a function so many times with each of so many matrices."""
 
-    program: Callable[[Array, Sequence[Any]], Any]
+    program: Callable[[Array, Sequence[Any]], list[Any]]
     copies: int
     steps: int
 
@@ -68,10 +68,9 @@ class Calls:
 def compile_calls(
     function: Callable[[Array, Any], Any], x: Array, w: Any, rough: float, *, copies: int | None = None
 ) -> Calls:
-    """The program that `measure` runs, where a call takes about `rough` seconds; can be compiled in several threads."""
+    """The program that `measure` runs, where a call takes about `rough` seconds; several threads can compile some."""
     if copies is None:
-        nbytes = sum(leaf.nbytes for leaf in jax.tree.leaves(w))
-        copies = min(-(-ROTATED_BYTES // nbytes), MOST_COPIES)
+        copies = copies_for(sum(leaf.nbytes for leaf in jax.tree.leaves(w)))
     steps = int(np.clip(EXECUTION_SECONDS / (rough * copies), 1, MOST_STEPS))
     options: dict[str, str | bool] = {}
     if jax.default_backend() == "gpu":
@@ -82,19 +81,28 @@ def compile_calls(
 
 
 def measure(calls: Calls, x: Array, w: Any) -> Timing:
-    """Runs a program, and divides its time by the number of its calls."""
+    """Runs a program several times, and divides its time by the number of its calls."""
     matrices = [jax.tree.map(jnp.copy, w) for _ in range(calls.copies)]
     calls.program(x, matrices)
-    seconds = [_seconds(calls.program, x, matrices) / (calls.steps * calls.copies) for _ in range(EXECUTIONS)]
+    return summary([_seconds(calls.program, x, matrices) / (calls.steps * calls.copies) for _ in range(EXECUTIONS)])
+
+
+def summary(seconds: Sequence[float]) -> Timing:
+    """Median and quartiles of several measurements of the same."""
     lower, median, upper = np.quantile(seconds, [0.25, 0.5, 0.75])
     return Timing(float(median), (float(lower), float(upper)))
+
+
+def copies_for(nbytes: int) -> int:
+    """How many copies of a matrix of so many bytes make up `ROTATED_BYTES`, up to `MOST_COPIES`."""
+    return min(-(-ROTATED_BYTES // nbytes), MOST_COPIES)
 
 
 def repeated(function: Callable[[Array, Any], Any], steps: int) -> Callable[[Array, Sequence[Any]], list[Any]]:
     """A function of x and several matrices that calls another one with each of these, so many times.
 
-    Every result is used, and every call gets an x that depends on the call before: so, compiled, none is left out, and
-    none moved out of the loop.
+    Every result is used, and what every call gets depends on the call before: so, compiled, none is left out, and no
+    part of one is moved out of the loop.
 
     Example:
       >>> jax.jit(repeated(spqr_matmul, steps=10))(x, [first, second])  # 20 products
@@ -105,7 +113,7 @@ def repeated(function: Callable[[Array, Any], Any], steps: int) -> Callable[[Arr
             x, results = carry
             for i, w in enumerate(matrices):
                 # Number −1, the last of the step before, for the first.
-                x, _ = jax.lax.optimization_barrier((x, results[i - 1]))
+                x, w, _ = jax.lax.optimization_barrier((x, w, results[i - 1]))
                 results = [*results[:i], function(x, w), *results[i + 1 :]]
             return x, results
 

@@ -1,0 +1,96 @@
+"""Times of all contestants on the device that is there; each product is checked before it is timed."""
+
+from collections.abc import Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from pallas_kernels.aot.formats import Format
+from pallas_kernels.benchmark.contestants import Contestant, jax_contestants
+from pallas_kernels.benchmark.rows import Row
+from pallas_kernels.benchmark.torch_contestants import torch_contestants
+from pallas_kernels.devices import Implementation
+
+MOST_ERROR = 2.0**-8
+"""‖Δ‖ / ‖y‖ of a right product: a number is rounded to bfloat16 by as much at most."""
+
+
+def measured_rows(
+    form: Format,
+    shape: tuple[int, int],
+    tokens: Sequence[int],
+    *,
+    matrix: str,
+    bandwidth: float,
+    skipped: dict[str, str],
+    implementation: Implementation | None = None,
+) -> Iterator[list[Row]]:
+    """The rows of all contestants, for one number of tokens after the other.
+
+    Args:
+      form: what the matrix is packed as.
+      shape: (out, in).
+      matrix: its name.
+      bandwidth: of the device.
+      skipped: contestants in PyTorch that are left out.
+      implementation: of `spqr_matmul`.
+    """
+    contestants = [*jax_contestants(form, shape, implementation), *torch_contestants(form, shape, skipped)]
+    for number in tokens:
+        x = jax.random.normal(jax.random.key(number), (number, shape[1]), jnp.bfloat16)
+        yield [
+            measured_row(contestant, x, matrix=matrix, bandwidth=bandwidth)
+            for contestant in contestants
+            if number <= contestant.most_tokens
+        ]
+
+
+def measured_row(contestant: Contestant, x: Float[Array, "tokens in"], *, matrix: str, bandwidth: float) -> Row:
+    """The row of one contestant: with a time if its product is right, with an error otherwise."""
+    x = x.astype(contestant.dtype)
+    out, columns = contestant.weight.shape
+    read_bytes = contestant.nbytes + x.nbytes
+    relative_error = seconds = quartiles = message = None
+    try:
+        relative_error = checked_error(contestant.multiply(x), x, contestant.weight)
+        timing = contestant.time(x)
+        seconds, quartiles = timing.seconds, timing.quartiles
+    # Other programs fail in their own ways; the rows of the rest are wanted all the same.
+    except Exception as error:
+        message = str(error).partition("\n")[0]
+    return Row(
+        matrix=matrix,
+        shape=(out, columns),
+        tokens=x.shape[0],
+        contestant=contestant.name,
+        format=contestant.format,
+        read_bytes=read_bytes,
+        source="measured",
+        seconds=seconds,
+        quartiles=quartiles,
+        bandwidth_fraction=seconds and read_bytes / seconds / bandwidth,
+        relative_error=relative_error,
+        error=message,
+    )
+
+
+def checked_error(y: Float[Array, "tokens out"], x: Float[Array, "tokens in"], weight: Float[Array, "out in"]) -> float:
+    """‖y − x · weightᵀ‖ / ‖x · weightᵀ‖, the product in float32.
+
+    Raises:
+      ValueError: it is above `MOST_ERROR`, so y is wrong.
+    """
+    expected = np.asarray(_exact(x, weight), np.float64)
+    error = float(np.linalg.norm(np.asarray(y, np.float64) - expected) / np.linalg.norm(expected))
+    # Not >, because of NaN.
+    if not error <= MOST_ERROR:
+        raise ValueError(f"the product is wrong: its relative error is {error:.2g}, but may be {MOST_ERROR:.2g}")
+    return error
+
+
+@jax.jit
+def _exact(x: Float[Array, "tokens in"], weight: Float[Array, "out in"]) -> Float[Array, "tokens out"]:
+    x, weight = x.astype(jnp.float32), weight.astype(jnp.float32)
+    return jnp.matmul(x, weight.T, precision=jax.lax.Precision.HIGHEST)

@@ -1,0 +1,148 @@
+"""Contestants that run in PyTorch, on the same GPU: its own product, and the official kernel.
+
+Nothing here runs without the packages; `torch_contestants` says which are missing.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from pallas_kernels.aot.formats import Format
+from pallas_kernels.benchmark.contestants import Contestant, exact_weight
+from pallas_kernels.benchmark.matrices import random_matrix
+from pallas_kernels.benchmark.timing import EXECUTION_SECONDS, EXECUTIONS, MOST_STEPS, Timing, copies_for, summary
+
+DEVICE = "cuda"
+OFFICIAL_TOKENS = 16
+"""The official kernel multiplies with one token at a time."""
+
+
+def missing(form: Format) -> dict[str, str]:
+    """Contestants of which there will be no rows, and why."""
+    try:
+        import torch
+
+        if not torch.cuda.is_available():
+            raise ImportError("torch finds no CUDA device")
+    except ImportError as error:
+        return {"torch.matmul": str(error), "official kernel": str(error)}
+    if (form.bits, form.group_size, form.stats_bits) != (3, 16, 3):
+        return {"official kernel": f"it has 3 bits, groups of 16 and 3-bit statistics, not {form}"}
+    try:
+        import spqr_quant  # noqa: F401
+
+        import converters.official_tiles  # noqa: F401
+    # It is compiled when it is imported, which can fail in any way.
+    except Exception as error:
+        return {"official kernel": str(error).partition("\n")[0]}
+    return {}
+
+
+def torch_contestants(form: Format, shape: tuple[int, int], skipped: dict[str, str]) -> list[Contestant]:
+    """Those that are not skipped, of the matrix that `jax_contestants` have."""
+    makers = {"torch.matmul": torch_matmul, "official kernel": official_kernel}
+    return [make(form, shape) for name, make in makers.items() if name not in skipped]
+
+
+def torch_matmul(form: Format, shape: tuple[int, int]) -> Contestant:
+    """`torch.matmul` in bfloat16."""
+    import torch
+
+    weight = exact_weight(random_matrix(form, shape, 0)).astype(jnp.bfloat16)
+    held = to_torch(weight)
+
+    def call(x: Any, w: Any) -> Any:
+        return torch.matmul(x, w.T)
+
+    return Contestant(
+        name="torch.matmul",
+        format="bfloat16",
+        nbytes=weight.nbytes,
+        dtype=jnp.bfloat16,
+        weight=weight,
+        multiply=lambda x: from_torch(call(to_torch(x), held)),
+        time=lambda x: cuda_seconds_per_call(call, to_torch(x), held, weight.nbytes),
+    )
+
+
+def official_kernel(form: Format, shape: tuple[int, int]) -> Contestant:
+    """The kernel of the SpQR authors, with the outliers in CSR and the permutation fused."""
+    import torch
+    from spqr_quant.inference import FeatureFlags
+    from spqr_quant.inference_kernels.cuda_kernel import call_spqr_mul_fused
+
+    from converters.official_tiles import encode_tensor
+
+    packed = random_matrix(form, shape, 0)
+    arrays = encode_tensor(packed, "the matrix")
+    held = {name: torch.from_numpy(array).to(DEVICE) for name, array in arrays.items()}
+    nbytes = sum(array.nbytes for array in arrays.values())
+    out, columns = shape
+    # Otherwise it waits for the GPU after each call.
+    flags = int(FeatureFlags.SPARSE_FUSED_FP32_ASYNC)
+
+    def call(x: Any, w: dict[str, Any]) -> Any:
+        y = torch.empty((len(x), out), dtype=torch.float16, device=x.device)
+        matrix = w["in_perm"], w["dense_weights"], w["row_offsets"], w["col_vals"], len(w["col_vals"])
+        for token, result in zip(x, y, strict=True):
+            call_spqr_mul_fused(out, columns, 3, 16, 16, *matrix, token, flags, result, result)
+        return y
+
+    return Contestant(
+        name="official kernel",
+        format=str(form),
+        nbytes=nbytes,
+        dtype=jnp.float16,
+        weight=exact_weight(packed),
+        multiply=lambda x: from_torch(call(to_torch(x), held)),
+        time=lambda x: cuda_seconds_per_call(call, to_torch(x), held, nbytes),
+        most_tokens=OFFICIAL_TOKENS,
+    )
+
+
+def to_torch(array: Float[Array, "..."]) -> Any:
+    """The same memory as PyTorch's tensor, on the same device."""
+    import torch
+
+    return torch.from_dlpack(array.block_until_ready())
+
+
+def from_torch(tensor: Any) -> Float[np.ndarray, "..."]:
+    """In float32, on the host."""
+    return tensor.float().cpu().numpy()
+
+
+def cuda_seconds_per_call(function: Callable[[Any, Any], Any], x: Any, w: Any, nbytes: int) -> Timing:
+    """What `function(x, w)` takes: calls with copies of w in turn as one CUDA graph, between CUDA events."""
+    import torch
+
+    copies = [_copy(w) for _ in range(copies_for(nbytes))]
+    torch.cuda.synchronize()
+    # What a library does at its first call cannot be in a graph.
+    with torch.cuda.stream(torch.cuda.Stream()):
+        function(x, copies[0])
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for copy in copies:
+            function(x, copy)
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def execution(replays: int) -> float:
+        begin.record()
+        for _ in range(replays):
+            graph.replay()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3
+
+    rough = min(execution(1) for _ in range(3))
+    replays = int(np.clip(EXECUTION_SECONDS / rough, 1, MOST_STEPS))
+    return summary([execution(replays) / (replays * len(copies)) for _ in range(EXECUTIONS)])
+
+
+def _copy(w: Any) -> Any:
+    return {name: tensor.clone() for name, tensor in w.items()} if isinstance(w, dict) else w.clone()
