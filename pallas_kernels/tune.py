@@ -26,7 +26,7 @@ from rich.console import Console
 from pallas_kernels.aot.costs import try_reports
 from pallas_kernels.aot.formats import Format
 from pallas_kernels.aot.gpus import GPUS
-from pallas_kernels.aot.options import parse_shape
+from pallas_kernels.aot.options import one_of, parse_shape
 from pallas_kernels.benchmark.matrices import random_matrix
 from pallas_kernels.benchmark.timing import Calls, compile_calls, measure
 from pallas_kernels.devices import choose, device_kind
@@ -66,8 +66,11 @@ def main(
         list[Any], typer.Option(parser=parse_shape, metavar="OUTxIN", help="Matrices, the most important one first.")
     ] = SHAPES,
     predict: Annotated[
-        str, typer.Option(help=f"Order the tiles for one of {', '.join(GPUS)}, which need not be there.")
-    ] = "",
+        str | None,
+        typer.Option(
+            parser=one_of(GPUS), metavar="|".join(GPUS), help="Order the tiles for a GPU that need not be there."
+        ),
+    ] = None,
 ) -> None:
     """Measure how fast the kernels are with tiles of various sizes, the fastest predicted first.
 
@@ -90,10 +93,7 @@ def predict_tiles(target: str, shape: tuple[int, int]) -> None:
 
     Raises:
       ModuleNotFoundError: the compiler is not installed.
-      ValueError: there is no such target.
     """
-    if target not in GPUS:
-        raise ValueError(f"{target!r} is none of the GPUs that can be compiled for: {', '.join(GPUS)}")
     path = file_of(target)
     for regime, tokens in TOKENS.items():
         setting, tiles = Setting(regime, FORM.bits, shape, tokens), candidates(regime)
