@@ -24,7 +24,9 @@ def test_notebook_runs_and_prints_what_is_committed(path, tmp_path, monkeypatch)
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", jax.config.jax_compilation_cache_dir)
     committed = nbformat.read(path, as_version=4)
     run = nbformat.read(path, as_version=4)
-    NotebookClient(run, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}).execute()
+    # As Jupyter does, in the notebook's folder.
+    resources = {"metadata": {"path": str(path.parent)}}
+    NotebookClient(run, timeout=300, kernel_name="python3", resources=resources).execute()
     for before, after in zip(committed.cells, run.cells, strict=True):
         if after.cell_type == "code":
             assert printed(after) == printed(before), after.source

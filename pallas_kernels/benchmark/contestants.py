@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.aot.formats import Format
 from pallas_kernels.benchmark.matrices import random_matrix
-from pallas_kernels.benchmark.timing import Timing, seconds_per_call
+from pallas_kernels.benchmark.timing import Timing, compile_calls, measure
 from pallas_kernels.dequantize import spqr_dequantize
 from pallas_kernels.devices import Implementation
 from pallas_kernels.matmul import spqr_matmul
@@ -21,6 +21,19 @@ from pallas_kernels.tensor import SpqrTensor
 
 SPQR, DENSE_PART, SPARSE_PART = "spqr_matmul", "dense part", "sparse part"
 BFLOAT16 = "jnp.dot"
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A contestant with activations x.
+
+    Attributes:
+      product: x · weightᵀ, `[tokens, out]`.
+      time: measures how long that takes.
+    """
+
+    product: Any
+    time: Callable[[], Timing]
 
 
 @dataclass(frozen=True)
@@ -33,8 +46,8 @@ class Contestant:
       nbytes: of the weights.
       dtype: of the activations.
       weight: what it multiplies with, dense, in float32 or in the type in which it is held.
-      multiply: x → x · weightᵀ.
-      time: x → what `multiply` takes.
+      prepare: makes ready, and multiplies once, given x and about how many seconds that takes; several threads can have
+        several contestants do so.
       most_tokens: more are not asked of it.
     """
 
@@ -43,8 +56,7 @@ class Contestant:
     nbytes: int
     dtype: DTypeLike
     weight: Float[Array, "out in"]
-    multiply: Callable[[Float[Array, "tokens in"]], Any]
-    time: Callable[[Float[Array, "tokens in"]], Timing]
+    prepare: Callable[[Float[Array, "tokens in"], float], Prepared]
     most_tokens: int = 1 << 30
 
 
@@ -97,12 +109,15 @@ def sparse_part(packed: SpqrTensor) -> sparse.BCSR:
 def _contestant(
     name: str, form: str, dtype: DTypeLike, function: Callable[..., Array], w: Any, weight: Array
 ) -> Contestant:
+    def prepare(x: Array, rough: float) -> Prepared:
+        calls = compile_calls(function, x, w, rough)
+        return Prepared(calls.program(x, [w] * calls.copies)[-1], lambda: measure(calls, x, w))
+
     return Contestant(
         name=name,
         format=form,
         nbytes=sum(leaf.nbytes for leaf in jax.tree.leaves(w)),
         dtype=dtype,
         weight=weight,
-        multiply=lambda x: jax.jit(function)(x, w),
-        time=lambda x: seconds_per_call(function, x, w),
+        prepare=prepare,
     )

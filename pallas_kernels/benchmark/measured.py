@@ -1,6 +1,7 @@
 """Times of all contestants on the device that is there; each product is checked before it is timed."""
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -8,13 +9,15 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from pallas_kernels.aot.formats import Format
-from pallas_kernels.benchmark.contestants import Contestant, jax_contestants
+from pallas_kernels.benchmark.contestants import Contestant, Prepared, jax_contestants
 from pallas_kernels.benchmark.rows import Row
 from pallas_kernels.benchmark.torch_contestants import torch_contestants
 from pallas_kernels.devices import Implementation
 
 MOST_ERROR = 2.0**-8
 """‖Δ‖ / ‖y‖ of a right product: a number is rounded to bfloat16 by as much at most."""
+OPERATIONS = 1e15
+"""About what the tensor cores of a large GPU do in a second."""
 
 
 def measured_rows(
@@ -40,22 +43,39 @@ def measured_rows(
     contestants = [*jax_contestants(form, shape, implementation), *torch_contestants(form, shape, skipped)]
     for number in tokens:
         x = jax.random.normal(jax.random.key(number), (number, shape[1]), jnp.bfloat16)
+        able = [contestant for contestant in contestants if number <= contestant.most_tokens]
+        # Compiled side by side, and measured one by one.
+        with ThreadPoolExecutor() as pool:
+            prepared = [pool.submit(_prepare, contestant, x, bandwidth) for contestant in able]
         yield [
-            measured_row(contestant, x, matrix=matrix, bandwidth=bandwidth)
-            for contestant in contestants
-            if number <= contestant.most_tokens
+            measured_row(contestant, x, one, matrix=matrix, bandwidth=bandwidth)
+            for contestant, one in zip(able, prepared, strict=True)
         ]
 
 
-def measured_row(contestant: Contestant, x: Float[Array, "tokens in"], *, matrix: str, bandwidth: float) -> Row:
+def _prepare(contestant: Contestant, x: Float[Array, "tokens in"], bandwidth: float) -> Prepared:
+    out, columns = contestant.weight.shape
+    operations = 2 * x.shape[0] * out * columns
+    return contestant.prepare(x.astype(contestant.dtype), contestant.nbytes / bandwidth + operations / OPERATIONS)
+
+
+def measured_row(
+    contestant: Contestant,
+    x: Float[Array, "tokens in"],
+    prepared: Future[Prepared],
+    *,
+    matrix: str,
+    bandwidth: float,
+) -> Row:
     """The row of one contestant: with a time if its product is right, with an error otherwise."""
     x = x.astype(contestant.dtype)
     out, columns = contestant.weight.shape
     read_bytes = contestant.nbytes + x.nbytes
     relative_error = seconds = quartiles = message = None
     try:
-        relative_error = checked_error(contestant.multiply(x), x, contestant.weight)
-        timing = contestant.time(x)
+        one = prepared.result()
+        relative_error = checked_error(one.product, x, contestant.weight)
+        timing = one.time()
         seconds, quartiles = timing.seconds, timing.quartiles
     # Other programs fail in their own ways; the rows of the rest are wanted all the same.
     except Exception as error:
@@ -80,9 +100,11 @@ def checked_error(y: Float[Array, "tokens out"], x: Float[Array, "tokens in"], w
     """‖y − x · weightᵀ‖ / ‖x · weightᵀ‖, the product in float32.
 
     Raises:
-      ValueError: it is above `MOST_ERROR`, so y is wrong.
+      ValueError: it is above `MOST_ERROR`, or y has another shape, so y is wrong.
     """
     expected = np.asarray(_exact(x, weight), np.float64)
+    if y.shape != expected.shape:
+        raise ValueError(f"the product is wrong: its shape is {y.shape}, not {expected.shape}")
     error = float(np.linalg.norm(np.asarray(y, np.float64) - expected) / np.linalg.norm(expected))
     # Not >, because of NaN.
     if not error <= MOST_ERROR:

@@ -17,10 +17,10 @@ from jaxtyping import Array
 ROTATED_BYTES = 2 * 126 << 20
 """Bytes of all copies: twice the largest cache of a GPU, the B200's; an H100's has 50 MB."""
 MOST_COPIES = 16
-EXECUTIONS = 9
-EXECUTION_SECONDS = 0.01
-"""About what one execution of the program takes: much more than to start it."""
-MOST_STEPS = 1000
+SAMPLES = 9
+SAMPLE_SECONDS = 0.01
+"""About what one measurement takes: much more than to start a program."""
+MOST_REPETITIONS = 1000
 
 COPIED_BYTES = {"gpu": 1 << 30, "cpu": 1 << 26}
 
@@ -71,7 +71,7 @@ def compile_calls(
     """The program that `measure` runs, where a call takes about `rough` seconds; several threads can compile some."""
     if copies is None:
         copies = copies_for(sum(leaf.nbytes for leaf in jax.tree.leaves(w)))
-    steps = int(np.clip(EXECUTION_SECONDS / (rough * copies), 1, MOST_STEPS))
+    steps = repetitions(rough * copies)
     options: dict[str, str | bool] = {}
     if jax.default_backend() == "gpu":
         # In CUDA graphs, calls that could run at once would do so.
@@ -83,8 +83,20 @@ def compile_calls(
 def measure(calls: Calls, x: Array, w: Any) -> Timing:
     """Runs a program several times, and divides its time by the number of its calls."""
     matrices = [jax.tree.map(jnp.copy, w) for _ in range(calls.copies)]
-    calls.program(x, matrices)
-    return summary([_seconds(calls.program, x, matrices) / (calls.steps * calls.copies) for _ in range(EXECUTIONS)])
+    # Where calls take less than was thought, several programs are queued, so that what starts them does not count.
+    executions = repetitions(min(_seconds(calls.program, x, matrices) for _ in range(2)))
+
+    def sample() -> list[Any]:
+        for _ in range(executions):
+            results = calls.program(x, matrices)
+        return results
+
+    return summary([_seconds(sample) / (executions * calls.steps * calls.copies) for _ in range(SAMPLES)])
+
+
+def repetitions(seconds: float) -> int:
+    """How often what takes so long is repeated in one measurement."""
+    return int(np.clip(SAMPLE_SECONDS / seconds, 1, MOST_REPETITIONS))
 
 
 def summary(seconds: Sequence[float]) -> Timing:

@@ -11,9 +11,9 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from pallas_kernels.aot.formats import Format
-from pallas_kernels.benchmark.contestants import Contestant, exact_weight
+from pallas_kernels.benchmark.contestants import Contestant, Prepared, exact_weight
 from pallas_kernels.benchmark.matrices import random_matrix
-from pallas_kernels.benchmark.timing import EXECUTION_SECONDS, EXECUTIONS, MOST_STEPS, Timing, copies_for, summary
+from pallas_kernels.benchmark.timing import SAMPLES, Timing, copies_for, repetitions, summary
 
 DEVICE = "cuda"
 OFFICIAL_TOKENS = 16
@@ -63,8 +63,7 @@ def torch_matmul(form: Format, shape: tuple[int, int]) -> Contestant:
         nbytes=weight.nbytes,
         dtype=jnp.bfloat16,
         weight=weight,
-        multiply=lambda x: from_torch(call(to_torch(x), held)),
-        time=lambda x: cuda_seconds_per_call(call, to_torch(x), held, weight.nbytes),
+        prepare=lambda x, _: _prepared(call, to_torch(x), held, weight.nbytes),
     )
 
 
@@ -97,10 +96,13 @@ def official_kernel(form: Format, shape: tuple[int, int]) -> Contestant:
         nbytes=nbytes,
         dtype=jnp.float16,
         weight=exact_weight(packed),
-        multiply=lambda x: from_torch(call(to_torch(x), held)),
-        time=lambda x: cuda_seconds_per_call(call, to_torch(x), held, nbytes),
+        prepare=lambda x, _: _prepared(call, to_torch(x), held, nbytes),
         most_tokens=OFFICIAL_TOKENS,
     )
+
+
+def _prepared(function: Callable[[Any, Any], Any], x: Any, w: Any, nbytes: int) -> Prepared:
+    return Prepared(from_torch(function(x, w)), lambda: cuda_seconds_per_call(function, x, w, nbytes))
 
 
 def to_torch(array: Float[Array, "..."]) -> Any:
@@ -131,7 +133,7 @@ def cuda_seconds_per_call(function: Callable[[Any, Any], Any], x: Any, w: Any, n
             function(x, copy)
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
-    def execution(replays: int) -> float:
+    def seconds(replays: int) -> float:
         begin.record()
         for _ in range(replays):
             graph.replay()
@@ -139,9 +141,8 @@ def cuda_seconds_per_call(function: Callable[[Any, Any], Any], x: Any, w: Any, n
         end.synchronize()
         return begin.elapsed_time(end) / 1e3
 
-    rough = min(execution(1) for _ in range(3))
-    replays = int(np.clip(EXECUTION_SECONDS / rough, 1, MOST_STEPS))
-    return summary([execution(replays) / (replays * len(copies)) for _ in range(EXECUTIONS)])
+    replays = repetitions(min(seconds(1) for _ in range(3)))
+    return summary([seconds(replays) / (replays * len(copies)) for _ in range(SAMPLES)])
 
 
 def _copy(w: Any) -> Any:
