@@ -298,7 +298,10 @@ def test_measuring_ends_when_the_time_is_up(short, tmp_path, capsys):
         assert f"{1e6 * row.seconds:.2f}" in shown
 
 
-@pytest.mark.parametrize("arguments", [["--model", "gpt"], ["--format", "3b"], ["--shape", "4"], ["--target", "v100"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [["--model", "gpt"], ["--format", "3b"], ["--shape", "4"], ["--target", "v100"], ["--output", "nowhere/a.json"]],
+)
 def test_wrong_usage(arguments):
     assert CliRunner().invoke(app, arguments).exit_code == 2
 

@@ -64,6 +64,8 @@ def main(
 
     Example: python -m pallas_kernels.benchmark --model llama-7b --tokens 1 --tokens 16 --output kernels-h100.json
     """
+    if output is not None and not output.parent.is_dir():
+        raise typer.BadParameter(f"there is no folder {output.parent} to write {output.name} in")
     deadline = time.monotonic() + seconds
     shapes = dict.fromkeys(shape, "") if shape else names(model)
     terminal = Console()

@@ -1,6 +1,6 @@
 """Contestants that run in PyTorch, on the same GPU: its own product, and the official kernel.
 
-Nothing here runs without the packages; `torch_contestants` says which are missing.
+Nothing here runs without the packages; `missing` says which there are not.
 """
 
 from collections.abc import Callable
