@@ -54,9 +54,13 @@ def _xla(x: Float[Array, "*batch in"], w: SpqrTensor) -> Float[Array, "*batch ou
     return jnp.matmul(x, weight.T, preferred_element_type=jnp.float32).astype(x.dtype)
 
 
+# Jitted, so that the products of a model that are alike are traced and lowered once.
+_kernels = jax.jit(triton.matmul, static_argnames="interpret")
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _pallas(x: Float[Array, "*batch in"], w: SpqrTensor, interpret: bool) -> Float[Array, "*batch out"]:
-    matmul = jax.custom_batching.custom_vmap(functools.partial(triton.matmul, interpret=interpret))
+    matmul = jax.custom_batching.custom_vmap(functools.partial(_kernels, interpret=interpret))
 
     @matmul.def_vmap
     def _(size: int, batched: Any, x: Array, w: SpqrTensor) -> tuple[Array, Literal[True]]:

@@ -27,12 +27,27 @@ def stack(tensors: Sequence[SpqrTensor]) -> SpqrTensor:
       >>> blocks = stack([pack_block(i) for i in range(30)])
       >>> _, y = jax.lax.scan(lambda x, w: (spqr_matmul(x, w), None), x, blocks)
     """
+    return jax.tree.map(lambda *arrays: jnp.stack(arrays), *pad(tensors))
+
+
+def pad(tensors: Sequence[SpqrTensor]) -> list[SpqrTensor]:
+    """Gives every matrix room for the same number of outliers, as `stack` does, without stacking them.
+
+    What is compiled for one of them then serves all.
+
+    Raises:
+      ValueError: the matrices differ in format.
+
+    Example:
+      >>> {tensor.outlier_values.shape for tensor in pad(tensors)}
+      {(451723,)}
+    """
     if len({jax.tree.structure(tensor) for tensor in tensors}) > 1:
         raise ValueError("matrices of different formats cannot be stacked")
-    if tensors[0].outlier_values is not None:
-        capacity = max(_capacity(tensor) for tensor in tensors)
-        tensors = [_pad_outliers(tensor, capacity) for tensor in tensors]
-    return jax.tree.map(lambda *arrays: jnp.stack(arrays), *tensors)
+    if tensors[0].outlier_values is None:
+        return list(tensors)
+    capacity = max(_capacity(tensor) for tensor in tensors)
+    return [tensor if _capacity(tensor) == capacity else _pad_outliers(tensor, capacity) for tensor in tensors]
 
 
 def element(stacked: SpqrTensor, index: int) -> SpqrTensor:

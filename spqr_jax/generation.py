@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from pallas_kernels.devices import choose
 from spqr_jax.models.decoder import Decoder, KVCache, Params
 from spqr_jax.models.fusion import fuse_projections
-from spqr_jax.models.stacking import stack_blocks
+from spqr_jax.models.stacking import level_blocks, stack_blocks
 from spqr_jax.vocabulary import check_vocabulary
 
 # Lengths are rounded up to a multiple of this, so that prompts of similar lengths share a compiled program.
@@ -22,17 +23,17 @@ _BUCKET = 64
 
 
 @dataclass(frozen=True)
-class _Policy:
-    """How the next token is chosen, and which tokens end a sequence."""
+class Policy:
+    """How the next token is chosen, greedily if nothing else is said, and which tokens end a sequence."""
 
-    temperature: float
-    top_k: int | None
-    top_p: float | None
-    stop_tokens: tuple[int, ...]
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    stop_tokens: tuple[int, ...] = ()
 
 
 @flax.struct.dataclass
-class _State:
+class State:
     """Decoding under way: the first `step` columns of `tokens` are chosen, all but the last of them are in `cache`."""
 
     cache: KVCache
@@ -62,8 +63,7 @@ def generate(
 
     Args:
       model: the language model.
-      params: its parameters, dense or packed; fusing (`fuse_projections`) and stacking (`stack_blocks`) them beforehand
-        saves doing it in each call.
+      params: its parameters, dense or packed; `for_decoding` beforehand saves doing it in each call.
       prompts: token ids of one or more prompts; their lengths may differ.
       max_new_tokens: most tokens to add to each prompt.
       temperature: 0 for greedy decoding.
@@ -126,35 +126,35 @@ def stream(
       >>> for (tokens,) in stream(model, params, [prompt], max_new_tokens=100):
       ...     print(tokenizer.decode(tokens), end="", flush=True)
     """
-    policy = _Policy(temperature, top_k, top_p, tuple(stop_tokens))
+    policy = Policy(temperature, top_k, top_p, tuple(stop_tokens))
     _check(model, prompts, max_new_tokens, policy)
     if chunk < 1:
         raise ValueError(f"chunk is {chunk}, but must be at least 1")
-    tokens, mask = _pad_left(prompts)
-    batch, length = tokens.shape
-    capacity = _round_up(max_new_tokens)
-    state = _State(
-        cache=model.init_cache(batch, length + capacity),
-        tokens=jnp.zeros((batch, capacity), jnp.int32),
-        stopped=jnp.zeros(batch, bool),
-        step=jnp.zeros((), jnp.int32),
-        key=jax.random.key(seed),
-    )
-    # On the device once, not once per chunk.
-    params = jax.device_put(stack_blocks(fuse_projections(params, model)))
+    params = for_decoding(model, params)
+    state, tokens, mask = start(model, params, prompts, max_new_tokens, seed)
 
-    def chunks(state: _State) -> Iterator[list[list[int]]]:
-        state = _extend(model, policy, params, state, tokens, mask)
-        for start in range(0, max_new_tokens, chunk):
-            limit = min(start + chunk, max_new_tokens)
+    def chunks(state: State) -> Iterator[list[list[int]]]:
+        state = extend(model, policy, params, state, tokens, mask)
+        for begin in range(0, max_new_tokens, chunk):
+            limit = min(begin + chunk, max_new_tokens)
             if limit > 1:
-                state = _decode(model, policy, params, state, limit)
+                state = decode(model, policy, params, state, limit)
             rows = np.asarray(state.tokens)[:, :limit].tolist()
-            yield [_until_stop(row, policy.stop_tokens)[start:] for row in rows]
+            yield [_until_stop(row, policy.stop_tokens)[begin:] for row in rows]
             if state.stopped.all():
                 return
 
     return chunks(state)
+
+
+def for_decoding(model: Decoder, params: Params) -> Params:
+    """The form of the parameters in which the next token comes soonest, on the device.
+
+    Matrices of one input are one (`fuse_projections`). For the kernels of a GPU every block has arrays of its own
+    (`level_blocks`); elsewhere they are stacked (`stack_blocks`), which compiles in the time of one block.
+    """
+    fused = fuse_projections(params, model)
+    return jax.device_put(level_blocks(fused) if choose(None) == "pallas" else stack_blocks(fused))
 
 
 def chat_prompt(tokenizer: Any, message: str) -> list[int]:
@@ -173,22 +173,51 @@ def chat_prompt(tokenizer: Any, message: str) -> list[int]:
     return list(tokenizer.apply_chat_template(conversation, add_generation_prompt=True, return_dict=False))
 
 
+def start(
+    model: Decoder, params: Params, prompts: Sequence[Sequence[int]], max_new_tokens: int, seed: int = 0
+) -> tuple[State, Int[np.ndarray, "batch tokens"], Bool[np.ndarray, "batch tokens"]]:
+    """What `extend` takes for the first new token: the state, and the prompts, padded on the left, with their mask.
+
+    Args:
+      params: in the form of `for_decoding`, which the cache follows.
+
+    Example:
+      >>> state, tokens, mask = start(model, params, prompts, max_new_tokens=100)
+      >>> state = extend(model, Policy(), params, state, tokens, mask)  # the first new token
+      >>> state = decode(model, Policy(), params, state, 100)  # the others
+    """
+    tokens, mask = _pad_left(prompts)
+    batch, length = tokens.shape
+    capacity = _round_up(max_new_tokens)
+    state = State(
+        cache=model.init_cache(params, batch, length + capacity),
+        tokens=jnp.zeros((batch, capacity), jnp.int32),
+        stopped=jnp.zeros(batch, bool),
+        step=jnp.zeros((), jnp.int32),
+        key=jax.random.key(seed),
+    )
+    return state, tokens, mask
+
+
 @partial(jax.jit, static_argnames=("model", "policy"), donate_argnames="state")
-def _extend(
+def extend(
     model: Decoder,
-    policy: _Policy,
+    policy: Policy,
     params: Params,
-    state: _State,
+    state: State,
     tokens: Int[Array, "batch tokens"],
     mask: Bool[Array, "batch tokens"],
-) -> _State:
-    """Runs the model over tokens that are not in the cache yet, and chooses the next one from the last logits."""
+) -> State:
+    """Runs the model over tokens that are not in the cache yet, and chooses the next one from the last logits.
+
+    The state that is given is used up, here and in `decode`: the cache is written in place.
+    """
     apply: Callable[..., Any] = partial(model.apply, {"params": params})
     hidden, cache = apply(tokens, mask=mask, cache=state.cache, method="hidden_states")
     logits = apply(hidden[:, -1], method="head").astype(jnp.float32)
     key, subkey = jax.random.split(state.key)
     chosen = _choose(logits, policy, subkey)
-    return _State(
+    return State(
         cache=cache,
         tokens=jax.lax.dynamic_update_slice_in_dim(state.tokens, chosen[:, None], state.step, axis=1),
         stopped=state.stopped | jnp.isin(chosen, jnp.asarray(policy.stop_tokens, jnp.int32)),
@@ -198,20 +227,20 @@ def _extend(
 
 
 @partial(jax.jit, static_argnames=("model", "policy"), donate_argnames="state")
-def _decode(model: Decoder, policy: _Policy, params: Params, state: _State, limit: Int[Array, ""]) -> _State:
+def decode(model: Decoder, policy: Policy, params: Params, state: State, limit: Int[Array, ""]) -> State:
     """Adds tokens until there are `limit` of them or every sequence has stopped."""
 
-    def unfinished(state: _State) -> Bool[Array, ""]:
+    def unfinished(state: State) -> Bool[Array, ""]:
         return (state.step < limit) & ~state.stopped.all()
 
-    def step(state: _State) -> _State:
+    def step(state: State) -> State:
         last = jax.lax.dynamic_slice_in_dim(state.tokens, state.step - 1, 1, axis=1)
-        return _extend(model, policy, params, state, last, jnp.ones(last.shape, bool))
+        return extend(model, policy, params, state, last, jnp.ones(last.shape, bool))
 
     return jax.lax.while_loop(unfinished, step, state)
 
 
-def _choose(logits: Float[Array, "batch vocabulary"], policy: _Policy, key: Key[Array, ""]) -> Int[Array, " batch"]:
+def _choose(logits: Float[Array, "batch vocabulary"], policy: Policy, key: Key[Array, ""]) -> Int[Array, " batch"]:
     if policy.temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     logits = logits / policy.temperature
@@ -248,7 +277,7 @@ def _until_stop(tokens: list[int], stop_tokens: tuple[int, ...]) -> list[int]:
     return tokens[:end]
 
 
-def _check(model: Decoder, prompts: Sequence[Sequence[int]], max_new_tokens: int, policy: _Policy) -> None:
+def _check(model: Decoder, prompts: Sequence[Sequence[int]], max_new_tokens: int, policy: Policy) -> None:
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}, but must be at least 1")
     if not 0 <= policy.temperature < math.inf:

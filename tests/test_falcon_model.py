@@ -47,7 +47,7 @@ def quantized(falcon: Pretrained) -> tuple[dict[str, Any], dict[str, Any]]:
 def test_cache_gives_the_logits_of_a_whole_pass(falcon: Pretrained, stacked: bool) -> None:
     model, params, _ = falcon
     params = stack_blocks(params) if stacked else params
-    cache = model.init_cache(batch=3, slots=32)
+    cache = model.init_cache(params, batch=3, slots=32)
     pieces = []
     for start, stop in ((0, 16), (16, 17), (17, 24)):
         mask = MASK[:, start:stop]

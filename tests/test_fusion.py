@@ -94,7 +94,7 @@ def packed_leaves(params: Any) -> list[SpqrTensor]:
 
 def greedy(model: Decoder, params: Any, prompt: list[int], count: int) -> list[int]:
     """Greedy tokens by the cache, with the parameters in the form that they are given in."""
-    cache = model.init_cache(batch=1, slots=len(prompt) + count)
+    cache = model.init_cache(params, batch=1, slots=len(prompt) + count)
     chosen: list[int] = []
     following = prompt
     for _ in range(count):
@@ -151,9 +151,9 @@ def test_a_decode_step_takes_one_product_per_input(name: str, products: int, mon
         return jnp.zeros((*x.shape[:-1], w.shape[0]), x.dtype)
 
     monkeypatch.setattr(layers, "spqr_matmul", count)
-    cache = model.init_cache(batch=1, slots=8)
+    cache = model.init_cache(params, batch=1, slots=8)
     context, _ = make_context(jnp.ones((1, 1), bool), cache)
-    state = {"hidden": jnp.zeros((1, 1, 64)), "keys": cache.keys[0], "values": cache.values[0]}
+    state = {"hidden": jnp.zeros((1, 1, 64)), **cache.blocks[0]}
     after = model.new_block().apply({"params": block}, state, context)
     assert set(after) == {"hidden", "keys", "values"}
     assert len(multiplied) == products

@@ -1,4 +1,5 @@
 import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -72,9 +73,9 @@ def test_tokens_do_not_depend_on_the_rounding_of_lengths(params, greedy, monkeyp
 
 def test_similar_lengths_share_a_compiled_program(params):
     generate(MODEL, params, [[1, 2, 3]], max_new_tokens=5)
-    compiled = generation._extend._cache_size(), generation._decode._cache_size()
+    compiled = generation.extend._cache_size(), generation.decode._cache_size()
     generate(MODEL, params, [list(range(40))], max_new_tokens=9)
-    assert (generation._extend._cache_size(), generation._decode._cache_size()) == compiled
+    assert (generation.extend._cache_size(), generation.decode._cache_size()) == compiled
 
 
 def test_fewer_new_tokens_are_a_prefix(params, greedy):
@@ -109,6 +110,22 @@ def test_stream_ends_when_all_sequences_have_stopped(params, greedy):
 
 def test_unstacked_parameters_give_the_same_tokens(params, greedy):
     assert generate(MODEL, unstack_blocks(params), PROMPTS, max_new_tokens=20) == greedy
+
+
+def test_decoding_block_by_block_gives_the_same_tokens(params, greedy, monkeypatch):
+    monkeypatch.setattr(generation, "choose", lambda implementation: "pallas")
+    decoded: list[Any] = []
+
+    def decode(model, policy, params, *args):
+        decoded.append(params)
+        return compiled(model, policy, params, *args)
+
+    compiled = generation.decode
+    monkeypatch.setattr(generation, "decode", decode)
+    for form in (params, unstack_blocks(params)):
+        assert generate(MODEL, form, PROMPTS, max_new_tokens=20) == greedy
+    assert all({"layers_0", "layers_1"} < set(form) for form in decoded)
+    assert len(decoded) == 2
 
 
 def test_greedy_tokens_are_those_of_transformers():
@@ -219,7 +236,7 @@ def assert_distributed(drawn, logits, temperature, top_k, top_p):
 )
 def test_choices_have_the_distribution_of_the_logits(temperature, top_k, top_p):
     logits = 2 * np.random.default_rng(2).standard_normal(CONFIG.vocab_size).astype(np.float32)
-    policy = generation._Policy(temperature, top_k, top_p, stop_tokens=())
+    policy = generation.Policy(temperature, top_k, top_p, stop_tokens=())
     choose = jax.jit(lambda rows: generation._choose(rows, policy, jax.random.key(3)))
     drawn = np.asarray(choose(np.broadcast_to(logits, (4096, logits.size))))
     assert_distributed(drawn, logits, temperature, top_k, top_p)

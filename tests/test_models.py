@@ -8,7 +8,7 @@ import pytest
 
 from pallas_kernels import SpqrTensor, pack, spqr_dequantize, trim
 from spqr_jax.models import Llama, LlamaConfig, RotaryConfig
-from spqr_jax.models.stacking import stack_blocks, unstack_blocks
+from spqr_jax.models.stacking import level_blocks, stack_blocks, unstack_blocks
 
 CONFIG = LlamaConfig(
     vocab_size=61,
@@ -139,7 +139,7 @@ def test_stacking_needs_blocks():
 @pytest.mark.parametrize("stacked", [False, True])
 def test_cache_gives_the_logits_of_a_whole_pass(params, tokens, stacked):
     params = stack_blocks(params) if stacked else params
-    cache = MODEL.init_cache(batch=2, slots=16)
+    cache = MODEL.init_cache(params, batch=2, slots=16)
     pieces = []
     for piece in (tokens[:, :4], tokens[:, 4:5], tokens[:, 5:6], tokens[:, 6:]):
         piece_logits, cache = logits(params, piece, cache=cache)
@@ -153,9 +153,23 @@ def test_left_padding_does_not_change_logits(params, tokens, cached):
     padding = 5
     mask = np.ones(tokens.shape, bool)
     mask[1, :padding] = False
-    cache = MODEL.init_cache(batch=2, slots=16) if cached else None
+    cache = MODEL.init_cache(params, batch=2, slots=16) if cached else None
     result = logits(params, tokens, mask=mask, cache=cache)
     together = result[0] if cached else result
     for row, start in ((0, 0), (1, padding)):
         alone = logits(params, tokens[row : row + 1, start:])
         np.testing.assert_allclose(together[row, start:], alone[0], rtol=1e-5, atol=1e-5)
+
+
+def test_level_blocks_have_the_arrays_of_the_stack(packed):
+    level, stacked = level_blocks(packed), stack_blocks(packed)
+    for index in range(CONFIG.num_layers):
+        expected = jax.tree.map(lambda array, index=index: array[index], stacked["blocks"])
+        assert_same_trees(level[f"layers_{index}"], expected)
+    assert_same_trees(level_blocks(stacked), level)
+    assert_same_trees(level_blocks(level), level)
+
+
+def test_blocks_that_differ_cannot_be_levelled(params, packed):
+    with pytest.raises(ValueError, match="layers_0 and layers_2 hold different arrays"):
+        level_blocks({**params, "layers_2": packed["layers_2"]})

@@ -58,13 +58,13 @@ class KVCache:
     """Keys and values of the tokens seen so far, in arrays of fixed length.
 
     Attributes:
-      keys, values: one pair of arrays per block, stacked.
+      blocks: for each block its `keys`, `[batch, kv_heads, slots, head_dim]`, and `values`,
+        `[batch, kv_heads, head_dim, slots]`; where the parameters are stacked, so are these.
       valid: which slots hold a real token (neither padding nor still empty).
       length: number of slots written; the next tokens go there.
     """
 
-    keys: Float[Array, "blocks batch slots kv_heads head_dim"]
-    values: Float[Array, "blocks batch slots kv_heads head_dim"]
+    blocks: tuple[State, ...] | State
     valid: Bool[Array, "batch slots"]
     length: Int[Array, ""]
 
@@ -164,30 +164,39 @@ class Decoder(nn.Module):
         """What the head reads: the normalized output of the last block, and the cache with the new tokens in it."""
         mask = jnp.ones(tokens.shape, bool) if mask is None else mask
         context, valid = make_context(mask, cache)
-        state: State = {"hidden": self.embed(tokens)}
-        caches = {} if cache is None else {"keys": cache.keys, "values": cache.values}
-
-        stacked = self.variables["params"].get("blocks")
-        if stacked is not None:
-            block = self.new_block()
-
-            def step(hidden: Array, inputs: tuple[Params, State]) -> tuple[Array, State]:
-                block_params, block_cache = inputs
-                after: Any = block.apply({"params": block_params}, {"hidden": hidden, **block_cache}, context)
-                return after.pop("hidden"), after
-
-            hidden, caches = jax.lax.scan(step, state["hidden"], (stacked, caches))
+        hidden = self.embed(tokens)
+        blocks: Any = None if cache is None else cache.blocks
+        if "blocks" in self.variables["params"]:
+            hidden, blocks = self._scan(hidden, blocks, context)
         else:
-            hidden, new_caches = state["hidden"], []
-            for index, layer in enumerate(self.layers):
-                after = layer({"hidden": hidden, **{name: c[index] for name, c in caches.items()}}, context)
-                hidden = after.pop("hidden")
-                new_caches.append(after)
-            caches = jax.tree.map(lambda *leaves: jnp.stack(leaves), *new_caches)
-
+            hidden, blocks = self._unrolled(hidden, blocks, context)
         if cache is not None:
-            cache = KVCache(caches["keys"], caches["values"], valid, cache.length + tokens.shape[1])
+            cache = KVCache(blocks, valid, cache.length + tokens.shape[1])
         return self.norm(hidden), cache
+
+    def _unrolled(self, hidden: Array, caches: tuple[State, ...] | None, context: Context) -> tuple[Array, Any]:
+        """Block by block, each with its own parameters and its own part of the cache."""
+        written = []
+        for layer, block_cache in zip(self.layers, caches or [{}] * len(self.layers), strict=True):
+            after = layer({"hidden": hidden, **block_cache}, context)
+            hidden = after.pop("hidden")
+            written.append(after)
+        return hidden, tuple(written)
+
+    def _scan(self, hidden: Array, caches: State | None, context: Context) -> tuple[Array, State]:
+        """The same from stacked parameters."""
+        block = self.new_block()
+
+        def step(carry: tuple[Array, State], inputs: tuple[Array, Params]) -> tuple[Any, None]:
+            hidden, caches = carry
+            index, params = inputs
+            block_cache = {name: array[index] for name, array in caches.items()}
+            after: Any = block.apply({"params": params}, {"hidden": hidden, **block_cache}, context)
+            hidden = after.pop("hidden")
+            return (hidden, {name: array.at[index].set(after[name]) for name, array in caches.items()}), None
+
+        stacked = jnp.arange(self.config.num_layers), self.variables["params"]["blocks"]
+        return jax.lax.scan(step, (hidden, caches or {}), stacked)[0]
 
     def new_block(self) -> Block:
         """One block, not bound to parameters: `block.apply({"params": params["layers_0"]}, state, context)`."""
@@ -201,12 +210,16 @@ class Decoder(nn.Module):
         """Logits of hidden states."""
         return self.embed_tokens.attend(hidden) if self.config.tie_embeddings else self.lm_head(hidden)
 
-    def init_cache(self, batch: int, slots: int) -> KVCache:
-        """An empty cache for `slots` tokens of each of `batch` sequences."""
-        shape = (self.config.num_layers, batch, slots, self.config.num_kv_heads, self.config.head_dim)
+    def init_cache(self, params: Params, batch: int, slots: int) -> KVCache:
+        """An empty cache for `slots` tokens of each of `batch` sequences, stacked where the parameters are."""
+        count, heads, head_dim = self.config.num_layers, self.config.num_kv_heads, self.config.head_dim
+
+        def empty(*leading: int) -> State:
+            shapes = {"keys": (batch, heads, slots, head_dim), "values": (batch, heads, head_dim, slots)}
+            return {name: jnp.zeros((*leading, *shape), self.dtype) for name, shape in shapes.items()}
+
         return KVCache(
-            keys=jnp.zeros(shape, self.dtype),
-            values=jnp.zeros(shape, self.dtype),
+            blocks=empty(count) if "blocks" in params else tuple(empty() for _ in range(count)),
             valid=jnp.zeros((batch, slots), bool),
             length=jnp.zeros((), jnp.int32),
         )

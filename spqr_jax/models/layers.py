@@ -124,22 +124,26 @@ def extend_cache(
 ) -> tuple[dict[str, Array], Array, Array]:
     """Puts new keys and values into the cache that a state holds, as `keys` and `values`, from slot `offset` on.
 
+    Both lie as attention adds them up, so that it reads them where they are: the features of a key are neighbours, and
+    so are all slots of a feature of the values.
+
     Returns:
-      The state with the new cache, and the keys and values of all slots, `[batch, slots, kv_heads, head_dim]`. A state
-      without a cache stays as it is, and the tokens are the slots.
+      The state with the new cache, and the keys `[batch, kv_heads, slots, head_dim]` and the values
+      `[batch, kv_heads, head_dim, slots]` of all slots. A state without a cache stays as it is, and the tokens are the
+      slots.
     """
+    keys, values = keys.transpose(0, 2, 1, 3), values.transpose(0, 2, 3, 1)
     if "keys" not in state:
         return state, keys, values
-    start = (0, offset, 0, 0)
-    keys = jax.lax.dynamic_update_slice(state["keys"], keys, start)
-    values = jax.lax.dynamic_update_slice(state["values"], values, start)
+    keys = jax.lax.dynamic_update_slice(state["keys"], keys, (0, 0, offset, 0))
+    values = jax.lax.dynamic_update_slice(state["values"], values, (0, 0, 0, offset))
     return {**state, "keys": keys, "values": values}, keys, values
 
 
 def attend(
     queries: Float[Array, "batch tokens heads head_dim"],
-    keys: Float[Array, "batch slots kv_heads head_dim"],
-    values: Float[Array, "batch slots kv_heads head_dim"],
+    keys: Float[Array, "batch kv_heads slots head_dim"],
+    values: Float[Array, "batch kv_heads head_dim slots"],
     mask: Bool[Array, "batch tokens slots"],
     bias: Float[Array, "batch heads slots"] | None = None,
 ) -> Float[Array, "batch tokens heads head_dim"]:
@@ -148,7 +152,7 @@ def attend(
     The mask must be causal: where slots are tokens, later ones are not even looked at. A row whose mask is empty
     (padding) gives the mean of the values that it looks at, never a NaN.
     """
-    tokens, slots = queries.shape[1], keys.shape[1]
+    tokens, slots = queries.shape[1], keys.shape[2]
     if tokens != slots:
         return _attend_all(queries, keys, values, mask, bias)
     parts = []
@@ -156,22 +160,24 @@ def attend(
         stop = min(start + QUERY_CHUNK, tokens)
         chunk = slice(start, stop)
         seen = None if bias is None else bias[..., :stop]
-        parts.append(_attend_all(queries[:, chunk], keys[:, :stop], values[:, :stop], mask[:, chunk, :stop], seen))
+        parts.append(_attend_all(queries[:, chunk], keys[:, :, :stop], values[..., :stop], mask[:, chunk, :stop], seen))
     return jnp.concatenate(parts, axis=1)
 
 
 def _attend_all(queries: Array, keys: Array, values: Array, mask: Array, bias: Array | None) -> Array:
     batch, tokens, heads, head_dim = queries.shape
-    kv_heads = keys.shape[2]
-    # The query heads of one KV head stand below each other, so each KV head is one matrix product.
+    _, kv_heads, slots, _ = keys.shape
+    # The query heads of one KV head stand below each other, so each KV head is one matrix product. Sequences and heads
+    # are one axis: XLA, left to order two of them, would for one token have the cache in another order.
     rows = (queries / math.sqrt(head_dim)).reshape(batch, tokens, kv_heads, -1, head_dim).transpose(0, 2, 3, 1, 4)
-    rows = rows.reshape(batch, kv_heads, -1, head_dim)
-    scores = jnp.matmul(rows, keys.transpose(0, 2, 3, 1), preferred_element_type=jnp.float32)
-    scores = scores.reshape(batch, kv_heads, -1, tokens, keys.shape[1])
+    rows = rows.reshape(batch * kv_heads, -1, head_dim)
+    keys = keys.reshape(batch * kv_heads, slots, head_dim)
+    values = values.reshape(batch * kv_heads, head_dim, slots)
+    scores = jnp.einsum("nrd,nsd->nrs", rows, keys, preferred_element_type=jnp.float32)
+    scores = scores.reshape(batch, kv_heads, -1, tokens, slots)
     if bias is not None:
-        scores = scores + bias.reshape(batch, kv_heads, -1, 1, keys.shape[1])
+        scores = scores + bias.reshape(batch, kv_heads, -1, 1, slots)
     scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
-    weights = weights.reshape(batch, kv_heads, -1, keys.shape[1])
-    attended = jnp.matmul(weights, values.transpose(0, 2, 1, 3))
+    attended = jnp.einsum("nrs,nds->nrd", weights.reshape(*rows.shape[:2], slots), values)
     return attended.reshape(batch, heads, tokens, head_dim).transpose(0, 2, 1, 3)

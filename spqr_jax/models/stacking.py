@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import SpqrTensor
-from pallas_kernels.stacks import element, stack
+from pallas_kernels.stacks import element, pad, stack
 from spqr_jax.models.decoder import Params, layer_name
 
 
@@ -28,16 +28,9 @@ def stack_blocks(params: Params) -> Params:
     """
     if "blocks" in params:
         return params
-    names = block_names(params)
-    if not names:
-        raise ValueError("the parameters hold no blocks: neither 'blocks' nor 'layers_0'")
-    layers = [params[name] for name in names]
-    structures: list[Any] = [jax.tree.structure(layer) for layer in layers]
-    for name, structure in zip(names, structures, strict=True):
-        if structure != structures[0]:
-            raise ValueError(f"{names[0]} and {name} hold different arrays, so the blocks cannot be stacked")
-    rest = {key: value for key, value in params.items() if key not in names}
-    return {**rest, "blocks": jax.tree.map(_stack, *layers, is_leaf=_is_packed)}
+    layers = _alike_layers(params)
+    rest = {key: value for key, value in params.items() if key not in layers}
+    return {**rest, "blocks": jax.tree.map(_stack, *layers.values(), is_leaf=_is_packed)}
 
 
 def unstack_blocks(params: Params) -> Params:
@@ -60,6 +53,31 @@ def unstack_blocks(params: Params) -> Params:
     return {**rest, **{layer_name(index): block(index) for index in range(count)}}
 
 
+def level_blocks(params: Params) -> Params:
+    """`layers_0` … `layers_{n-1}` with arrays of the same shapes, the outliers padded as in `stack_blocks`.
+
+    A program for a GPU then compiles each kernel once for all blocks, and reads every array where it is: of arrays that
+    are stacked, each kernel would be given a copy of its slice.
+
+    Args:
+      params: parameters of a `Decoder`, stacked or not.
+
+    Raises:
+      ValueError: as `stack_blocks`.
+
+    Example:
+      >>> cache = model.init_cache(level_blocks(params), batch=1, slots=128)
+    """
+    if "blocks" in params:
+        params = unstack_blocks(params)
+    layers = _alike_layers(params)
+    leaves = [jax.tree.leaves(layer, is_leaf=_is_packed) for layer in layers.values()]
+    columns = [pad(column) if _is_packed(column[0]) else column for column in zip(*leaves, strict=True)]
+    structure = jax.tree.structure(params[layer_name(0)], is_leaf=_is_packed)
+    rows = zip(*columns, strict=True)
+    return {**params, **{name: jax.tree.unflatten(structure, row) for name, row in zip(layers, rows, strict=True)}}
+
+
 def block_names(params: Params) -> list[str]:
     """Keys of the blocks: `blocks` where they are stacked, `layers_0` … `layers_{n-1}` where they are not."""
     if "blocks" in params:
@@ -68,6 +86,19 @@ def block_names(params: Params) -> list[str]:
     while (name := layer_name(len(names))) in params:
         names.append(name)
     return names
+
+
+def _alike_layers(params: Params) -> dict[str, Params]:
+    """The blocks of unstacked parameters, once it is certain that they hold the same arrays."""
+    layers = {name: params[name] for name in block_names(params)}
+    if not layers:
+        raise ValueError("the parameters hold no blocks: neither 'blocks' nor 'layers_0'")
+    structures: dict[str, Any] = {name: jax.tree.structure(layer) for name, layer in layers.items()}
+    first = layer_name(0)
+    for name, structure in structures.items():
+        if structure != structures[first]:
+            raise ValueError(f"{first} and {name} hold different arrays, so the blocks cannot be stacked")
+    return layers
 
 
 def _is_packed(leaf: Any) -> bool:
