@@ -1,39 +1,30 @@
 """Compiling for a GPU that is not there: from a function to the machine instructions of its kernels."""
 
-import math
+import multiprocessing
+import os
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import distributions
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
 from pallas_kernels.aot.gpus import Gpu
+from pallas_kernels.aot.hlo import ArrayType, accessed_bytes, parse_program
+
+T = TypeVar("T")
 
 PACKAGES = Path(sys.prefix, "aot")
 """Where `make aot-env` installs what only this compiler needs; other programs, which do not look there, would have JAX
 look for a GPU, and complain where there is none."""
-
-
-@dataclass(frozen=True)
-class ArrayType:
-    """Type of one array in XLA's words, such as u32 and (3, 4096, 128)."""
-
-    dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of such an array."""
-        width = re.search(r"\d+", self.dtype)
-        return math.prod(self.shape) * (int(width[0]) // 8 if width else 1)
 
 
 @dataclass(frozen=True)
@@ -49,6 +40,8 @@ class Kernel:
       spill_bytes: bytes of registers that one thread stores in memory and loads again, for want of registers.
       reads: arrays that it is given, in the order of its parameters.
       writes: arrays that it returns.
+      accessed_bytes: bytes that it reads and writes, see `hlo.accessed_bytes`.
+      in_loop: whether it is launched in each step of a loop.
       sass: its instructions, as `nvdisasm -c` lists them.
     """
 
@@ -60,19 +53,36 @@ class Kernel:
     spill_bytes: int
     reads: tuple[ArrayType, ...]
     writes: tuple[ArrayType, ...]
+    accessed_bytes: int
+    in_loop: bool
     sass: str
 
 
-def compile_kernels(function: Callable[..., Any], *args: Any, gpu: Gpu) -> list[Kernel]:
-    """The kernels of a function for arguments of these types, in the order in which they are launched.
+@dataclass(frozen=True)
+class Program:
+    """A compiled program: its kernels, in the order in which they are launched, and its text in XLA's form."""
 
-    For processes of `report_all`, in which JAX finds `PACKAGES` and looks for no GPU.
+    kernels: tuple[Kernel, ...]
+    hlo: str
+
+
+def compile_program(function: Any, *args: Any, gpu: Gpu) -> Program:
+    """Compiles a function for arguments of these types.
+
+    For processes of `run_apart`, in which JAX finds `PACKAGES` and looks for no GPU. While it is traced, the GPU is the
+    device that JAX computes on: `spqr_matmul` takes the kernels.
+
+    Args:
+      function: a jitted function.
+      args: pytrees of arrays or `jax.ShapeDtypeStruct`s.
+      gpu: to compile for.
 
     Raises:
       ModuleNotFoundError: the compiler is not installed.
 
     Example:
-      >>> compile_kernels(jnp.tanh, jax.ShapeDtypeStruct((8,), jnp.float32), gpu=GPUS["h100"])[0].registers
+      >>> number = jax.ShapeDtypeStruct((8,), jnp.float32)
+      >>> compile_program(jax.jit(jnp.tanh), number, gpu=GPUS["h100"]).kernels[0].registers
       10
     """
     check_installed()
@@ -83,9 +93,33 @@ def compile_kernels(function: Callable[..., Any], *args: Any, gpu: Gpu) -> list[
     with tempfile.TemporaryDirectory() as directory:
         # The expression keeps JAX 0.11 from writing out every step of the compiler, 50 MB for one kernel.
         options: dict[str, str | bool] = {"xla_dump_to": directory, "xla_dump_emitter_re": "ptx"}
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            compiled = jax.jit(function).lower(*args).compile(compiler_options=options)
-        return list(_launches(Path(directory), compiled.as_text() or ""))
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), jax.default_device(topology.devices[0]):
+            compiled = function.lower(*args).compile(compiler_options=options)
+        hlo = compiled.as_text() or ""
+        return Program(tuple(_launches(Path(directory), hlo)), hlo)
+
+
+def run_apart(function: Callable[..., T], *columns: Sequence[Any]) -> Iterator[T]:
+    """`map(function, *columns)` in processes that can compile for GPUs, side by side.
+
+    Args:
+      function: of a module, so that it can be sent to a process.
+
+    Raises:
+      ModuleNotFoundError: the compiler is not installed.
+    """
+    check_installed()
+    workers = min(len(columns[0]), os.cpu_count() or 1)
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_configure_worker) as pool:
+        yield from pool.map(function, *columns)
+
+
+def _configure_worker() -> None:
+    sys.path.append(str(PACKAGES))
+    # With the plugin for GPUs found, JAX would look for one, and complain where there is none.
+    jax.config.update("jax_platforms", "cpu")
+    # Such programs are written to JAX's cache but cannot be read from it, and what comes from there is not dumped.
+    jax.config.update("jax_enable_compilation_cache", False)
 
 
 def check_installed() -> None:
@@ -113,11 +147,14 @@ def _launches(dump: Path, hlo: str) -> Iterator[Kernel]:
     (sequence,), (metadata,) = dump.glob("*.thunk_sequence.txt"), dump.glob("*.thunk_metadata.txt")
     instructions = re.findall(r'profile_annotation: "([^"]+)"\s+thunk_id: (\d+)', metadata.read_text())
     by_thunk = {int(thunk): name for name, thunk in instructions}
+    program = parse_program(hlo)
     sizes = r"\[(\d+), (\d+), (\d+)\]"
-    launch = re.compile(rf"(\d+): \w+ .*?(\S+) grid: {sizes} threads: {sizes} +shared_memory: (\d+) bytes")
-    for thunk, name, *numbers in launch.findall(sequence.read_text()):
+    launch = re.compile(
+        rf"^( *)(\d+): \w+ .*?(\S+) grid: {sizes} threads: {sizes} +shared_memory: (\d+) bytes", re.MULTILINE
+    )
+    for indent, thunk, name, *numbers in launch.findall(sequence.read_text()):
         x, y, z, threads_x, threads_y, threads_z, shared = map(int, numbers)
-        reads, writes = _array_types(hlo, by_thunk[int(thunk)])
+        instruction = by_thunk[int(thunk)]
         registers, spill_bytes, sass = machine_code[name]
         yield Kernel(
             name=name,
@@ -126,27 +163,12 @@ def _launches(dump: Path, hlo: str) -> Iterator[Kernel]:
             shared_bytes=shared,
             registers=registers,
             spill_bytes=spill_bytes,
-            reads=reads,
-            writes=writes,
+            reads=tuple(array for operand in program[instruction].operands for array in program[operand].types),
+            writes=program[instruction].types,
+            accessed_bytes=accessed_bytes(program, instruction),
+            in_loop=bool(indent),
             sass=sass,
         )
-
-
-def _array_types(hlo: str, instruction: str) -> tuple[tuple[ArrayType, ...], tuple[ArrayType, ...]]:
-    """Types of the operands and of the results of one instruction of a program."""
-
-    def definition(name: str) -> tuple[str, str]:
-        match = re.search(rf"^\s*(?:ROOT )?%{re.escape(name)} = (.+?) [\w-]+\((.*?)\)", hlo, re.MULTILINE)
-        assert match is not None
-        return match[1], match[2]
-
-    def types(text: str) -> tuple[ArrayType, ...]:
-        found = re.findall(r"\b([a-z]+\d+\w*|pred)\[([\d,]*)\]", text)
-        return tuple(ArrayType(dtype, tuple(map(int, filter(None, sizes.split(","))))) for dtype, sizes in found)
-
-    result, operands = definition(instruction)
-    reads = [types(definition(name)[0]) for name in re.findall(r"%([\w.-]+)", operands)]
-    return tuple(array for operand in reads for array in operand), types(result)
 
 
 def _assemble(dump: Path) -> dict[str, tuple[int, int, str]]:

@@ -1,21 +1,18 @@
 """What a compiled kernel will cost on its GPU: instructions, bytes and time, per weight and in all."""
 
 import functools
-import multiprocessing
-import os
-import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.aot.compiler import PACKAGES, ArrayType, Kernel, check_installed, compile_kernels
+from pallas_kernels.aot.compiler import Kernel, compile_program, run_apart
 from pallas_kernels.aot.formats import Format
 from pallas_kernels.aot.gpus import GPUS, Gpu
+from pallas_kernels.aot.hlo import ArrayType
 from pallas_kernels.aot.kernels import COMPILED
 from pallas_kernels.aot.pointers import loaded_parameters
 from pallas_kernels.aot.sass import Listing, loops, parse, reachable
@@ -122,18 +119,7 @@ def try_reports(
     """The same, with an error in the place of a report whose kernel's instructions are not understood."""
     for _, form, _, shape in settings:
         form.tensor(shape)  # What does not fit is told before anything is compiled.
-    check_installed()
-    workers = min(len(settings), os.cpu_count() or 1)
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_configure_worker) as pool:
-        return list(pool.map(_try_report, settings, tiles or [None] * len(settings)))
-
-
-def _configure_worker() -> None:
-    sys.path.append(str(PACKAGES))
-    # With the plugin for GPUs found, JAX would look for one, and complain where there is none.
-    jax.config.update("jax_platforms", "cpu")
-    # Such programs are written to JAX's cache but cannot be read from it, and what comes from there is not dumped.
-    jax.config.update("jax_enable_compilation_cache", False)
+    return list(run_apart(_try_report, settings, tiles or [None] * len(settings)))
 
 
 def _try_report(
@@ -153,9 +139,9 @@ def _report(setting: tuple[str, Format, int, tuple[int, int]], tile: Tile | None
     for compiled in COMPILED:
         if tokens in compiled.tokens:
             used = tile or best_tile(compiled.regime, w, tokens, target)
-            function = functools.partial(compiled.function, tile=used, interpret=False)
+            function = jax.jit(functools.partial(compiled.function, tile=used, interpret=False))
             launch = compiled.launch(w, tokens, used)
-            for kernel in compile_kernels(function, x, w, gpu=GPUS[target]):
+            for kernel in compile_program(function, x, w, gpu=GPUS[target]).kernels:
                 try:
                     costs = _costs(kernel, w, launch, GPUS[target])
                 except ValueError as error:
