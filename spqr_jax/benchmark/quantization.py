@@ -1,4 +1,4 @@
-"""Speed and memory of quantization: `python -m spqr_jax.benchmark [--json]`.
+"""Speed and memory of quantization.
 
 The solver on matrices of SmolLM2's four shapes, then the whole model (32 × 512 calibration tokens). The official
 code's times beside them were taken once on another machine with 2 cores, in PyTorch, so a ratio holds only on such a
@@ -6,7 +6,6 @@ machine; matrices here are random, which does not change the work.
 """
 
 import resource
-import sys
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -85,13 +84,13 @@ def whole_model() -> dict[str, float]:
     }
 
 
-def main() -> None:
-    """Measures and prints."""
+def measure_and_print(as_json: bool) -> None:
+    """Measures the solver and the whole model."""
     # The whole model first: it then pays for its own compilation, and its peak memory is its own.
     model = whole_model()
     jax.clear_caches()
     rows = [solver_row(shape) for shape in OFFICIAL_SECONDS]
-    if "--json" in sys.argv[1:]:
+    if as_json:
         console.emit({"solver": [row._asdict() for row in rows], "model": model}, as_json=True)
         return
     table = Table("matrix (out x in)", "seconds", "compile", "official", "times as fast", title="solver")
@@ -103,8 +102,3 @@ def main() -> None:
         )
     Console().print(table)
     console.emit(model, as_json=False)
-
-
-if __name__ == "__main__":
-    console.quiet()
-    console.run(main)

@@ -1,0 +1,1 @@
+"""What quantizing and decoding cost: `python -m spqr_jax.benchmark`."""
