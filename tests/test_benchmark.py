@@ -298,6 +298,31 @@ def test_measuring_ends_when_the_time_is_up(short, tmp_path, capsys):
         assert f"{1e6 * row.seconds:.2f}" in shown
 
 
+def test_command_measures_what_is_there(short, monkeypatch, tmp_path):
+    """A CPU, taken for a GPU on which XLA multiplies."""
+    monkeypatch.setattr("pallas_kernels.benchmark.__main__.devices.choose", lambda _: "pallas")
+    monkeypatch.setattr("pallas_kernels.benchmark.__main__.missing", lambda form: skip_all())
+    path = tmp_path / "results.json"
+    done = CliRunner().invoke(app, ["--shape", "64x256", "--tokens", "1", "--tokens", "3", "--output", str(path)])
+    assert (done.exit_code, done.stderr) == (0, "")
+    device = jax.devices()[0].device_kind
+    assert f"measured on {device}" in done.stdout
+    assert "torch.matmul: rows are skipped, because not asked for" in done.stdout
+    results = read(path)
+    assert (results.measured, results.device, results.versions["jax"]) == (True, device, jax.__version__)
+    assert [row.tokens for row in results.rows] == [1] * 4 + [3] * 4
+    assert all(f"{1e6 * row.seconds:.2f}" in done.stdout for row in results.rows)
+
+
+def test_a_wrong_product_of_this_library_is_a_failure(short, monkeypatch, tmp_path):
+    monkeypatch.setattr("pallas_kernels.benchmark.__main__.devices.choose", lambda _: "pallas")
+    monkeypatch.setattr("pallas_kernels.benchmark.__main__.missing", lambda form: skip_all())
+    monkeypatch.setattr("pallas_kernels.benchmark.contestants.spqr_matmul", lambda x, w, implementation: x[:, :64])
+    done = CliRunner().invoke(app, ["--shape", "64x256", "--tokens", "1"])
+    assert (done.exit_code, done.stderr) == (1, "")
+    assert done.stdout.count("the product is wrong") == 2
+
+
 @pytest.mark.parametrize(
     "arguments",
     [["--model", "gpt"], ["--format", "3b"], ["--shape", "4"], ["--target", "v100"], ["--output", "nowhere/a.json"]],
