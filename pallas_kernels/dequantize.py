@@ -28,11 +28,10 @@ def spqr_dequantize(
       >>> weight = spqr_dequantize(quantize_matrix(weight, hessian, config))
     """
     chosen = choose(implementation)
-    if chosen == "xla":
-        weight = dequantize_in_order(w).astype(dtype)
-    else:
+    if chosen != "xla":
         tile = best_tile("dequantize", w, 1, device_kind())
-        weight = dequantize_matrix(w, dtype, tile=tile, interpret=chosen == "interpret")
+        return dequantize_matrix(w, dtype, tile=tile, interpret=chosen == "interpret").T
+    weight = dequantize_in_order(w).astype(dtype)
     return weight if w.permutation is None else weight[:, jnp.argsort(w.permutation)]
 
 

@@ -29,7 +29,7 @@ class Tile:
 DEFAULT: dict[Regime, Tile] = {
     "fma": Tile(sets=4, rows=8, columns=32),
     "mma": Tile(sets=16, rows=2, columns=16, steps=2),
-    "dequantize": Tile(sets=8, rows=2, columns=64, warps=4),
+    "dequantize": Tile(sets=16, rows=2, columns=16, warps=2),
 }
 """For GPUs that have not been measured; chosen by their predicted times."""
 

@@ -24,11 +24,15 @@ from pallas_kernels.triton.statistics import inside, real, statistics
 
 def dequantize_matrix(
     w: SpqrTensor, dtype: DTypeLike, *, tile: Tile = DEFAULT["dequantize"], interpret: bool
-) -> Float[Array, "out in"]:
-    """ŵ with columns in quantization order."""
+) -> Float[Array, "in out"]:
+    """ŵᵀ, its rows in the order of the input features.
+
+    So the permutation costs nothing: it is where rows are written, each of which, as far as a program has it, fills
+    what memory moves at once. To bring many activations into quantization order would take nearly as long as this.
+    """
     return pl.pallas_call(
         functools.partial(_kernel, tile=tile, interpret=interpret),
-        out_shape=result(w.shape, dtype, w),
+        out_shape=result(w.shape[::-1], dtype, w),
         # The second axis is that along which programs share outliers: here one program has them all.
         grid=(pl.cdiv(w.shape[0], tile.sets * tile.rows), 1),
         compiler_params=plgpu.CompilerParams(num_warps=tile.warps, num_stages=1),
@@ -43,34 +47,24 @@ def launch(w: SpqrTensor, tokens: int, tile: Tile) -> Launch:
 
 
 def _kernel(w: Any, out_ref: Any, *, tile: Tile, interpret: bool) -> None:
-    bits, out, words = w.codes.shape
+    _, out, words = w.codes.shape
     sets, count, size = tile.sets, tile.rows, tile.columns
     first = (pl.program_id(0) * sets + jnp.arange(sets)) * count
 
     def step(i: Array, _: None) -> None:
-        start = i * size
-        column = start + jnp.arange(size)
-        columns = inside(column, words, sets, size)
-        groups = statistics(
-            w, column, rows=first, count=count, columns=columns, zero_factors=(-1.0, -1.0), interpret=interpret
-        )
-        for r in range(count):
-            row = first + r
-            mask = real(columns, row, out, sets * count)
-            code = code_pairs([plgpu.load(w.codes.at[k, row[:, None], column[None]], mask=mask) for k in range(bits)])
-            of_row = [(scale(r), zero(r)) for scale, zero in groups]
-            weights: list[list[Array]] = [[], []]
-            for j, position in enumerate(positions(bits)):
-                s, minus_z = of_row[j * len(groups) // BLOCK]
-                unit = jnp.float32(2.0 ** (UNIT - position))
-                for half, number in enumerate(halves(code(j))):
-                    shifted = multiply_add(number.astype(jnp.float32), unit, minus_z[half], interpret=interpret)
-                    weights[half].append((s[half] * shifted).astype(out_ref.dtype))
-            for half, block in enumerate(weights):
-                place = (half * words + start) * BLOCK + jnp.arange(size * BLOCK)
-                end = jnp.minimum((half * words + words) * BLOCK, w.in_features)
-                mask = (row < out)[:, None] & (place < end)[None]
-                plgpu.store(out_ref.at[row[:, None], place[None]], _interleave(block), mask=mask)
+        column = i * size + jnp.arange(size)
+        weights = _weights(w, first, column, tile=tile, dtype=out_ref.dtype, interpret=interpret)
+        row = first[:, None, None] + jnp.arange(count)
+        for half in range(2):
+            for j in range(BLOCK):
+                place = (half * words + column) * BLOCK + j
+                known = (column < words) & (place < w.in_features)
+                if w.permutation is not None:
+                    place = plgpu.load(w.permutation.at[place], mask=known, other=0).astype(jnp.int32)
+                # Interpreted, a masked store writes what it has read: beside the matrix, where nothing else is written.
+                place = jnp.where(known, place, w.in_features)[None, :, None]
+                mask = known[None, :, None] & (row < out)
+                plgpu.store(out_ref.at[place, row], weights[half][j], mask=mask)
 
     jax.lax.fori_loop(0, pl.cdiv(words, size), step, None)
     if w.row_offsets is not None:
@@ -80,9 +74,33 @@ def _kernel(w: Any, out_ref: Any, *, tile: Tile, interpret: bool) -> None:
         add_outliers(out_ref, w, rows=first, count=count)
 
 
-def _interleave(parts: Sequence[Float[Array, "rows columns"]]) -> Float[Array, "rows parts*columns"]:
-    """The first column of every part, then the second, and so on; the compiler joins only two at a time."""
+def _weights(
+    w: Any, first: Array, column: Array, *, tile: Tile, dtype: Any, interpret: bool
+) -> list[list[Float[Array, "sets columns rows"]]]:
+    """The weights at each code of the blocks in the low, and in the high half of these words."""
+    bits, out, words = w.codes.shape
+    columns = inside(column, words, tile.sets, tile.columns)
+    groups = statistics(
+        w, column, rows=first, count=tile.rows, columns=columns, zero_factors=(-1.0, -1.0), interpret=interpret
+    )
+    weights: list[list[list[Array]]] = [[[] for _ in range(BLOCK)] for _ in range(2)]
+    for r in range(tile.rows):
+        row = first + r
+        mask = real(columns, row, out, tile.sets * tile.rows)
+        code = code_pairs([plgpu.load(w.codes.at[k, row[:, None], column[None]], mask=mask) for k in range(bits)])
+        of_row = [(scale(r), zero(r)) for scale, zero in groups]
+        for j, position in enumerate(positions(bits)):
+            s, minus_z = of_row[j * len(groups) // BLOCK]
+            unit = jnp.float32(2.0 ** (UNIT - position))
+            for half, number in enumerate(halves(code(j))):
+                shifted = multiply_add(number.astype(jnp.float32), unit, minus_z[half], interpret=interpret)
+                weights[half][j].append((s[half] * shifted).astype(dtype))
+    return [[_neighbours(rows) for rows in half] for half in weights]
+
+
+def _neighbours(parts: Sequence[Float[Array, "sets columns"]]) -> Float[Array, "sets columns rows"]:
+    """The rows of each set next to each other; the compiler joins only two at a time."""
     if len(parts) == 1:
-        return parts[0]
-    pair = jnp.stack([_interleave(parts[0::2]), _interleave(parts[1::2])], axis=-1)
-    return pair.reshape(pair.shape[0], -1)
+        return parts[0][:, :, None]
+    pair = jnp.stack([_neighbours(parts[0::2]), _neighbours(parts[1::2])], axis=-1)
+    return pair.reshape(*pair.shape[:2], -1)

@@ -30,9 +30,8 @@ def dequantize_and_matmul(
     x: Float[Array, "tokens in"], w: SpqrTensor, *, tile: Tile, interpret: bool
 ) -> Float[Array, "tokens out"]:
     """y = x ŵᵀ by XLA, of the weight that the kernel writes."""
-    weight = dequantize_matrix(w, x.dtype, tile=tile, interpret=interpret)
-    in_order = x if w.permutation is None else x[:, w.permutation]
-    return jnp.matmul(in_order, weight.T, preferred_element_type=jnp.float32).astype(x.dtype)
+    kernel = dequantize_matrix(w, x.dtype, tile=tile, interpret=interpret)
+    return jnp.matmul(x, kernel, preferred_element_type=jnp.float32).astype(x.dtype)
 
 
 MATMULS: dict[Regime, Callable[..., Float[Array, "tokens out"]]] = {

@@ -65,7 +65,7 @@ def outlier_products_of_tokens(
 
 
 def add_outliers(out_ref: Any, w: Any, *, rows: Int[Array, " sets"], count: int) -> None:
-    """Adds the residuals to the weights in `[out, in]`, of which this program has written these rows."""
+    """Adds the residuals to the weights in `[in, out]`, of which this program has written these columns."""
     lane = jnp.arange(AT_ONCE)[None]
 
     def add(r: int, start: Array, stop: Array, i: Array, _: None) -> None:
@@ -73,7 +73,7 @@ def add_outliers(out_ref: Any, w: Any, *, rows: Int[Array, " sets"], count: int)
         real = place < stop[:, None]
         residual, column = _outlier(w, place, real)
         # Interpreted, a masked store writes what it has read: beside the matrix, where nothing else is written.
-        at = out_ref.at[(rows + r)[:, None], jnp.where(real, column, out_ref.shape[1])]
+        at = out_ref.at[jnp.where(real, _feature(w, column), out_ref.shape[0]), (rows + r)[:, None]]
         beneath = plgpu.load(at, mask=real, other=0).astype(jnp.float32)
         plgpu.store(at, (beneath + residual).astype(out_ref.dtype), mask=real)
 
