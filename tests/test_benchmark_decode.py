@@ -123,15 +123,26 @@ HLO = """
   ROOT %both = (f32[2,8]{1,0}, f32[2]{0}) tuple(%found, %sums)
 }
 
-ENTRY %main (cache: bf16[4,1024], new: bf16[4,1], at: s32[], table: f32[100,8], ids: s32[2,1]) -> bf16[4,1024] {
+%written_and_read (param_5: f32[4,16], param_6: f32[4,1], param_7: s32[]) -> f32[4] {
+  %param_5 = f32[4,16]{1,0} parameter(0)
+  %param_6 = f32[4,1]{1,0} parameter(1)
+  %param_7 = s32[] parameter(2)
+  %new = f32[4,16]{1,0} dynamic-update-slice(%param_5, %param_6, %param_7, %param_7)
+  ROOT %row_sums = f32[4]{0} reduce(%new, %param_7), dimensions={1}
+}
+
+ENTRY %main (cache: bf16[4,1024], last: bf16[4,1], at: s32[], table: f32[100,8], ids: s32[2,1]) -> bf16[4,1024] {
   %cache = bf16[4,1024]{1,0} parameter(0)
-  %new = bf16[4,1]{1,0} parameter(1)
+  %last = bf16[4,1]{1,0} parameter(1)
   %at = s32[] parameter(2)
   %table = f32[100,8]{1,0} parameter(3)
   %ids = s32[2,1]{1,0} parameter(4)
   %looked_up = (f32[2,8]{1,0}, f32[2]{0}) fusion(%table, /*index=1*/%ids), kind=kLoop, calls=%rows
+  %some = f32[4,16]{1,0} custom-call(), custom_call_target="any"
+  %column = f32[4,1]{1,0} custom-call(), custom_call_target="any"
+  %summed = f32[4]{0} fusion(%some, %column, %at), kind=kInput, calls=%written_and_read
   %whole = bf16[4,1024]{1,0} custom-call(%cache, %at), custom_call_target="any"
-  ROOT %written = bf16[4,1024]{1,0} fusion(%whole, %new, %at), kind=kLoop, calls=%in_place
+  ROOT %written = bf16[4,1024]{1,0} fusion(%whole, %last, %at), kind=kLoop, calls=%in_place
 }
 """
 
@@ -141,6 +152,7 @@ def test_bytes_of_instructions():
     assert (program["written"].root, program["written"].computation) == (True, "main")
     assert accessed_bytes(program, "written") == 8 + 4 + 8
     assert accessed_bytes(program, "looked_up") == (64 + 8) + (64 + 8)
+    assert accessed_bytes(program, "summed") == (256 + 16 + 4) + 16
     assert accessed_bytes(program, "whole") == 8192 + 4 + 8192
 
 

@@ -94,14 +94,15 @@ def _types(text: str) -> tuple[ArrayType, ...]:
 
 
 def _read(inside: Instructions, name: str) -> int:
-    """Bytes of an array that its users in a computation read."""
+    """Bytes of an array that its users in a computation read, those of what is written in place among them."""
     total = 0
     for key, user in _users(inside, name):
-        if user.opcode == "bitcast":
+        first = user.operands[0] == name
+        if user.opcode == "bitcast" or (user.opcode == "dynamic-update-slice" and first):
             total += _read(inside, key)
-        elif user.opcode in _PARTS and user.operands[0] == name:
+        elif user.opcode in _PARTS and first:
             total += user.nbytes
-        elif user.opcode != "dynamic-update-slice" or user.operands[0] != name:
+        elif user.opcode != "tuple":
             total += inside[name].nbytes
     return total
 

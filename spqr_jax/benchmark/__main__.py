@@ -57,7 +57,8 @@ def main(
     if not decode:
         quantization.measure_and_print(as_json)
         return
-    results, rows = plan(model, time.monotonic() + seconds)
+    deadline = time.monotonic() + seconds
+    results, rows = plan(model, deadline)
     terminal = Console(stderr=as_json)
     # Where nobody looks, a file or a pipe, nothing is cut.
     screen = Console(stderr=as_json, width=None if terminal.is_terminal else 140)
@@ -74,6 +75,8 @@ def main(
     except ModuleNotFoundError as error:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(1) from None
+    if results.measured and time.monotonic() > deadline:
+        screen.print("the time is up: settings that are not among the rows are left out")
     if as_json:
         console.emit(dataclasses.asdict(results), as_json=True)
     else:

@@ -115,7 +115,12 @@ def attention_seconds(model: Decoder, batch: int, slots: int) -> float:
 
 
 def _measured(model: Decoder, params: Params, row: Row, products: float) -> Row:
-    first, step, slots = step_seconds(model, params, row.batch, row.prefix)
+    try:
+        first, step, slots = step_seconds(model, params, row.batch, row.prefix)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return replace(row, skipped="the device ran out of memory")
     attention = attention_seconds(model, row.batch, slots)
     return row.with_times(
         step.seconds, products, attention, step_quartiles=step.quartiles, first_token_seconds=first.seconds
