@@ -24,7 +24,7 @@ gpu:
 	@mkdir -p $(RESULTS); failed=; \
 	gpu=$$($(PYTHON) -c '$(NAME_OF_GPU)') || exit 1; \
 	step() { name=$$1; shift; echo "== $$name, $$(date +%T)"; "$$@" || failed="$$failed $$name"; }; \
-	step tests timeout 110 $(PYTHON) -m pytest -q -m 'gpu and not slow' --junitxml=$(RESULTS)/tests-$$gpu.xml tests/test_triton.py; \
+	step tests timeout 110 $(PYTHON) -m pytest -q -m 'gpu and not slow' --junitxml=$(RESULTS)/tests-$$gpu.xml tests/test_triton.py tests/test_benchmark.py; \
 	step tune timeout 130 $(PYTHON) -m pallas_kernels.tune --seconds 100; \
 	step kernels timeout 110 $(PYTHON) -m pallas_kernels.benchmark --seconds 85 --output $(RESULTS)/kernels-$$gpu.json; \
 	step decode timeout 120 $(PYTHON) -m spqr_jax.benchmark --decode --seconds 90 --output $(RESULTS)/decode-$$gpu.json; \
