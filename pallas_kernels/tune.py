@@ -8,6 +8,7 @@ Exit status: 0 done, 1 an error told in one line, 2 wrong usage.
 
 import datetime
 import functools
+import math
 import os
 import sys
 import time
@@ -52,6 +53,8 @@ FIRST = 3
 """Tiles of each setting that are measured before the crossovers."""
 ROUGH_SECONDS = 15e-6
 """About what a call takes on a GPU."""
+MOST_INTERPRETED = 1 << 18
+"""Weights of a matrix for interpreted kernels."""
 MOST_ERROR = 1e-2
 """‖y − x ŵᵀ‖ / ‖x ŵᵀ‖ in bfloat16; a tile whose result is worse is an error, not a measurement."""
 
@@ -113,9 +116,17 @@ def tune(seconds: float, shapes: Sequence[tuple[int, int]]) -> None:
     """Measures as many tiles as there is time for.
 
     Raises:
+      ValueError: there is no GPU, and the matrices are large.
       OSError: the file of this GPU cannot be written.
       RuntimeError: the GPU no longer works.
     """
+    largest = max(shapes, key=math.prod)
+    if choose(None) != "pallas" and math.prod(largest) > MOST_INTERPRETED:
+        out, columns = largest
+        raise ValueError(
+            f"there is no supported GPU here, and interpreted kernels would take hours for {out}x{columns}; "
+            "give a small matrix, such as --shape 64x256"
+        )
     deadline, path = time.monotonic() + seconds, file_of(device_kind())
     versions = {"jax": jax.__version__, "date": datetime.date.today().isoformat()}
     write(path, replace(read(path), device={"device_kind": device_kind(), **versions}))

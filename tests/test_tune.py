@@ -210,6 +210,10 @@ def test_predictions_give_the_order(directory):
 def test_usage_errors(directory):
     assert run("--shape", "32").exit_code == 2
     assert run("--predict", "h1000").exit_code == 2
+    if jax.default_backend() == "cpu":
+        large = run()
+        assert large.exit_code == 1
+        assert "no supported GPU here, and interpreted kernels would take hours for 22016x4096" in large.output
 
 
 def test_the_files_in_the_package_are_whole():

@@ -20,7 +20,6 @@ from pallas_kernels.aot import Format
 from pallas_kernels.aot.options import one_of
 from pallas_kernels.benchmark.rows import now, versions
 from spqr_jax import console
-from spqr_jax.benchmark import quantization
 from spqr_jax.benchmark.decode import NEW_TOKENS, measured_rows
 from spqr_jax.benchmark.predicted import ASSUMPTIONS, predicted_rows
 from spqr_jax.benchmark.random_model import MODELS
@@ -55,6 +54,9 @@ def main(
     Example: python -m spqr_jax.benchmark --decode --output decode-h100.json
     """
     if not decode:
+        # Only this needs what reads other projects' checkpoints.
+        from spqr_jax.benchmark import quantization
+
         quantization.measure_and_print(as_json)
         return
     deadline = time.monotonic() + seconds
