@@ -3,7 +3,7 @@
 import spqr_jax  # noqa: F401 (first: it quiets an import of transformers)
 from converters.errors import ConversionError
 from converters.export import export_hf_spqr, export_huggingface
-from converters.pretrained import Pretrained, from_pretrained
+from converters.pretrained import Pretrained, from_pretrained, open_pretrained
 from converters.smollm2 import find_smollm2
 
 __all__ = [
@@ -13,4 +13,5 @@ __all__ = [
     "export_huggingface",
     "find_smollm2",
     "from_pretrained",
+    "open_pretrained",
 ]

@@ -56,7 +56,7 @@ def is_gguf(path: Path) -> bool:
 
 
 def open_gguf(path: Path) -> GgufFile:
-    """Maps a GGUF file into memory and lists what is in it.
+    """Lists what is in a GGUF file; nothing is read before it is asked for.
 
     A tensor's shape is `[out, in]`, as in PyTorch; the format itself names the dimensions the other way round.
 
@@ -69,15 +69,14 @@ def open_gguf(path: Path) -> GgufFile:
       'llama'
     """
     try:
-        with path.open("rb") as opened:
-            file = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
-        metadata, entries = read_header(file)
+        with path.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as file:
+            metadata, entries = read_header(file)
     except (ValueError, OSError) as error:
         raise ConversionError(f"{path} is not a readable GGUF file: {error}.") from error
     _check_types(metadata, path)
     if metadata.get("split.count", 1) > 1:
         raise ConversionError(f"{path} is one of {metadata['split.count']} parts; merge them with gguf-split first.")
-    return GgufFile(metadata, {name: _stored(file, name, entry, path) for name, entry in entries.items()})
+    return GgufFile(metadata, {name: _stored(name, entry, path) for name, entry in entries.items()})
 
 
 def _check_types(metadata: Mapping[str, Any], path: Path) -> None:
@@ -94,9 +93,14 @@ def _check_types(metadata: Mapping[str, Any], path: Path) -> None:
             raise ConversionError(f"{path}: {key} has {len(metadata[key])} entries for {count} tokens.")
 
 
-def _stored(file: mmap.mmap, name: str, entry: Entry, path: Path) -> StoredTensor:
+def _stored(name: str, entry: Entry, path: Path) -> StoredTensor:
     def read() -> Float[np.ndarray, "..."]:
-        stored = np.frombuffer(file, np.uint8, math.prod(entry.byte_shape), entry.start).reshape(entry.byte_shape)
+        size = math.prod(entry.byte_shape)
+        # Not mapped: what has been read of a map stays in memory with it.
+        stored = np.fromfile(path, np.uint8, size, offset=entry.start)
+        if stored.size < size:
+            raise ConversionError(f"{path} has become shorter while it was read: {name} ends beyond it.")
+        stored = stored.reshape(entry.byte_shape)
         try:
             with np.errstate(all="ignore"):  # scales may be infinite
                 return gguf.dequantize(stored, entry.kind)

@@ -16,8 +16,9 @@ from converters.forms import Form, Source, open_source
 from converters.gguf_file import GgufFile
 from converters.gguf_tokenizer import build_tokenizer
 from converters.json_files import read_json
-from converters.tensors import Params, assemble
+from converters.tensors import Params, part_readers
 from spqr_jax.models import Decoder
+from spqr_jax.sources import ModelSource
 
 # Files that may stand beside a `tokenizer.json`.
 TOKENIZER_OPTIONS = ("tokenizer_config.json", "special_tokens_map.json")
@@ -37,11 +38,28 @@ def from_pretrained(path_or_hub_id: str | PathLike[str], *, dtype: DTypeLike = j
     Tensors are read one at a time, so the peak is the parameters and one tensor. They stay in host memory, because a
     model to be quantized may be larger than the accelerator's; `jax.device_put(params)` moves them.
 
+    Arguments and errors are those of `open_pretrained`.
+
+    Returns:
+      `(model, params, tokenizer)`; every `kernel` is an array `[in, out]`, or an `SpqrTensor` where the checkpoint has
+      it packed by SpQR.
+
+    Example:
+      >>> model, params, tokenizer = from_pretrained("HuggingFaceTB/SmolLM2-135M")
+      >>> logits = model.apply({"params": params}, jnp.array([tokenizer.encode("The sky is")]))
+    """
+    source = open_pretrained(path_or_hub_id, dtype=dtype)
+    return Pretrained(source.model, source.read(), source.tokenizer)
+
+
+def open_pretrained(path_or_hub_id: str | PathLike[str], *, dtype: DTypeLike = jnp.float32) -> ModelSource:
+    """Opens a LLaMA or Falcon checkpoint, whose parameters are then read block by block; they may exceed the memory.
+
     Args:
       path_or_hub_id: one of
         a `.gguf` file, of any type of quantization that the `gguf` package can dequantize;
         a Hugging Face directory: `config.json` and `model.safetensors` (or an index and its shards), or the same with
-        `pytorch_model.bin`, which needs PyTorch; dense, or packed by SpQR;
+        `pytorch_model.bin`, which needs PyTorch and may be held in memory whole; dense, or packed by SpQR;
         a directory that the official SpQR code has written, which needs PyTorch too; its configuration and tokenizer
         come from the directory itself or from the model that it names;
         a repository of the Hugging Face hub, of which only the files above are downloaded. The cache and
@@ -49,17 +67,13 @@ def from_pretrained(path_or_hub_id: str | PathLike[str], *, dtype: DTypeLike = j
         Code in a checkpoint is never run.
       dtype: type of the dense parameters and of the model's activations.
 
-    Returns:
-      `(model, params, tokenizer)`; every `kernel` is an array `[in, out]`, or an `SpqrTensor` where the checkpoint has
-      it packed by SpQR.
-
     Raises:
       ConversionError: a file is missing or damaged, the model is of another family or uses an option that is not
         supported, or its tensors are not the expected ones (all misfits in one error).
 
     Example:
-      >>> model, params, tokenizer = from_pretrained("HuggingFaceTB/SmolLM2-135M")
-      >>> logits = model.apply({"params": params}, jnp.array([tokenizer.encode("The sky is")]))
+      >>> source = open_pretrained("HuggingFaceTB/SmolLM2-135M")
+      >>> block = source.parts["layers_0"]()
     """
     source = open_source(path_or_hub_id)
     family = _family(source)
@@ -72,8 +86,8 @@ def from_pretrained(path_or_hub_id: str | PathLike[str], *, dtype: DTypeLike = j
             )
     tokenizer = _tokenizer(source)
     layout = family.layout(config, "gguf" if source.form is Form.GGUF else "huggingface")
-    params = assemble(layout, source.tensors, dtype=dtype, origin=source.path)
-    return Pretrained(family.model(config, dtype=jnp.dtype(dtype)), params, tokenizer)
+    parts = part_readers(layout, source.tensors, dtype=dtype, origin=source.path)
+    return ModelSource(family.model(config, dtype=jnp.dtype(dtype)), parts, tokenizer)
 
 
 def _family(source: Source) -> Family:

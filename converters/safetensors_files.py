@@ -1,6 +1,10 @@
 """The tensors of safetensors files."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -24,16 +28,24 @@ def open_safetensors(directory: Path) -> dict[str, StoredTensor]:
 
 
 def _open_file(path: Path) -> dict[str, StoredTensor]:
-    try:
-        file = safe_open(path, framework="numpy")
+    with _opened(path) as file:
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118, not a mapping
+    return {
+        name: StoredTensor(tuple(part.get_shape()), part.get_dtype(), partial(_read, path, name))
+        for name, part in slices.items()
+    }
+
+
+def _read(path: Path, name: str) -> Float[np.ndarray, "..."]:
+    # The file is mapped: were it left open, all that has been read of it would stay in memory.
+    with _opened(path) as file:
+        return file.get_tensor(name)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="numpy") as file:
+            yield file
     except (SafetensorError, OSError) as error:
         raise ConversionError(f"{path} is not a readable safetensors file: {error}.") from error
-
-    def stored(name: str) -> StoredTensor:
-        def read() -> Float[np.ndarray, "..."]:
-            return file.get_tensor(name)
-
-        return StoredTensor(tuple(slices[name].get_shape()), slices[name].get_dtype(), read)
-
-    return {name: stored(name) for name in slices}

@@ -1,8 +1,9 @@
 """From named tensors in files to a parameter tree: a table says where each goes, and all misfits are told at once."""
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -77,8 +78,10 @@ def vocabulary_layout(
     return (*targets, Target(("lm_head", "kernel"), head, shape, np.transpose)), {}
 
 
-def assemble(layout: Layout, stored: Mapping[str, StoredTensor], *, dtype: DTypeLike, origin: object) -> Params:
-    """Reads every target, one tensor at a time, into a nested dict of NumPy arrays and packed matrices.
+def part_readers(
+    layout: Layout, stored: Mapping[str, StoredTensor], *, dtype: DTypeLike, origin: object
+) -> dict[str, Callable[[], Params]]:
+    """For each entry at the top of the parameter tree, what reads its part of the targets, one tensor at a time.
 
     Args:
       layout: which tensors there must be.
@@ -87,22 +90,30 @@ def assemble(layout: Layout, stored: Mapping[str, StoredTensor], *, dtype: DType
       origin: the file or directory, for error messages.
 
     Raises:
-      ConversionError: tensors are missing, surplus or of another shape (one error names them all), or one has values
-        that are not finite in `dtype`.
+      ConversionError: tensors are missing, surplus or of another shape (one error names them all), or, in reading, one
+        has values that are not finite in `dtype`.
 
     Example:
-      >>> assemble(Layout((Target(("norm", "scale"), "norm.weight", (8,)),)), stored, dtype=jnp.float32, origin=path)
-      {'norm': {'scale': array([...], dtype=float32)}}
+      >>> part_readers(layout, stored, dtype=jnp.float32, origin=path)["layers_3"]()["q_proj"]["kernel"].shape
+      (4096, 4096)
     """
     misfits = sorted(_misfits(layout, stored))
     if misfits:
         raise ConversionError(
             f"{origin} does not hold the tensors that its configuration calls for:\n  " + "\n  ".join(misfits)
         )
-    params: Params = {}
+    parts: dict[str, list[Target]] = {}
     for target in layout.targets:
+        parts.setdefault(target.path[0], []).append(target)
+    return {name: partial(_read, targets, stored, dtype, origin) for name, targets in parts.items()}
+
+
+def _read(targets: Iterable[Target], stored: Mapping[str, StoredTensor], dtype: DTypeLike, origin: object) -> Params:
+    """The part of the parameter tree below an entry at its top."""
+    params: Params = {}
+    for target in targets:
         parent = params
-        for key in target.path[:-1]:
+        for key in target.path[1:-1]:
             parent = parent.setdefault(key, {})
         value = stored[target.source].read()
         if not isinstance(value, SpqrTensor):

@@ -3,7 +3,8 @@
 What is in such a directory:
 
   * `spqr.json`: what `describe` returns, for people and programs;
-  * `params/`: the arrays, in Orbax's format, each under its path (`layers_0.q_proj.kernel.codes`);
+  * `params/`: for each entry at the top of the parameter tree, such as `layers_0`, a directory in Orbax's format with
+    its arrays, each under its whole path (`layers_0.q_proj.kernel.codes`);
   * `tokenizer/`: what the tokenizer's `save_pretrained` writes, if there is one;
   * `manifest.json`: size and BLAKE2b checksum of every other file, checked at loading.
 
@@ -14,14 +15,11 @@ beside it, which can be deleted.
 import dataclasses
 import hashlib
 import json
-import logging
 import os
 import re
 import shutil
-import sys
-import time
-from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Mapping
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple, get_type_hints
@@ -29,7 +27,6 @@ from typing import Any, NamedTuple, get_type_hints
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict, unflatten_dict
 from transformers import PreTrainedTokenizerFast
 
@@ -39,11 +36,14 @@ from spqr_jax.directories import existing_parent, new_directory
 from spqr_jax.models import FAMILIES, Decoder
 from spqr_jax.models.decoder import Params
 from spqr_jax.models.stacking import unstack_blocks
+from spqr_jax.orbax_arrays import read_arrays, write_arrays
+from spqr_jax.sources import ModelSource
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 HEADER, MANIFEST, PARAMS, TOKENIZER = "spqr.json", "manifest.json", "params", "tokenizer"
 
 Leaf = SpqrTensor | np.ndarray
+Entries = dict[str, dict[str, Any]]
 
 
 class CheckpointError(ValueError):
@@ -86,16 +86,16 @@ def save(
     """
     destination = Path(directory).resolve()
     check_destination(destination, overwrite=overwrite)
-    leaves = _leaves(params)
-    header = _header(model, leaves, tokenizer)
+    family_name(model)
     try:
         with new_directory(destination) as incomplete:
-            _write(incomplete, header, leaves, tokenizer)
+            entries = [write_part(incomplete, name, part) for name, part in unstack_blocks(params).items()]
+            write_description(incomplete, model, entries, tokenizer)
     except Exception as error:  # on a full disk: OSError, from TensorStore ValueError, from tokenizers plain Exception
-        size = sum(leaf.nbytes for leaf in leaves.values())
+        size = sum(leaf.nbytes for leaf in _leaves(params).values())
         free = shutil.disk_usage(existing_parent(destination)).free
         raise CheckpointError(
-            f"{destination} could not be written: {_reason(error)}; its parameters take {size} bytes, {free} are free."
+            f"{destination} could not be written: {reason(error)}; its parameters take {size} bytes, {free} are free."
         ) from error
 
 
@@ -111,22 +111,40 @@ def load(directory: str | PathLike[str]) -> Checkpoint:
       >>> model, params, tokenizer = load("smollm2-3bit")
       >>> logits = model.apply({"params": jax.device_put(params)}, jnp.array([tokenizer.encode("The sky is")]))
     """
+    source = open_checkpoint(directory)
+    return Checkpoint(source.model, source.read(), source.tokenizer)
+
+
+def open_checkpoint(directory: str | PathLike[str]) -> ModelSource:
+    """Checks all files of a checkpoint; its parameters are then read block by block.
+
+    Raises:
+      CheckpointError: as for `load`.
+
+    Example:
+      >>> block = open_checkpoint("smollm2-3bit").parts["layers_0"]()
+    """
     root = Path(directory).resolve()
     header = describe(root)
     for name, fingerprint in _read_json(root / MANIFEST).items():
         _verify(root / name, fingerprint)
     model = _model(header, root)
-    arrays = _orbax(ocp.PyTreeCheckpointer().restore, root / PARAMS)
-    arrays |= {path: np.zeros(entry["shape"], jnp.dtype(entry["dtype"])) for path, entry in header["empty"].items()}
-    leaves: dict[str, Any] = {path: arrays[path] for path in header["dense"]}
-    for path, entry in header["matrices"].items():
-        leaves[path] = SpqrTensor(
-            **{name: arrays.get(f"{path}.{name}") for name in ARRAY_FIELDS},
-            in_features=entry["shape"][1],
-            group_size=entry["group_size"],
-        )
+    names = {path.partition(".")[0] for path in (*header["dense"], *header["matrices"])}
     tokenizer = PreTrainedTokenizerFast.from_pretrained(root / TOKENIZER) if header["tokenizer"] else None
-    return Checkpoint(model, unflatten_dict(leaves, sep="."), tokenizer)
+    return ModelSource(model, {name: partial(_read_part, root, header, name) for name in sorted(names)}, tokenizer)
+
+
+def _read_part(root: Path, header: Mapping[str, Any], name: str) -> Params:
+    """What is under a name at the top of the parameter tree."""
+    directory = root / PARAMS / name
+    arrays: dict[str, Any] = read_arrays(directory) if directory.exists() else {}
+    arrays |= {path: np.zeros(entry["shape"], jnp.dtype(entry["dtype"])) for path, entry in header["empty"].items()}
+    leaves: dict[str, Any] = {path: arrays[path] for path in header["dense"] if path in arrays}
+    for path, entry in header["matrices"].items():
+        if f"{path}.codes" in arrays:
+            fields: dict[str, Any] = {field: arrays.get(f"{path}.{field}") for field in ARRAY_FIELDS}
+            leaves[path] = SpqrTensor(**fields, in_features=entry["shape"][1], group_size=entry["group_size"])
+    return unflatten_dict(leaves, sep=".")[name]
 
 
 def describe(directory: str | PathLike[str]) -> dict[str, Any]:
@@ -209,22 +227,12 @@ def _arrays(leaves: Mapping[str, Leaf]) -> dict[str, np.ndarray]:
     return flatten_dict(tree, sep=".")
 
 
-def _header(model: Decoder, leaves: Mapping[str, Leaf], tokenizer: Any) -> dict[str, Any]:
-    """Content of `spqr.json`, see `describe`."""
-    names = [name for name, family in FAMILIES.items() if type(model) is family]
-    if not names:
-        raise CheckpointError(f"a {type(model).__name__} cannot be saved; supported families: {', '.join(FAMILIES)}.")
-    arrays = _arrays(leaves).items()
-    return {
-        "version": FORMAT_VERSION,
-        "family": names[0],
-        "dtype": jnp.dtype(model.dtype).name,
-        "config": dataclasses.asdict(model.config),
-        "tokenizer": tokenizer is not None,
-        "matrices": {path: _packed_entry(leaf) for path, leaf in leaves.items() if isinstance(leaf, SpqrTensor)},
-        "dense": {path: _dense_entry(leaf) for path, leaf in leaves.items() if isinstance(leaf, np.ndarray)},
-        "empty": {path: _dense_entry(array) for path, array in arrays if array.size == 0},
-    }
+def family_name(model: Decoder) -> str:
+    """The key of a model's family, or a CheckpointError where it has none."""
+    for name, family in FAMILIES.items():
+        if type(model) is family:
+            return name
+    raise CheckpointError(f"a {type(model).__name__} cannot be saved; supported families: {', '.join(FAMILIES)}.")
 
 
 def _packed_entry(tensor: SpqrTensor) -> dict[str, Any]:
@@ -261,12 +269,37 @@ def _from_dict(cls: Any, values: Mapping[str, Any]) -> Any:
     return cls(**{name: _from_dict(nested[name], v) if name in nested else v for name, v in values.items()})
 
 
-def _write(root: Path, header: Mapping[str, Any], leaves: Mapping[str, Leaf], tokenizer: Any) -> None:
-    """Fills a directory, the manifest last."""
-    arrays = {path: array for path, array in _arrays(leaves).items() if array.size}
-    _orbax(ocp.PyTreeCheckpointer().save, root / PARAMS, arrays)
+def describe_model(model: Decoder) -> dict[str, Any]:
+    """Family, type of activations and configuration of a model, as `spqr.json` has them."""
+    return {
+        "family": family_name(model),
+        "dtype": jnp.dtype(model.dtype).name,
+        "config": dataclasses.asdict(model.config),
+    }
+
+
+def write_part(root: Path, name: str, part: Params) -> Entries:
+    """Writes what is under a name at the top of the parameter tree; returns what `spqr.json` says of it."""
+    leaves = _leaves({name: part})
+    arrays = _arrays(leaves)
+    if stored := {path: array for path, array in arrays.items() if array.size}:
+        write_arrays(root / PARAMS / name, stored)
+    return {
+        "matrices": {path: _packed_entry(leaf) for path, leaf in leaves.items() if isinstance(leaf, SpqrTensor)},
+        "dense": {path: _dense_entry(leaf) for path, leaf in leaves.items() if isinstance(leaf, np.ndarray)},
+        "empty": {path: _dense_entry(array) for path, array in arrays.items() if array.size == 0},
+    }
+
+
+def write_description(root: Path, model: Decoder, entries: Iterable[Entries], tokenizer: Any) -> None:
+    """Writes the tokenizer, `spqr.json` and, last, the manifest of a directory whose parts are all written."""
     if tokenizer is not None:
         tokenizer.save_pretrained(root / TOKENIZER)
+    header: dict[str, Any] = {"version": FORMAT_VERSION, **describe_model(model), "tokenizer": tokenizer is not None}
+    header |= {"matrices": {}, "dense": {}, "empty": {}}
+    for part in entries:
+        for kind, content in part.items():
+            header[kind] |= content
     (root / HEADER).write_text(json.dumps(header, indent=2) + "\n", encoding="utf-8")
     files = sorted(path for path in root.rglob("*") if path.is_file())
     manifest = {path.relative_to(root).as_posix(): _fingerprint(path) for path in files}
@@ -301,40 +334,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     raise CheckpointError(f"{path} is not a JSON object.")
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
     """What the operating system said; TensorStore buries its error number in a long message."""
     number = re.search(r"os_error_code='(\d+)'", str(error))
     return os.strerror(int(number[1])) if number else getattr(error, "strerror", None) or str(error)
-
-
-def _orbax(function: Callable[..., Any], *args: Any) -> Any:
-    """Calls a function of Orbax, of which nothing but its result or its error is to be seen.
-
-    It gets its own thread, because it unsets the event loop of the thread that it runs in, which a notebook needs.
-    After a failed write, TensorStore goes on with the other arrays and reports for each that nobody waits for it: this
-    does wait, until the reports have ended, so that no file appears after the directory is deleted.
-    """
-    reports: list[Any] = []
-    report = sys.unraisablehook
-    logger = logging.getLogger("absl")
-
-    def collect(unraisable: Any) -> None:
-        (reports.append if str(unraisable.exc_value) == "Event loop is closed" else report)(unraisable)
-
-    def keep(record: logging.LogRecord) -> bool:
-        return "_SignalingThread.run() raised" not in record.getMessage()
-
-    sys.unraisablehook = collect
-    logger.addFilter(keep)
-    try:
-        with ThreadPoolExecutor(1) as pool:
-            return pool.submit(function, *args).result()
-    except Exception:
-        count = -1
-        while count < len(reports):
-            count = len(reports)
-            time.sleep(0.5)
-        raise
-    finally:
-        sys.unraisablehook = report
-        logger.removeFilter(keep)

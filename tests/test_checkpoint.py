@@ -299,7 +299,7 @@ import resource, sys, numpy as np
 from spqr_jax.checkpoint import CheckpointError, save
 from spqr_jax.models import Llama, LlamaConfig, RotaryConfig
 model = Llama(LlamaConfig(61, 32, 48, 2, 4, 2, 8, RotaryConfig()))
-params = {f"a{i}": np.frombuffer(np.random.default_rng(i).bytes(20_000), np.uint8) for i in range(300)}
+params = {"a": {f"a{i}": np.frombuffer(np.random.default_rng(i).bytes(20_000), np.uint8) for i in range(300)}}
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 try:
     save(sys.argv[1], model, params)
@@ -383,7 +383,7 @@ def test_damage_is_found_and_named(saved):
     ("name", "old", "new", "message"),
     [
         ("spqr.json", '"norm_epsilon": 1e-05', '"norm_epsilon": 1e-06', "spqr.json is .* bytes .*manifest.json says"),
-        ("spqr.json", '"version": 1', '"version": 7', "of format version 7, but this release reads 1; use the release"),
+        ("spqr.json", '"version": 2', '"version": 7', "of format version 7, but this release reads 2; use the release"),
         ("spqr.json", "{", "[", r"spqr.json is not JSON: Expecting ',' delimiter: line 2 column 12"),
         ("manifest.json", "{", "", "manifest.json is not JSON: Extra data"),
         ("manifest.json", '": "', '": 3, "x": "', "but manifest.json says 3"),

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from tiny_models import random_tensors, tiny_config, write_checkpoint, write_gguf
 
-from converters import find_smollm2, from_pretrained
+from converters import ConversionError, find_smollm2, from_pretrained, open_pretrained
 from converters.gguf_file import open_gguf
 from converters.gguf_tokenizer import build_tokenizer
 
@@ -65,6 +65,32 @@ def test_parameters_are_those_that_the_model_makes(tmp_path: Path) -> None:
     shapes = jax.tree.map(lambda leaf: leaf.shape, made)
     assert jax.tree.map(lambda leaf: leaf.shape, params) == shapes
     assert all(type(leaf) is np.ndarray and leaf.flags.c_contiguous for leaf in jax.tree.leaves(params))
+
+
+def test_parts_are_read_one_by_one_and_the_files_do_not_stay_in_memory(tmp_path: Path) -> None:
+    tensors = random_tensors(tiny_config())
+    write_checkpoint(tmp_path / "shards", tiny_config(), tensors, shards=2)
+    write_gguf(tmp_path / "model.gguf", tiny_config(), tensors)
+    for path in (tmp_path / "shards", tmp_path / "model.gguf"):
+        source = open_pretrained(path)
+        whole = from_pretrained(path)
+        assert source.model == whole.model
+        assert source.parts.keys() == whole.params.keys() == {"embed_tokens", "layers_0", "layers_1", "norm", "lm_head"}
+        for name, read in source.parts.items():
+            jax.tree.map(np.testing.assert_array_equal, read(), whole.params[name])
+    if sys.platform == "linux":
+        assert str(tmp_path) not in Path("/proc/self/maps").read_text()
+
+
+def test_a_file_that_is_cut_after_it_was_opened_is_named(tmp_path: Path) -> None:
+    tensors = random_tensors(tiny_config())
+    write_checkpoint(tmp_path, tiny_config(), tensors)
+    write_gguf(tmp_path / "model.gguf", tiny_config(), tensors)
+    for path, file in ((tmp_path, "model.safetensors"), (tmp_path / "model.gguf", "model.gguf")):
+        source = open_pretrained(path)
+        os.truncate(tmp_path / file, 5000)
+        with pytest.raises(ConversionError, match=file):
+            source.read()
 
 
 @pytest.mark.slow

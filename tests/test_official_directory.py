@@ -15,7 +15,7 @@ from tiny_models import tiny_config
 
 from converters import ConversionError, llama
 from converters.official_directory import is_official_directory, open_official_directory
-from converters.tensors import assemble
+from converters.tensors import part_readers
 from spqr_jax.models import Llama
 
 torch = pytest.importorskip("torch")
@@ -127,7 +127,8 @@ def test_unquantized_parameters(directories: Path) -> None:
 def test_a_whole_model_has_the_logits_of_the_official_weights(directories: Path) -> None:
     config = llama.from_huggingface(tiny_config())
     tensors = open_official_directory(directories / "llama").tensors
-    packed = assemble(llama.layout(config, "huggingface"), tensors, dtype=jnp.float32, origin="llama")
+    readers = part_readers(llama.layout(config, "huggingface"), tensors, dtype=jnp.float32, origin="llama")
+    packed = {name: read() for name, read in readers.items()}
     dense = jax.tree.map(np.asarray, packed, is_leaf=lambda leaf: not isinstance(leaf, dict))
     modules = {names[1]: names[0] for names in llama.MATRICES}
     for name, weight in expected_weights("llama").items():
