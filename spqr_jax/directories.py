@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import re
 import shutil
 import sys
 import uuid
@@ -12,6 +13,8 @@ from pathlib import Path
 # Of linux/fcntl.h and linux/fs.h, for renameat2(2).
 AT_FDCWD = -100
 RENAME_EXCHANGE = 2
+
+LEFTOVER = re.compile(r"\.(incomplete|replaced)-[0-9a-f]{8}$")
 
 
 @contextmanager
@@ -32,11 +35,30 @@ def new_directory(destination: Path) -> Iterator[Path]:
     incomplete.mkdir(parents=True)
     try:
         yield incomplete
-        for path in (incomplete, *incomplete.rglob("*")):
-            synchronize(path)
-        _publish(incomplete, destination)
+        synchronize_all(incomplete)
+        publish(incomplete, destination)
     finally:
         shutil.rmtree(incomplete, ignore_errors=True)
+
+
+def remove_leftovers(directory: Path) -> None:
+    """Deletes what a killed `new_directory` or `remove_directory` has left in a directory."""
+    for path in directory.iterdir():
+        if LEFTOVER.search(path.name):
+            shutil.rmtree(path)
+
+
+def remove_directory(directory: Path) -> None:
+    """Deletes a directory; it loses its name at once, before its content goes."""
+    nameless = _sibling(directory, "replaced")
+    directory.rename(nameless)
+    shutil.rmtree(nameless)
+
+
+def synchronize_all(directory: Path) -> None:
+    """Waits until a directory and all that is in it is on the disk."""
+    for path in (directory, *directory.rglob("*")):
+        synchronize(path)
 
 
 def synchronize(path: Path) -> None:
@@ -53,7 +75,7 @@ def existing_parent(path: Path) -> Path:
     return next(parent for parent in path.parents if parent.exists())
 
 
-def _publish(complete: Path, destination: Path) -> None:
+def publish(complete: Path, destination: Path) -> None:
     """Gives a complete directory its name; what had it before gets the other name, to be deleted."""
     if destination.exists():
         _exchange(complete, destination)

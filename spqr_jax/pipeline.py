@@ -4,7 +4,6 @@ Source: Dettmers et al. 2023 (arXiv 2306.03078), section 4; the order inside a b
 `--true-sequential`. Here it costs one forward pass per block, because a stage stops where its matrices are needed.
 """
 
-import math
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -12,20 +11,19 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.traverse_util import flatten_dict
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import SpqrTensor, bits_per_weight, outlier_share, trim
 from spqr_jax.config import SpqrConfig
-from spqr_jax.hessian import InputMoments, complete, input_moments, refit, relative_error
-from spqr_jax.models.decoder import Block, Decoder, Params, State, layer_name, make_context
+from spqr_jax.hessian import InputMoments, refit, relative_error
+from spqr_jax.models.decoder import Block, Decoder, Params, layer_name
 from spqr_jax.models.stacking import unstack_blocks
 from spqr_jax.solver import check_finite, check_matrix, quantize_shared
+from spqr_jax.streams import Allocate, Streams, advance, embed, is_traced, split
 from spqr_jax.vocabulary import check_vocabulary
-
-SEQUENCES_AT_ONCE = 2
-"""Calibration sequences that go through a stage together."""
 
 
 class MatrixReport(NamedTuple):
@@ -50,13 +48,6 @@ class QuantizedBlock(NamedTuple):
     name: str
     params: Params
     report: dict[str, MatrixReport]
-
-
-class Streams(NamedTuple):
-    """States of all calibration sequences, `[sequences, tokens, ...]`, in the quantized and in the original model."""
-
-    quantized: State
-    original: State | None
 
 
 def quantize(
@@ -101,30 +92,61 @@ def quantize_blocks(
     check_weights(params, model, config)
     streams: tuple[Streams, ...] = ()
     if calibration_tokens is not None:
-        tokens = jnp.asarray(calibration_tokens)
-        check_tokens(tokens, params, model)
-        hidden: Any = model.apply({"params": params}, tokens, method="embed")
-        streams = _split(hidden, config)
+        check_tokens(calibration_tokens, params[layer_name(0)], model)
+        streams = split(embed(model, params, calibration_tokens), config)
     for index in range(model.config.num_layers):
         name = layer_name(index)
-        # Once here, not at each use.
-        dense = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params[name])
-        if not streams:
-            solved: dict[str, _Solved] = {}
-            for matrix in block.matrices():
-                solved |= _solve((matrix,), dense, (), config, name)
-        else:
-            streams, solved = _quantize_block(block, dense, streams, config, name)
-            _check_hidden(streams, name)
-        yield QuantizedBlock(
-            name,
-            _with_kernels(params[name], {matrix: s.packed for matrix, s in solved.items()}),
-            {f"{name}.{matrix}": s.report for matrix, s in solved.items()},
-        )
+        finished, streams = quantize_block(block, name, params[name], streams, config)
+        yield finished
+
+
+def quantize_block(
+    block: Block,
+    name: str,
+    params: Params,
+    streams: tuple[Streams, ...],
+    config: SpqrConfig,
+    allocate: Allocate = np.empty,
+) -> tuple[QuantizedBlock, tuple[Streams, ...]]:
+    """Quantizes one block, and carries the hidden states of the calibration sequences to its output.
+
+    Args:
+      block: the block, see `Decoder.new_block`.
+      name: its name in messages and reports.
+      params: its parameters, dense.
+      streams: hidden states before it, see `split`; none gives round-to-nearest.
+      config: what to quantize to.
+      allocate: `allocate(shape, dtype)` makes the arrays of hidden states.
+
+    Raises:
+      ValueError: hidden states or Hessians are not finite.
+
+    Example:
+      >>> streams = split(embed(model, params, tokens), config)
+      >>> block, streams = quantize_block(model.new_block(), "layers_0", params["layers_0"], streams, config)
+    """
+    # Once here, not at each use.
+    dense = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params)
+    solved: dict[str, _Solved] = {}
+    if streams:
+        streams, solved = _quantize_in_stages(block, dense, streams, config, name, allocate)
+        _check_hidden(streams, name)
+    else:
+        for matrix in block.matrices():
+            solved |= _solve((matrix,), dense, (), config, name)
+    kernels = {matrix: s.packed for matrix, s in solved.items()}
+    report = {f"{name}.{matrix}": s.report for matrix, s in solved.items()}
+    return QuantizedBlock(name, _with_kernels(params, kernels), report), streams
 
 
 def check_weights(params: Params, model: Decoder, config: SpqrConfig) -> None:
-    """Raises a ValueError that names the first tensor that cannot be used, and why."""
+    """Raises a ValueError that names the first tensor that cannot be used, and why.
+
+    Args:
+      params: the parameter tree, or only some of the entries at its top.
+      model: the Flax module.
+      config: what to quantize to.
+    """
     names = model.new_block().matrices()
     matrices = {f"{layer_name(index)}.{matrix}" for index in range(model.config.num_layers) for matrix in names}
     for path, leaf in flatten_dict(params, sep=".").items():
@@ -137,12 +159,19 @@ def check_weights(params: Params, model: Decoder, config: SpqrConfig) -> None:
             check_finite(name, leaf)
 
 
-def check_tokens(tokens: Int[Array, "sequences tokens"], params: Params, model: Decoder) -> None:
-    """Raises a ValueError where calibration tokens are too few, too long or outside the vocabulary."""
+def check_tokens(calibration_tokens: Int[ArrayLike, "sequences tokens"], block: Params, model: Decoder) -> None:
+    """Raises a ValueError where calibration tokens are too few, too long or outside the vocabulary.
+
+    Args:
+      calibration_tokens: the tokens.
+      block: parameters of one block; the sizes of its matrices say how many tokens are few.
+      model: the Flax module.
+    """
+    tokens = jnp.asarray(calibration_tokens)
     if tokens.ndim != 2:
         raise ValueError(f"calibration tokens must have shape [sequences, tokens], not {tokens.shape}")
     # A Hessian of n tokens has rank n at most; under an eighth of the features, damping is most of it.
-    widest = max(params[layer_name(0)][matrix]["kernel"].shape[0] for matrix in model.new_block().matrices())
+    widest = max(block[matrix]["kernel"].shape[0] for matrix in model.new_block().matrices())
     if tokens.size * 8 < widest:
         raise ValueError(
             f"{tokens.size} calibration tokens are too few for matrices with {widest} input features: "
@@ -152,7 +181,7 @@ def check_tokens(tokens: Int[Array, "sequences tokens"], params: Params, model: 
         raise ValueError(
             f"calibration sequences have {tokens.shape[1]} tokens, but the model takes {model.config.max_positions}"
         )
-    if not isinstance(tokens, jax.core.Tracer):
+    if not is_traced(tokens):
         check_vocabulary(tokens, model.config.vocab_size)
 
 
@@ -164,31 +193,19 @@ class _Solved(NamedTuple):
     report: MatrixReport
 
 
-def _split(hidden: Float[Array, "sequences tokens hidden"], config: SpqrConfig) -> tuple[Streams, ...]:
-    """The sequences with which the original model is followed, for the refit, and those without.
-
-    Half of the sequences say nearly as well as all where inputs drifted to, and following them costs as much again.
-    """
-    # In one pass for the whole block, a later matrix would make up again for what an earlier one has made up for.
-    if not (config.refit and config.sequential):
-        return (Streams({"hidden": hidden}, None),)
-    half = -(-len(hidden) // 2)
-    paired = Streams({"hidden": hidden[:half]}, {"hidden": hidden[:half]})
-    return (paired, Streams({"hidden": hidden[half:]}, None)) if len(hidden) > half else (paired,)
-
-
-def _quantize_block(
-    block: Block, params: Params, streams: tuple[Streams, ...], config: SpqrConfig, name: str
+def _quantize_in_stages(
+    block: Block, params: Params, streams: tuple[Streams, ...], config: SpqrConfig, name: str, allocate: Allocate
 ) -> tuple[tuple[Streams, ...], dict[str, _Solved]]:
     """Solves a block's matrices stage by stage and carries all streams to its output."""
 
-    def advance(streams: tuple[Streams, ...], number: int, running: Params) -> tuple[Any, ...]:
-        return tuple(zip(*(_advance(block, number, running, params, part) for part in streams), strict=True))
+    def run(streams: tuple[Streams, ...], number: int, running: Params) -> tuple[Any, ...]:
+        parts = (advance(block, number, running, params, part, allocate) for part in streams)
+        return tuple(zip(*parts, strict=True))
 
     solved: dict[str, _Solved] = {}
     running, before = params, () if config.sequential else streams
     for number, stage in enumerate(block.stages):
-        streams, moments = advance(streams, number, running)
+        streams, moments = run(streams, number, running)
         for feed, matrices in stage.feeds.items():
             solved |= _solve(matrices, params, tuple(part[feed] for part in moments), config, name)
         if config.sequential:
@@ -197,39 +214,8 @@ def _quantize_block(
         running = _with_kernels(params, {matrix: s.kernel for matrix, s in solved.items()})
         streams = before
         for number in range(len(block.stages)):
-            streams, _ = advance(streams, number, running)
+            streams, _ = run(streams, number, running)
     return streams, solved
-
-
-@partial(jax.jit, static_argnames=("block", "stage_index"))
-def _advance(
-    block: Block, stage_index: int, running: Params, original: Params, streams: Streams
-) -> tuple[Streams, dict[str, InputMoments]]:
-    """Takes all sequences through one stage, and sums the moments of the inputs that it makes.
-
-    A few sequences at a time, so that activations stay in the cache.
-    """
-    stage = block.stages[stage_index]
-    sequences, tokens = streams.quantized["hidden"].shape[:2]
-    batch = math.gcd(sequences, SEQUENCES_AT_ONCE)
-    context, _ = make_context(jnp.ones((batch, tokens), bool))
-
-    def run(params: Params, state: State) -> Any:
-        return block.apply({"params": params}, state, context, method=stage.method)
-
-    def step(total: Any, streams: Streams) -> tuple[Any, Streams]:
-        state = run(running, streams.quantized)
-        reference = None if streams.original is None else run(original, streams.original)
-        moments = {feed: input_moments(state[feed], reference and reference[feed]) for feed in stage.feeds}
-        return jax.tree.map(jnp.add, total, moments), Streams(state, reference)
-
-    batches = jax.tree.map(lambda a: a.reshape(-1, batch, *a.shape[1:]), streams)
-    shapes = jax.eval_shape(run, running, jax.tree.map(lambda a: a[0], batches.quantized))
-    zero = {feed: jnp.zeros((shapes[feed].shape[-1],) * 2) for feed in stage.feeds}
-    total = {feed: InputMoments(z, None if streams.original is None else z) for feed, z in zero.items()}
-    total, batches = jax.lax.scan(step, total, batches)
-    after = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), batches)
-    return after, {feed: complete(moments) for feed, moments in total.items()}
 
 
 def _solve(
@@ -242,7 +228,7 @@ def _solve(
     kernels = tuple(params[matrix]["kernel"] for matrix in matrices)
     packed, dense, errors, finite = _solve_arrays(kernels, moments, config)
     seconds = float("nan")
-    if not isinstance(finite, jax.core.Tracer):
+    if not is_traced(finite):
         if not finite:
             raise ValueError(
                 f"{block_name}: the Hessian of the input of {', '.join(matrices)} cannot be factorized, not even with "
@@ -285,5 +271,5 @@ def _with_kernels(params: Params, kernels: dict[str, Any]) -> Params:
 
 def _check_hidden(streams: tuple[Streams, ...], name: str) -> None:
     for hidden in jax.tree.leaves(streams):
-        if not isinstance(hidden, jax.core.Tracer) and not bool(jnp.isfinite(hidden).all()):
+        if not is_traced(hidden) and not all(np.isfinite(sequence).all() for sequence in hidden):
             raise ValueError(f"{name}: its output has values that are NaN or infinite on the calibration tokens")

@@ -276,7 +276,7 @@ def test_overwrite_deletes_nothing_else(tmp_path, saved):
 
 
 @pytest.mark.parametrize(
-    "step", ["os.fsync", "pathlib.Path.write_text", "pathlib.Path.mkdir", "spqr_jax.directories._publish"]
+    "step", ["os.fsync", "pathlib.Path.write_text", "pathlib.Path.mkdir", "spqr_jax.directories.publish"]
 )
 def test_a_full_disk_leaves_the_old_checkpoint_and_nothing_else(tmp_path, saved, dense, quantized, step, monkeypatch):
     def full(*args, **kwargs):

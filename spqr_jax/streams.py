@@ -1,0 +1,136 @@
+"""Hidden states of the calibration sequences: all in host memory, a few at a time on the device."""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, Int, PyTree
+from numpy.typing import ArrayLike
+
+from spqr_jax.config import SpqrConfig
+from spqr_jax.hessian import InputMoments, complete, input_moments
+from spqr_jax.models.decoder import Block, Decoder, Params, State, make_context
+
+SEQUENCES_AT_ONCE = 2
+"""Calibration sequences that go through a stage together: so few that activations stay in the cache."""
+
+Allocate = Callable[[tuple[int, ...], np.dtype], np.ndarray]
+
+
+class Streams(NamedTuple):
+    """States of all calibration sequences, `[sequences, tokens, ...]`, in the quantized and in the original model."""
+
+    quantized: State
+    original: State | None
+
+
+def embed(
+    model: Decoder, params: Params, tokens: Int[ArrayLike, "sequences tokens"], allocate: Allocate = np.empty
+) -> Float[Any, "sequences tokens hidden"]:
+    """Input of the first block for all sequences; of the parameters, only `embed_tokens` is used."""
+    params = {"embed_tokens": jax.tree.map(jnp.asarray, params["embed_tokens"])}
+
+    def step(total: None, tokens: Any) -> tuple[None, Any]:
+        return total, model.apply({"params": params}, tokens, method="embed")
+
+    if is_traced((params, tokens)):
+        return step(None, tokens)[1]
+    return scan_batches(step, None, np.asarray(tokens), allocate)[1]
+
+
+def split(hidden: Float[Any, "sequences tokens hidden"], config: SpqrConfig) -> tuple[Streams, ...]:
+    """The sequences with which the original model is followed, for the refit, and those without.
+
+    Half of the sequences say nearly as well as all where inputs drifted to, and following them costs as much again.
+    """
+    # In one pass for the whole block, a later matrix would make up again for what an earlier one has made up for.
+    if not (config.refit and config.sequential):
+        return (Streams({"hidden": hidden}, None),)
+    half = -(-len(hidden) // 2)
+    paired = Streams({"hidden": hidden[:half]}, {"hidden": hidden[:half]})
+    return (paired, Streams({"hidden": hidden[half:]}, None)) if len(hidden) > half else (paired,)
+
+
+def advance(
+    block: Block, stage_index: int, running: Params, original: Params, streams: Streams, allocate: Allocate = np.empty
+) -> tuple[Streams, dict[str, InputMoments]]:
+    """Takes all sequences through one stage of a block, and sums the moments of the inputs that it makes.
+
+    Args:
+      block: the block.
+      stage_index: which of its stages.
+      running: parameters for the quantized model's states.
+      original: parameters for the original model's.
+      streams: the states before the stage; they stay as they are.
+      allocate: makes the arrays for the states after it.
+    """
+    feeds = block.stages[stage_index].feeds
+    zero = {feed: jnp.zeros((original[names[0]]["kernel"].shape[0],) * 2) for feed, names in feeds.items()}
+    total = {feed: InputMoments(z, None if streams.original is None else jnp.copy(z)) for feed, z in zero.items()}
+    step = partial(_step, block, stage_index, running, original)
+    total, streams = scan_batches(step, total, streams, allocate)
+    return streams, {feed: _complete(moments) for feed, moments in total.items()}
+
+
+def scan_batches(
+    step: Callable[[Any, Any], tuple[Any, Any]], total: PyTree, arrays: PyTree, allocate: Allocate = np.empty
+) -> tuple[PyTree, PyTree]:
+    """Like `jax.lax.scan` of `step` over batches of a few sequences, but no more than one batch is on the device.
+
+    Args:
+      step: `(total, batch) -> (total, batch of results)`.
+      total: what goes from step to step.
+      arrays: in host memory, the sequences along their first axis; traced ones are scanned over by JAX.
+      allocate: `allocate(shape, dtype)` makes the arrays of the results.
+
+    Returns:
+      The last total, and the results of all batches.
+    """
+    sequences = len(jax.tree.leaves(arrays)[0])
+    batch = math.gcd(sequences, SEQUENCES_AT_ONCE)
+    if is_traced(arrays):
+        batches = jax.tree.map(lambda a: a.reshape(-1, batch, *a.shape[1:]), arrays)
+        total, results = jax.lax.scan(step, total, batches)
+        return total, jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), results)
+    results = None
+    for start in range(0, sequences, batch):
+        part = slice(start, start + batch)
+        total, after = step(total, jax.tree.map(lambda a, part=part: a[part], arrays))
+        if results is None:
+            results = jax.tree.map(lambda a: allocate((sequences, *a.shape[1:]), a.dtype), after)
+        jax.tree.map(lambda whole, a, part=part: np.copyto(whole[part], a), results, after)
+    return total, results
+
+
+def is_traced(tree: PyTree) -> bool:
+    """Whether an array of a tree is known to JAX only by its shape."""
+    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
+
+
+@partial(jax.jit, static_argnames=("block", "stage_index"), donate_argnames="total")
+def _step(
+    block: Block,
+    stage_index: int,
+    running: Params,
+    original: Params,
+    total: dict[str, InputMoments],
+    streams: Streams,
+) -> tuple[dict[str, InputMoments], Streams]:
+    """Takes a batch of sequences through one stage, and adds the moments of the inputs that it makes."""
+    stage = block.stages[stage_index]
+    context, _ = make_context(jnp.ones(streams.quantized["hidden"].shape[:2], bool))
+
+    def run(params: Params, state: State) -> Any:
+        return block.apply({"params": params}, state, context, method=stage.method)
+
+    state = run(running, streams.quantized)
+    reference = None if streams.original is None else run(original, streams.original)
+    moments = {feed: input_moments(state[feed], reference and reference[feed]) for feed in stage.feeds}
+    return jax.tree.map(jnp.add, total, moments), Streams(state, reference)
+
+
+_complete = jax.jit(complete, donate_argnums=0)
