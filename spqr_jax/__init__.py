@@ -6,13 +6,14 @@ import os
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 from pallas_kernels import SpqrTensor, bits_per_weight, spqr_dequantize
-from spqr_jax.checkpoint import CheckpointError, load, save
+from spqr_jax.checkpoint import CheckpointError, load, open_checkpoint, save
 from spqr_jax.config import COMPACT, NEAR_LOSSLESS, SpqrConfig
 from spqr_jax.evaluation import perplexity
 from spqr_jax.generation import generate
 from spqr_jax.models import fuse_projections
 from spqr_jax.pipeline import MatrixReport, quantize, quantize_blocks
 from spqr_jax.solver import quantize_matrix
+from spqr_jax.streaming import quantize_checkpoint
 from spqr_jax.summary import summarize
 
 __all__ = [
@@ -26,9 +27,11 @@ __all__ = [
     "fuse_projections",
     "generate",
     "load",
+    "open_checkpoint",
     "perplexity",
     "quantize",
     "quantize_blocks",
+    "quantize_checkpoint",
     "quantize_matrix",
     "save",
     "spqr_dequantize",

@@ -126,7 +126,7 @@ def open_checkpoint(directory: str | PathLike[str]) -> ModelSource:
     """
     root = Path(directory).resolve()
     header = describe(root)
-    for name, fingerprint in _read_json(root / MANIFEST).items():
+    for name, fingerprint in read_json(root / MANIFEST).items():
         _verify(root / name, fingerprint)
     model = _model(header, root)
     names = {path.partition(".")[0] for path in (*header["dense"], *header["matrices"])}
@@ -168,13 +168,13 @@ def describe(directory: str | PathLike[str]) -> dict[str, Any]:
         raise CheckpointError(f"{root} {'is not a directory' if root.exists() else 'does not exist'}.")
     if not is_checkpoint(root):
         raise CheckpointError(f"{root} is not a checkpoint of this library: it has no {HEADER}.")
-    header = _read_json(root / HEADER)
+    header = read_json(root / HEADER)
     if header.get("version") != FORMAT_VERSION:
         raise CheckpointError(
             f"{root / HEADER} is of format version {header.get('version')!r}, but this release reads {FORMAT_VERSION}; "
             "use the release that wrote it."
         )
-    _verify(root / HEADER, _read_json(root / MANIFEST).get(HEADER))
+    _verify(root / HEADER, read_json(root / MANIFEST).get(HEADER))
     return header
 
 
@@ -301,7 +301,7 @@ def write_description(root: Path, model: Decoder, entries: Iterable[Entries], to
         for kind, content in part.items():
             header[kind] |= content
     (root / HEADER).write_text(json.dumps(header, indent=2) + "\n", encoding="utf-8")
-    files = sorted(path for path in root.rglob("*") if path.is_file())
+    files = sorted(path for path in root.rglob("*") if path.is_file() and path != root / MANIFEST)
     manifest = {path.relative_to(root).as_posix(): _fingerprint(path) for path in files}
     (root / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 
@@ -322,7 +322,7 @@ def _verify(path: Path, expected: str | None) -> None:
         )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

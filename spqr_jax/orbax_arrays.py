@@ -2,6 +2,7 @@
 
 import logging
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -10,6 +11,8 @@ from typing import Any
 
 import numpy as np
 import orbax.checkpoint as ocp
+
+_LOCK = threading.Lock()
 
 
 def write_arrays(directory: Path, arrays: Mapping[str, np.ndarray]) -> None:
@@ -31,8 +34,14 @@ def _quietly(function: Callable[..., Any], *args: Any) -> Any:
 
     It gets its own thread, because it unsets the event loop of the thread that it runs in, which a notebook needs.
     After a failed write, TensorStore goes on with the other arrays and reports for each that nobody waits for it: this
-    does wait, until the reports have ended, so that no file appears after the directory is deleted.
+    does wait, until the reports have ended, so that no file appears after the directory is deleted. One call at a time,
+    because the hooks are the process's.
     """
+    with _LOCK:
+        return _without_reports(function, *args)
+
+
+def _without_reports(function: Callable[..., Any], *args: Any) -> Any:
     reports: list[Any] = []
     report = sys.unraisablehook
     logger = logging.getLogger("absl")

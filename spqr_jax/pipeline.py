@@ -6,7 +6,6 @@ Source: Dettmers et al. 2023 (arXiv 2306.03078), section 4; the order inside a b
 
 import time
 from collections.abc import Iterator
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -14,11 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from pallas_kernels import SpqrTensor, bits_per_weight, outlier_share, trim
 from spqr_jax.config import SpqrConfig
 from spqr_jax.hessian import InputMoments, refit, relative_error
+from spqr_jax.memory import release_freed
 from spqr_jax.models.decoder import Block, Decoder, Params, layer_name
 from spqr_jax.models.stacking import unstack_blocks
 from spqr_jax.solver import check_finite, check_matrix, quantize_shared
@@ -133,7 +133,7 @@ def quantize_block(
         _check_hidden(streams, name)
     else:
         for matrix in block.matrices():
-            solved |= _solve((matrix,), dense, (), config, name)
+            solved |= _solve((matrix,), dense, [], config, name)
     kernels = {matrix: s.packed for matrix, s in solved.items()}
     report = {f"{name}.{matrix}": s.report for matrix, s in solved.items()}
     return QuantizedBlock(name, _with_kernels(params, kernels), report), streams
@@ -207,7 +207,7 @@ def _quantize_in_stages(
     for number, stage in enumerate(block.stages):
         streams, moments = run(streams, number, running)
         for feed, matrices in stage.feeds.items():
-            solved |= _solve(matrices, params, tuple(part[feed] for part in moments), config, name)
+            solved |= _solve(matrices, params, [part.pop(feed) for part in moments], config, name)
         if config.sequential:
             running = _with_kernels(params, {matrix: s.kernel for matrix, s in solved.items()})
     if not config.sequential:
@@ -219,14 +219,26 @@ def _quantize_in_stages(
 
 
 def _solve(
-    matrices: tuple[str, ...], params: Params, moments: tuple[InputMoments, ...], config: SpqrConfig, block_name: str
+    matrices: tuple[str, ...], params: Params, moments: list[InputMoments], config: SpqrConfig, block_name: str
 ) -> dict[str, _Solved]:
-    """Quantizes matrices that share an input, and reports on each."""
+    """Quantizes matrices that share an input, and reports on each.
+
+    The moments of their input, over each part of the sequences, may be many times as large as the matrices: they are
+    taken out of the list, and freed as soon as they are used.
+    """
     # JAX runs ahead of Python: what is still being computed is not the solver's time.
     jax.block_until_ready(moments)
+    release_freed()
     started = time.perf_counter()
     kernels = tuple(params[matrix]["kernel"] for matrix in matrices)
-    packed, dense, errors, finite = _solve_arrays(kernels, moments, config)
+    weights = _refit(kernels, moments[0] if moments else None)
+    hessians: Any = [part.hessian for part in moments]
+    moments.clear()
+    hessian = hessians.pop() if hessians else None
+    while hessians:
+        hessian = hessian + hessians.pop()
+    packed, dense, finite = quantize_shared(weights, hessian, config)
+    errors = _relative_errors(weights, dense, hessian)
     seconds = float("nan")
     if not is_traced(finite):
         if not finite:
@@ -244,24 +256,26 @@ def _solve(
         return MatrixReport._make(v if isinstance(v, jax.core.Tracer) else float(v) for v in values)
 
     return {
-        matrix: _Solved(tensor, kernel, report(tensor, error))
-        for matrix, tensor, kernel, error in zip(matrices, packed, dense, errors, strict=True)
+        matrix: _Solved(tensor, weight.T, report(tensor, error))
+        for matrix, tensor, weight, error in zip(matrices, packed, dense, errors, strict=True)
     }
 
 
-@partial(jax.jit, static_argnames="config")
-def _solve_arrays(
-    kernels: tuple[Float[Array, "in _"], ...], moments: tuple[InputMoments, ...], config: SpqrConfig
-) -> tuple[tuple[SpqrTensor, ...], tuple[Float[Array, "in _"], ...], tuple[Array, ...], Bool[Array, ""]]:
-    """Refits, quantizes and compares matrices, given the moments of their input over each part of the sequences."""
+@jax.jit
+def _refit(kernels: tuple[Float[Array, "in _"], ...], moments: InputMoments | None) -> tuple[Float[Array, "_ in"], ...]:
+    """The weights to be quantized."""
     weights = tuple(kernel.T for kernel in kernels)
-    hessian: Any = sum(part.hessian for part in moments) if moments else None
-    if moments:
-        weights = refit(weights, moments[0])
-    packed, dense, finite = quantize_shared(weights, hessian, config)
-    metric = jnp.eye(len(kernels[0])) if hessian is None else hessian
-    errors = tuple(relative_error(w, d, metric) for w, d in zip(weights, dense, strict=True))
-    return packed, tuple(d.T for d in dense), errors, finite
+    return weights if moments is None else refit(weights, moments)
+
+
+@jax.jit
+def _relative_errors(
+    weights: tuple[Float[Array, "_ in"], ...],
+    dense: tuple[Float[Array, "_ in"], ...],
+    hessian: Float[Array, "in in"] | None,
+) -> tuple[Float[Array, ""], ...]:
+    metric = jnp.eye(weights[0].shape[1]) if hessian is None else hessian
+    return tuple(relative_error(w, d, metric) for w, d in zip(weights, dense, strict=True))
 
 
 def _with_kernels(params: Params, kernels: dict[str, Any]) -> Params:

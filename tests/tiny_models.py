@@ -34,9 +34,8 @@ def tiny_config(**options: Any) -> dict[str, Any]:
     return {key: value for key, value in content.items() if value is not None}
 
 
-def random_tensors(config: dict[str, Any], seed: int = 0) -> Tensors:
-    """Weights under Hugging Face's names, of such a size that logits are of order 10."""
-    rng = np.random.default_rng(seed)
+def tensor_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Shapes of all weights under Hugging Face's names."""
     hidden, mlp, vocabulary = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
     heads = config["num_attention_heads"]
     head_dim = config.get("head_dim", hidden // heads)
@@ -55,6 +54,12 @@ def random_tensors(config: dict[str, Any], seed: int = 0) -> Tensors:
                 shapes[f"{block}.{part}.{name}.weight"] = shape
                 if config.get(option):
                     shapes[f"{block}.{part}.{name}.bias"] = shape[:1]
+    return shapes
+
+
+def random_tensors(config: dict[str, Any], seed: int = 0) -> Tensors:
+    """Weights under Hugging Face's names, of such a size that logits are of order 10."""
+    rng = np.random.default_rng(seed)
 
     def draw(name: str, shape: tuple[int, ...]) -> np.ndarray:
         if len(shape) == 1:
@@ -62,7 +67,7 @@ def random_tensors(config: dict[str, Any], seed: int = 0) -> Tensors:
         gain = 10 if name in ("model.embed_tokens.weight", "lm_head.weight") else 1.5
         return rng.normal(0, gain / math.sqrt(shape[1]), shape)
 
-    return {name: draw(name, shape).astype(np.float32) for name, shape in shapes.items()}
+    return {name: draw(name, shape).astype(np.float32) for name, shape in tensor_shapes(config).items()}
 
 
 def write_checkpoint(directory: Path, config: dict[str, Any], tensors: Tensors, shards: int = 1) -> Path:

@@ -1,0 +1,200 @@
+"""Quantizing from disk to disk: one block's weights in memory at a time, in a run that can be stopped and continued."""
+
+import dataclasses
+import hashlib
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Int
+from numpy.typing import ArrayLike
+
+from spqr_jax.checkpoint import CheckpointError, Entries, check_destination, describe_model
+from spqr_jax.config import SpqrConfig
+from spqr_jax.directories import existing_parent, remove_directory
+from spqr_jax.models.decoder import Params, layer_name
+from spqr_jax.pipeline import check_tokens, check_weights, quantize_block
+from spqr_jax.sources import ModelSource
+from spqr_jax.streams import Allocate, embed, split
+from spqr_jax.unfinished import (
+    BlockReport,
+    State,
+    allocate_in_file,
+    claim,
+    finish,
+    is_published,
+    keep_part,
+    record,
+    resume,
+    writing,
+)
+
+
+def quantize_checkpoint(
+    source: ModelSource,
+    destination: str | PathLike[str],
+    calibration_tokens: Int[ArrayLike, "sequences tokens"] | None,
+    *,
+    config: SpqrConfig,
+    hidden_on_disk: bool = False,
+    overwrite: bool = False,
+    on_block: Callable[[BlockReport], None] | None = None,
+) -> list[BlockReport]:
+    """Quantizes a model that may be larger than the memory, into a checkpoint with the bits that `quantize` gives.
+
+    One block's weights are in memory at a time, beside those of the next, which is read meanwhile. All values of the
+    source are read and checked first, so that a bad one shows at once.
+
+    What is finished is kept in `<destination>.partial`. The same call, after whatever stopped it, goes on with the
+    first block that is not finished.
+
+    Args:
+      source: the model, see `converters.open_pretrained` and `open_checkpoint`.
+      destination: directory of the checkpoint, see `load`.
+      calibration_tokens: token ids of sequences of equal length; None gives round-to-nearest.
+      config: what to quantize to.
+      hidden_on_disk: keep the hidden states of the calibration sequences in mapped files, not in memory.
+      overwrite: replace a checkpoint that is there, once the new one is complete.
+      on_block: called with the report of each block when it is finished.
+
+    Returns:
+      A report per block, those of earlier calls included.
+
+    Raises:
+      CheckpointError: the destination is taken; its `.partial` holds a run with another configuration, source or
+        calibration, the difference of which is named; or writing failed, as on a full disk.
+      ValueError: as for `quantize`.
+
+    Example:
+      >>> source = open_pretrained("HuggingFaceTB/SmolLM2-135M")
+      >>> calibration = random_windows(source.tokenizer.encode(wikitext2("valid")), sequences=32, length=512)
+      >>> quantize_checkpoint(source, "smollm2-3bit", calibration, config=COMPACT)
+      >>> model, params, tokenizer = load("smollm2-3bit")
+    """
+    destination = Path(destination).resolve()
+    directory = destination.with_name(f"{destination.name}.partial")
+    published = is_published(directory, destination)
+    if not published:
+        check_destination(destination, overwrite=overwrite)
+    tokens = None if calibration_tokens is None else np.asarray(calibration_tokens)
+    description = _survey(source, tokens, config, directory)
+    with claim(directory, description):
+        with writing(directory):
+            state = resume(directory, hidden_on_disk=hidden_on_disk)
+        if published:
+            remove_directory(directory)
+            return state.blocks
+        allocate = partial(allocate_in_file, directory) if hidden_on_disk else np.empty
+        for following in _states(source, tokens, config, directory, state, allocate):
+            state = following
+            if on_block is not None:
+                on_block(state.blocks[-1])
+        with writing(directory):
+            finish(directory, destination, state, source.model, source.tokenizer)
+        return state.blocks
+
+
+def _survey(
+    source: ModelSource, tokens: Int[np.ndarray, "sequences tokens"] | None, config: SpqrConfig, directory: Path
+) -> dict[str, Any]:
+    """Reads and checks all that goes into a run, part by part, and says what tells it from another."""
+    digests, size = {}, 0
+    blocks = _blocks(source)
+    for name in (*blocks, *(source.parts.keys() - set(blocks))):
+        part = source.parts[name]()
+        check_weights({name: part}, source.model, config)
+        if name == blocks[0] and tokens is not None:
+            check_tokens(tokens, part, source.model)
+        digests[name] = _digest(part)
+        size += sum(leaf.nbytes for leaf in jax.tree.leaves(part))
+    parent = existing_parent(directory)
+    free = shutil.disk_usage(parent).free
+    if not directory.exists() and free < size // 2:
+        raise CheckpointError(f"{parent} has {free:,} bytes free, but the quantized model takes up to {size // 2:,}.")
+    return {
+        "config": dataclasses.asdict(config),
+        "model": describe_model(source.model),
+        "calibration": None if tokens is None else {"shape": list(tokens.shape), "tokens": _digest(tokens)},
+        "source": dict(sorted(digests.items())),
+    }
+
+
+def _digest(tree: Any) -> str:
+    """Checksum of names, types, shapes and values of arrays."""
+    digest = hashlib.blake2b(digest_size=8)
+    for path, leaf in jax.tree.leaves_with_path(tree):
+        digest.update(f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape}".encode())
+        digest.update(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8).data)
+    return f"BLAKE2b {digest.hexdigest()}"
+
+
+def _states(
+    source: ModelSource,
+    tokens: Int[np.ndarray, "sequences tokens"] | None,
+    config: SpqrConfig,
+    directory: Path,
+    state: State,
+    allocate: Allocate,
+) -> Iterator[State]:
+    """Quantizes the blocks that are not finished; a state after each of them, when it is on the disk."""
+    blocks = _blocks(source)
+    structure: Any = jax.tree.structure(() if tokens is None else split(tokens, config))
+    if not state.blocks:
+        state = _start(source, tokens, config, directory, allocate)
+    started = time.perf_counter()
+    for name, params in _read_ahead(source.parts, blocks[len(state.blocks) :]):
+        streams = jax.tree.unflatten(structure, state.hidden)
+        block, streams = quantize_block(source.model.new_block(), name, params, streams, config, allocate)
+        with writing(directory):
+            entries = {**state.entries, name: keep_part(directory, name, block.params)}
+            now = time.perf_counter()
+            report = BlockReport(len(state.blocks) + 1, now - started, block.report)
+            state = State(entries, [*state.blocks, report], jax.tree.leaves(streams))
+            record(directory, state)
+        started = now
+        yield state
+
+
+def _start(
+    source: ModelSource,
+    tokens: Int[np.ndarray, "sequences tokens"] | None,
+    config: SpqrConfig,
+    directory: Path,
+    allocate: Allocate,
+) -> State:
+    """Writes what stays as it is, and embeds the calibration tokens."""
+    ends: dict[str, Entries] = {}
+    for name in source.parts.keys() - set(_blocks(source)):
+        with writing(directory):
+            ends[name] = keep_part(directory, name, source.parts[name]())
+    if tokens is None:
+        return State(ends, [], [])
+    hidden = embed(source.model, {"embed_tokens": source.parts["embed_tokens"]()}, tokens, allocate)
+    return State(ends, [], jax.tree.leaves(split(hidden, config)))
+
+
+def _blocks(source: ModelSource) -> list[str]:
+    return [layer_name(index) for index in range(source.model.config.num_layers)]
+
+
+def _read_ahead(parts: Mapping[str, Callable[[], Params]], names: Sequence[str]) -> Iterator[tuple[str, Params]]:
+    """The named parts in order; while the caller works on one, a thread reads the next."""
+    with ThreadPoolExecutor(1) as pool:
+        reading = [pool.submit(parts[name]) for name in names[:1]]
+        for index, name in enumerate(names):
+            params = {module: _with_float32_kernel(arrays) for module, arrays in reading.pop().result().items()}
+            reading += [pool.submit(parts[following]) for following in names[index + 1 : index + 2]]
+            yield name, params
+
+
+def _with_float32_kernel(arrays: Params) -> Params:
+    """As the solver takes it: the kernel in the source's type is not needed any more."""
+    return arrays | {"kernel": jnp.asarray(arrays["kernel"], jnp.float32)} if "kernel" in arrays else arrays
