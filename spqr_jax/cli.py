@@ -4,10 +4,10 @@ Results go to standard output, progress to standard error. Exit status: 0 done, 
 usage.
 """
 
-import shutil
 import time
 from collections.abc import Sequence
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -95,18 +95,23 @@ def quantize(
     sequences: Annotated[int, typer.Option(help="Calibration sequences.")] = 32,
     sequence_length: Annotated[int, typer.Option(help="Tokens per calibration sequence.")] = 512,
     seed: Annotated[int, typer.Option(help="Seed of the places where sequences are cut.")] = 0,
+    hidden_on_disk: Annotated[
+        bool, typer.Option("--hidden-on-disk", help="Keep hidden states in mapped files, not in memory.")
+    ] = False,
     overwrite: Annotated[bool, typer.Option(help="Replace a checkpoint at the destination.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Quantize a model and save it.
+    """Quantize a model and save it; one block is in memory at a time.
+
+    What is finished is kept in DESTINATION.partial: stopped by whatever, the same command goes on from there.
 
     Example: spqr quantize HuggingFaceTB/SmolLM2-135M-Instruct smollm2-3bit
     """
     from dataclasses import replace
 
-    from spqr_jax import checkpoint, pipeline
+    from spqr_jax.checkpoint import describe
     from spqr_jax.config import COMPACT, NEAR_LOSSLESS
-    from spqr_jax.summary import summarize
+    from spqr_jax.streaming import quantize_checkpoint
 
     config = {Preset.COMPACT: COMPACT, Preset.NEAR_LOSSLESS: NEAR_LOSSLESS}[preset]
     chosen = {
@@ -122,31 +127,33 @@ def quantize(
     if method is not Method.SPQR:
         config = replace(config, outlier_threshold=None)
 
-    checkpoint.check_destination(destination, overwrite=overwrite)
-    model, params, tokenizer = load_model(source, "float16")
-    check_disk(destination, params)
+    opened = open_model(source, "float16")
     tokens = None
     if method is not Method.RTN:
-        tokens = calibration_tokens(tokenizer, calibration, sequences, sequence_length, seed)
+        tokens = calibration_tokens(opened.tokenizer, calibration, sequences, sequence_length, seed)
 
     started = time.perf_counter()
-    quantized = dict(params)
-    report: dict[str, pipeline.MatrixReport] = {}
-    blocks = pipeline.quantize_blocks(params, tokens, model=model, config=config)
-    for block in console.track(blocks, model.config.num_layers, "quantizing blocks"):
-        quantized[block.name] = block.params
-        report |= block.report
-    seconds = time.perf_counter() - started
-    checkpoint.save(destination, model, quantized, tokenizer=tokenizer, overwrite=overwrite)
-    totals = summarize(quantized)
+    with console.track_blocks(opened.model.config.num_layers) as show:
+        blocks = quantize_checkpoint(
+            opened,
+            destination,
+            tokens,
+            config=config,
+            hidden_on_disk=hidden_on_disk,
+            overwrite=overwrite,
+            on_block=show,
+        )
+    matrices = describe(destination)["matrices"].values()
+    weights = sum(matrix["shape"][0] * matrix["shape"][1] for matrix in matrices)
     console.emit(
         {
             "destination": str(destination),
-            "bits_per_weight": totals.bits_per_weight,
-            "outlier_share": totals.outlier_share,
-            "seconds": seconds,
+            "bits_per_weight": 8 * sum(matrix["bytes"] for matrix in matrices) / weights,
+            "outlier_share": sum(matrix["outliers"] or 0 for matrix in matrices) / weights,
+            "seconds": time.perf_counter() - started,
             "bytes_on_disk": console.bytes_on_disk(destination),
-            "matrices": {name: matrix._asdict() for name, matrix in report.items()},
+            "seconds_per_block": [block.seconds for block in blocks],
+            "matrices": {name: matrix._asdict() for block in blocks for name, matrix in block.matrices.items()},
         },
         as_json,
     )
@@ -330,23 +337,30 @@ def load_model(source: str, dtype: str) -> tuple[Any, Any, Any]:
 
     Dense parameters come as `dtype`.
     """
+    opened = open_model(source, dtype)
+    return opened.model, opened.read(), opened.tokenizer
+
+
+def open_model(source: str, dtype: str) -> Any:
+    """The same, without reading the parameters yet: a `ModelSource`."""
     import jax
     import jax.numpy as jnp
 
-    from converters import from_pretrained
+    from converters import open_pretrained
     from spqr_jax import checkpoint
 
     if not checkpoint.is_checkpoint(source):
-        model, params, tokenizer = from_pretrained(source, dtype=jnp.dtype(dtype))
-        return model, params, tokenizer
-    model, params, tokenizer = checkpoint.load(source)
+        return open_pretrained(source, dtype=jnp.dtype(dtype))
+    opened = checkpoint.open_checkpoint(source)
 
     def cast(leaf: Any) -> Any:
         is_weight = not isinstance(leaf, checkpoint.SpqrTensor) and jnp.issubdtype(leaf.dtype, jnp.floating)
         return leaf.astype(dtype) if is_weight else leaf
 
-    params = jax.tree.map(cast, params, is_leaf=lambda leaf: isinstance(leaf, checkpoint.SpqrTensor))
-    return model, params, tokenizer
+    def read(name: str) -> Any:
+        return jax.tree.map(cast, opened.parts[name](), is_leaf=lambda leaf: isinstance(leaf, checkpoint.SpqrTensor))
+
+    return opened._replace(parts={name: partial(read, name) for name in opened.parts})
 
 
 def require(tokenizer: Any) -> None:
@@ -369,17 +383,6 @@ def calibration_tokens(tokenizer: Any, text: Path | None, sequences: int, length
 
     ids = encode(tokenizer, wikitext2("valid") if text is None else text.read_text(encoding="utf-8"))
     return random_windows(np.array(ids), sequences, length, seed)
-
-
-def check_disk(destination: Path, params: Any) -> None:
-    """Raises an OSError where the disk cannot even hold half of the unquantized model."""
-    import jax
-
-    need = sum(leaf.nbytes for leaf in jax.tree.leaves(params)) // 2
-    parent = next(path for path in destination.resolve().parents if path.exists())
-    free = shutil.disk_usage(parent).free
-    if free < need:
-        raise OSError(f"{parent} has {free:,} bytes free, but the quantized model takes up to {need:,}")
 
 
 if __name__ == "__main__":

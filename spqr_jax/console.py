@@ -5,12 +5,17 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+
+from spqr_jax.unfinished import BlockReport
 
 T = TypeVar("T")
 
@@ -22,6 +27,33 @@ def track(items: Iterable[T], total: int, label: str) -> Iterator[T]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as progress:
         yield from progress.track(items, total=total, description=label)
+
+
+@contextmanager
+def track_blocks(total: int) -> Iterator[Callable[[BlockReport], None]]:
+    """What shows finished blocks on standard error: by a bar on a terminal, elsewhere by lines for a log."""
+    if not console.is_terminal:
+        yield partial(_log_block, total)
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[pace]}"))
+    with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
+        task = progress.add_task("quantizing blocks", total=total, pace="")
+        yield lambda block: progress.update(task, completed=block.number, pace=_pace(block, total))
+
+
+def _log_block(total: int, block: BlockReport) -> None:
+    lines = [f"block {block.number} of {total}: {_pace(block, total)}"]
+    lines += [
+        f"{name}: error {matrix.relative_error:.2e}, outliers {matrix.outlier_share:.2%}"
+        for name, matrix in block.matrices.items()
+    ]
+    print("\n  ".join(lines), file=sys.stderr, flush=True)
+
+
+def _pace(block: BlockReport, total: int) -> str:
+    """Seconds per block, and the time left; all blocks take as long as this one, but for the first, which compiles."""
+    left = timedelta(seconds=round((total - block.number) * block.seconds))
+    return f"{block.seconds:.1f} s per block, {left} left"
 
 
 def emit(result: dict[str, Any], as_json: bool) -> None:

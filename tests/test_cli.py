@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -15,11 +16,13 @@ import jax
 import jax.numpy as jnp
 import pytest
 from byte_tokenizer import byte_tokenizer
+from rich.console import Console
 from tiny_models import random_tensors, tiny_config, write_checkpoint, write_gguf
 
-from spqr_jax import save
+from spqr_jax import console, save, streaming
 from spqr_jax.cli import main
 from spqr_jax.models import Llama, LlamaConfig, RotaryConfig
+from spqr_jax.unfinished import BlockReport
 
 CONFIG = LlamaConfig(257, 64, 128, 2, 4, 2, 16, RotaryConfig())
 
@@ -90,6 +93,46 @@ def test_quantize_reports_and_saves(plain: Path, tmp_path: Path) -> None:
         "seconds",
     }
     assert result("inspect", tmp_path / "out")["matrices"]["layers_1.v_proj.kernel"]["bits"] == 4
+    assert len(report["seconds_per_block"]) == 2
+
+
+def test_where_nobody_watches_progress_is_lines(plain: Path, tmp_path: Path) -> None:
+    arguments = ("--sequences", 4, "--sequence-length", 64, "--hidden-on-disk")
+    done = spqr("quantize", plain, tmp_path / "out", *arguments, "--json")
+    report = json.loads(done.stdout)
+    lines = done.stderr.splitlines()
+    assert len(lines) == 2 + len(report["matrices"])
+    seconds = report["seconds_per_block"]
+    assert lines[0] == f"block 1 of 2: {seconds[0]:.1f} s per block, 0:00:{round(seconds[0]):02} left"
+    assert lines[8] == f"block 2 of 2: {seconds[1]:.1f} s per block, 0:00:00 left"
+    matrix = report["matrices"]["layers_0.q_proj"]
+    error, share = f"{matrix['relative_error']:.2e}", f"{matrix['outlier_share']:.2%}"
+    assert lines[1] == f"  layers_0.q_proj: error {error}, outliers {share}"
+
+
+def test_on_a_terminal_progress_is_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = io.StringIO()
+    monkeypatch.setattr(console, "console", Console(file=screen, force_terminal=True, width=100))
+    with console.track_blocks(22) as show:
+        show(BlockReport(7, 41.25, {}))
+    shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", screen.getvalue())
+    for part in ("quantizing blocks", "━", "7/22 41.2 s per block, 0:10:19 left"):
+        assert part in shown
+
+
+def test_a_stopped_command_goes_on_where_it_was(plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ("quantize", plain, tmp_path / "out", "--sequences", 4, "--sequence-length", 64)
+    with monkeypatch.context() as patch:
+        patch.setattr(streaming, "finish", mock.Mock(side_effect=OSError("No space left on device")))
+        done = spqr(*arguments)
+    assert done.returncode == 1
+    assert "2 blocks are finished: make room, and the same command goes on" in done.stderr
+    refused = spqr(*arguments, "--bits", 4)
+    assert refused.returncode == 1
+    assert "unfinished run with config.bits 3, not 4" in refused.stderr
+    done = spqr(*arguments)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert result("inspect", tmp_path / "out")["matrices"]["layers_1.v_proj.kernel"]["bits"] == 3
 
 
 def test_round_to_nearest_needs_no_text(plain: Path, tmp_path: Path) -> None:
