@@ -91,8 +91,8 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def write(results: Results, path: Path) -> None:
-    """Writes a JSON file, at once: who reads it finds the old content or the new one."""
+def write(results: Any, path: Path) -> None:
+    """Writes a dataclass with `rows` as JSON, at once: who reads the file finds the old content or the new one."""
     partial = path.with_name(f".{path.name}.partial")
     rows = [json.dumps(dataclasses.asdict(row)) for row in results.rows]
     head = json.dumps(dataclasses.asdict(dataclasses.replace(results, rows=())), indent=1)

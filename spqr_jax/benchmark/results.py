@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,15 +85,8 @@ class Results:
     rows: tuple[Row, ...] = ()
 
 
-def write(results: Results, path: Path) -> None:
-    """Writes a JSON file, at once: who reads it finds the old content or the new one."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(dataclasses.asdict(results), indent=1) + "\n")
-    os.replace(partial, path)
-
-
 def read(path: Path) -> Results:
-    """What `write` has written.
+    """What `pallas_kernels.benchmark.rows.write` has written.
 
     Example:
       >>> read(Path("notebooks/results/decode-h100-predicted.json")).measured
