@@ -9,7 +9,6 @@ What is in such a directory, `<destination>.partial`:
   * `manifest.json`: that of the complete checkpoint, just before the checkpoint gets its own name.
 """
 
-import fcntl
 import json
 import math
 import os
@@ -89,6 +88,8 @@ def claim(directory: Path, description: Mapping[str, Any]) -> Iterator[None]:
     Raises:
       CheckpointError: another run has begun there, the first difference is named; or another process is at it.
     """
+    import fcntl  # which Windows does not have
+
     if not directory.exists():
         with writing(directory), new_directory(directory) as incomplete:
             (incomplete / RUN).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
