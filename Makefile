@@ -13,7 +13,7 @@ demo: $(VENV)/installed
 	$(BIN)/python -m spqr_jax.demo
 
 test: $(VENV)/installed-test
-	$(BIN)/python -m pytest -q -m 'not gpu'
+	$(BIN)/python -m pytest -q -m 'not gpu' --durations 25
 
 # All that a GPU is needed for, in 8 minutes, with the Python that is there (JAX with CUDA) and installing nothing. A step
 # that fails keeps no other from running.
