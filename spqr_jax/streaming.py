@@ -14,8 +14,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 from jaxtyping import Int
-from numpy.typing import ArrayLike
 
 from spqr_jax.checkpoint import CheckpointError, Entries, check_destination, describe_model
 from spqr_jax.config import SpqrConfig

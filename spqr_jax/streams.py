@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 from jaxtyping import Float, Int, PyTree
-from numpy.typing import ArrayLike
 
 from spqr_jax.config import SpqrConfig
 from spqr_jax.hessian import InputMoments, complete, input_moments
