@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from interpreted import run_interpreted
 from jax.sharding import AxisType, PartitionSpec
 from random_packed import random_packed
 
@@ -66,13 +67,7 @@ def rng() -> np.random.Generator:
 def run(implementation: str, function: Callable[..., Any], *args: Any) -> Any:
     """Compiled, with NaN in the memory that results will get: where kernels are interpreted, JAX does that."""
     if implementation == "interpret":
-        # XLA's fusions for CPUs compute the same things many times over in programs like these.
-        options = {
-            "xla_backend_optimization_level": 0,
-            "xla_llvm_disable_expensive_passes": True,
-            "xla_disable_hlo_passes": "fusion,cpu-instruction-fusion",
-        }
-        return jax.jit(function).lower(*args).compile(compiler_options=options)(*args)
+        return run_interpreted(function, *args)
     if jax.default_backend() != "gpu":
         pytest.skip("no GPU")
     compiled = jax.jit(function).lower(*args).compile()

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from interpreted import run_interpreted
 from random_packed import random_packed
 from typer.testing import CliRunner
 
@@ -133,13 +134,13 @@ def test_the_default_is_the_first_candidate():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", DEFAULT)
-def test_every_candidate_gives_the_product(name):
+def test_candidates_give_the_product(name):
+    """Some of them; tuning checks each that it measures."""
     packed = random_packed(np.random.default_rng(0), 64, 272)
-    x = jnp.asarray(np.random.default_rng(1).standard_normal((3, 272)), jnp.float32)
-    expected = spqr_matmul(x, packed, implementation="xla")
-    # Those that differ in warps alone are the same where they are interpreted.
-    for tile in {(tile.sets, tile.rows, tile.columns, tile.steps): tile for tile in candidates(name)}.values():
-        y = MATMULS[name](x.astype(jnp.float16), packed, tile=tile, interpret=True)
+    x = jnp.asarray(np.random.default_rng(1).standard_normal((3, 272)), jnp.float16)
+    expected = spqr_matmul(x.astype(jnp.float32), packed, implementation="xla")
+    for tile in candidates(name)[5::11]:
+        y = run_interpreted(functools.partial(MATMULS[name], tile=tile, interpret=True), x, packed)
         assert np.linalg.norm(y - expected) < 2e-3 * np.linalg.norm(expected), tile
 
 
