@@ -2,7 +2,7 @@
 
 from pallas_kernels.dequantize import spqr_dequantize
 from pallas_kernels.matmul import spqr_matmul
-from pallas_kernels.rows import concatenate_rows, split_rows
+from pallas_kernels.rows import concatenate_rows, join_rows, split_rows
 from pallas_kernels.tensor import (
     QuantizedStatistics,
     SpqrTensor,
@@ -19,6 +19,7 @@ __all__ = [
     "bits_per_weight",
     "check_format",
     "concatenate_rows",
+    "join_rows",
     "outlier_share",
     "pack",
     "split_rows",

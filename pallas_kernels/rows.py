@@ -107,20 +107,47 @@ def split_rows(tensor: SpqrTensor, parts: int) -> SpqrTensor:
     if tensor.codes.ndim > 3:
         raise ValueError(f"a stack of {len(tensor.codes)} matrices cannot be split by rows; split each of them")
     out, _ = tensor.shape
-    unit = math.lcm(*(out // len(level) for level in (tensor.scale_scale, tensor.zero_scale) if level is not None))
+    unit = rows_together(tensor)
     if parts < 1 or out % (parts * unit):
         groups = "" if unit == 1 else f" of whole statistics groups of {unit} rows"
         raise ValueError(f"{out} output rows do not divide into {parts} parts{groups}")
+    rows = out // parts
+    return stack([slice_rows(tensor, start, start + rows) for start in range(0, out, rows)])
+
+
+def join_rows(parts: SpqrTensor, out: int) -> SpqrTensor:
+    """Inverse of `split_rows`: the first `out` rows of a stack's matrices one above the other, outliers trimmed.
+
+    Args:
+      parts: a concrete stack of matrices.
+      out: rows of the result; what follows them was padding.
+
+    Example:
+      >>> join_rows(split_rows(w, 4), w.shape[0])  # w
+    """
+    return slice_rows(concatenate_rows([element(parts, index) for index in range(len(parts.codes))]), 0, out)
+
+
+def slice_rows(tensor: SpqrTensor, start: int, stop: int) -> SpqrTensor:
+    """Rows `start` to `stop` of a concrete packed matrix: whole statistics groups of it, see `rows_together`."""
+    out, _ = tensor.shape
     pieces: dict[str, Any] = {
-        name: jnp.split(array, parts, axis=-2) for name in ROW_FIELDS if (array := getattr(tensor, name)) is not None
+        name: array[..., start * array.shape[-2] // out : stop * array.shape[-2] // out, :]
+        for name in ROW_FIELDS
+        if (array := getattr(tensor, name)) is not None
     }
-    outliers = _split_outliers(tensor, parts)
-    return stack(
-        [
-            replace(tensor, **{name: arrays[part] for name, arrays in pieces.items()}, **outliers[part])
-            for part in range(parts)
-        ]
-    )
+    if tensor.row_offsets is not None:
+        offsets, columns, values = map(np.asarray, (tensor.row_offsets, tensor.outlier_columns, tensor.outlier_values))
+        own = offsets[start : stop + 1]
+        used = slice(own[0], own[-1])
+        pieces |= {"row_offsets": own - own[0], "outlier_columns": columns[used], "outlier_values": values[used]}
+    return replace(tensor, **pieces)
+
+
+def rows_together(tensor: SpqrTensor) -> int:
+    """Rows whose statistics are quantized together, which cannot be taken apart."""
+    levels = (tensor.scale_scale, tensor.zero_scale)
+    return math.lcm(*(tensor.shape[0] // len(level) for level in levels if level is not None))
 
 
 def _shared_by_rows(tensor: SpqrTensor) -> dict[str, Any]:
@@ -170,17 +197,3 @@ def _joined_outliers(tensors: Sequence[SpqrTensor]) -> dict[str, Any]:
         "outlier_columns": jnp.asarray(np.concatenate([tensor.outlier_columns for tensor in trimmed])),
         "outlier_values": jnp.asarray(np.concatenate([tensor.outlier_values for tensor in trimmed])),
     }
-
-
-def _split_outliers(tensor: SpqrTensor, parts: int) -> list[dict[str, Any]]:
-    """CSR of each part's rows."""
-    if tensor.row_offsets is None:
-        return [{}] * parts
-    offsets, columns, values = map(np.asarray, (tensor.row_offsets, tensor.outlier_columns, tensor.outlier_values))
-    rows = tensor.shape[0] // parts
-    pieces = []
-    for start in range(0, tensor.shape[0], rows):
-        own = offsets[start : start + rows + 1]
-        used = slice(own[0], own[-1])
-        pieces.append({"row_offsets": own - own[0], "outlier_columns": columns[used], "outlier_values": values[used]})
-    return pieces

@@ -2,13 +2,18 @@
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.lax.linalg import cholesky, triangular_solve
 from jaxtyping import Array, Float
 
 REFIT_DAMPING = 0.1
 """λ of the refit as a share of mean diag H; keeps the weights where the inputs say little."""
 
+
+REFIT_BLOCK = 128
+"""Features that the refit's product takes at once: so few that rows are rounded alike however many there are."""
 
 PANELS = 4
 """Parts in which a Hessian is summed; with four, 5/8 of the products of the full square."""
@@ -48,20 +53,31 @@ def _product(a: Float[Array, "tokens rows"], b: Float[Array, "tokens columns"]) 
     return jnp.matmul(a.T, b, precision="highest", preferred_element_type=jnp.float32)
 
 
-def refit(weights: tuple[Float[Array, "_ in"], ...], moments: InputMoments) -> tuple[Float[Array, "_ in"], ...]:
-    """W + W (C − H)(H + λI)⁻¹: what best gives the original outputs W x₀ from the inputs x, held to W by λ.
-
-    Minimizes Σ ‖W x₀ − W' x‖² + λ ‖W' − W‖² with λ = 0.1 · mean diag H. The weights are as they came where the
-    moments have no C.
-    """
-    hessian, cross = moments
-    if cross is None:
-        return weights
+def drift(hessian: Float[Array, "in in"], cross: Float[Array, "in in"]) -> Float[Array, "in in"]:
+    """(C − H)(H + λI)⁻¹ with λ = 0.1 · mean diag H; see `InputMoments`."""
     ridge = REFIT_DAMPING * jnp.mean(jnp.diag(hessian))
     lower = cholesky(hessian + ridge * jnp.eye(len(hessian)), symmetrize_input=False)
-    drift = triangular_solve(lower, cross - hessian, lower=True, transpose_a=True)
-    drift = triangular_solve(lower, drift, lower=True)
-    return tuple(weight + jnp.matmul(weight, drift, precision="highest") for weight in weights)
+    solved = triangular_solve(lower, cross - hessian, lower=True, transpose_a=True)
+    return triangular_solve(lower, solved, lower=True)
+
+
+def refit(weights: tuple[Float[Array, "_ in"], ...], drift: Float[Array, "in in"]) -> tuple[Float[Array, "_ in"], ...]:
+    """W + W (C − H)(H + λI)⁻¹: what best gives the original outputs W x₀ from the inputs x, held to W by λ.
+
+    Minimizes Σ ‖W x₀ − W' x‖² + λ ‖W' − W‖².
+    """
+    kernel = jnp.concatenate(weights).T
+    features = len(kernel)
+
+    def blocks(matrix: Float[Array, "in columns"]) -> Float[Array, "blocks block columns"]:
+        padded = jnp.pad(matrix, ((0, -features % REFIT_BLOCK), (0, 0)))
+        return padded.reshape(-1, REFIT_BLOCK, matrix.shape[1])
+
+    def add(total: Float[Array, "in out"], block: tuple[Array, Array]) -> tuple[Array, None]:
+        return total + jnp.matmul(block[0].T, block[1], precision="highest"), None
+
+    change, _ = jax.lax.scan(add, jnp.zeros_like(kernel), (blocks(drift), blocks(kernel)))
+    return tuple(jnp.split((kernel + change).T, np.cumsum([len(weight) for weight in weights])[:-1]))
 
 
 def relative_error(

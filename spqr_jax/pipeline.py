@@ -6,23 +6,27 @@ Source: Dettmers et al. 2023 (arXiv 2306.03078), section 4; the order inside a b
 
 import time
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
+from jax.sharding import Mesh
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
-from pallas_kernels import SpqrTensor, bits_per_weight, outlier_share, trim
+from pallas_kernels import SpqrTensor, bits_per_weight, join_rows, outlier_share, trim
 from spqr_jax.config import SpqrConfig
-from spqr_jax.hessian import InputMoments, refit, relative_error
+from spqr_jax.hessian import InputMoments, drift, refit, relative_error
 from spqr_jax.memory import release_freed
+from spqr_jax.mesh import along, by_rows, flat, put, to_host
 from spqr_jax.models.decoder import Block, Decoder, Params, layer_name
 from spqr_jax.models.stacking import unstack_blocks
 from spqr_jax.solver import check_finite, check_matrix, quantize_shared
-from spqr_jax.streams import Allocate, Streams, advance, embed, is_traced, split
+from spqr_jax.streams import Allocate, Streams, advance, check_shares, embed, is_traced, split
 from spqr_jax.vocabulary import check_vocabulary
 
 
@@ -51,7 +55,12 @@ class QuantizedBlock(NamedTuple):
 
 
 def quantize(
-    params: Params, calibration_tokens: Int[ArrayLike, "sequences tokens"] | None, *, model: Decoder, config: SpqrConfig
+    params: Params,
+    calibration_tokens: Int[ArrayLike, "sequences tokens"] | None,
+    *,
+    model: Decoder,
+    config: SpqrConfig,
+    mesh: Mesh | None = None,
 ) -> tuple[Params, dict[str, MatrixReport]]:
     """Quantizes every matrix of the decoder blocks; embedding, norms, biases and head stay as they are.
 
@@ -63,13 +72,15 @@ def quantize(
       calibration_tokens: token ids of sequences of equal length; None gives round-to-nearest.
       model: the Flax module.
       config: what to quantize to.
+      mesh: devices that share the work, all axes as one: each has its share of the calibration sequences, and solves
+        its share of the rows of each matrix. H and its factor every device has whole. Not under `jax.jit`.
 
     Returns:
       The tree with an `SpqrTensor` in the place of each quantized kernel, and a report per matrix.
 
     Raises:
       ValueError: sizes that do not fit the format, values that are not finite, token ids outside the vocabulary, too
-        few tokens; the message names the tensor and the numbers.
+        few tokens, or sequences that the devices cannot share evenly; the message names the tensor and the numbers.
 
     Example:
       >>> quantized, report = quantize(params, tokens, model=model, config=COMPACT)
@@ -77,26 +88,37 @@ def quantize(
     """
     quantized = dict(unstack_blocks(params))
     report: dict[str, MatrixReport] = {}
-    for block in quantize_blocks(params, calibration_tokens, model=model, config=config):
+    for block in quantize_blocks(params, calibration_tokens, model=model, config=config, mesh=mesh):
         quantized[block.name] = block.params
         report |= block.report
     return quantized, report
 
 
 def quantize_blocks(
-    params: Params, calibration_tokens: Int[ArrayLike, "sequences tokens"] | None, *, model: Decoder, config: SpqrConfig
+    params: Params,
+    calibration_tokens: Int[ArrayLike, "sequences tokens"] | None,
+    *,
+    model: Decoder,
+    config: SpqrConfig,
+    mesh: Mesh | None = None,
 ) -> Iterator[QuantizedBlock]:
     """The same, block by block, for callers that show progress or write each block when it is finished."""
+    if mesh is not None and is_traced((params, calibration_tokens)):
+        raise ValueError(
+            "with a mesh, quantize cannot be traced: call it outside jax.jit, it compiles its parts itself"
+        )
+    mesh = flat(mesh)
     params = unstack_blocks(params)
     block = model.new_block()
     check_weights(params, model, config)
     streams: tuple[Streams, ...] = ()
     if calibration_tokens is not None:
         check_tokens(calibration_tokens, params[layer_name(0)], model)
+        check_shares(len(jnp.asarray(calibration_tokens)), config, mesh)
         streams = split(embed(model, params, calibration_tokens), config)
     for index in range(model.config.num_layers):
         name = layer_name(index)
-        finished, streams = quantize_block(block, name, params[name], streams, config)
+        finished, streams = quantize_block(block, name, params[name], streams, config, mesh=mesh)
         yield finished
 
 
@@ -107,6 +129,7 @@ def quantize_block(
     streams: tuple[Streams, ...],
     config: SpqrConfig,
     allocate: Allocate = np.empty,
+    mesh: Mesh | None = None,
 ) -> tuple[QuantizedBlock, tuple[Streams, ...]]:
     """Quantizes one block, and carries the hidden states of the calibration sequences to its output.
 
@@ -117,6 +140,7 @@ def quantize_block(
       streams: hidden states before it, see `split`; none gives round-to-nearest.
       config: what to quantize to.
       allocate: `allocate(shape, dtype)` makes the arrays of hidden states.
+      mesh: devices that share the work.
 
     Raises:
       ValueError: hidden states or Hessians are not finite.
@@ -126,14 +150,14 @@ def quantize_block(
       >>> block, streams = quantize_block(model.new_block(), "layers_0", params["layers_0"], streams, config)
     """
     # Once here, not at each use.
-    dense = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params)
+    dense = jax.tree.map(partial(place, mesh=mesh), params)
     solved: dict[str, _Solved] = {}
     if streams:
-        streams, solved = _quantize_in_stages(block, dense, streams, config, name, allocate)
+        streams, solved = _quantize_in_stages(block, dense, streams, config, name, allocate, mesh)
         _check_hidden(streams, name)
     else:
         for matrix in block.matrices():
-            solved |= _solve((matrix,), dense, [], config, name)
+            solved |= _solve((matrix,), dense, [], config, name, mesh)
     kernels = {matrix: s.packed for matrix, s in solved.items()}
     report = {f"{name}.{matrix}": s.report for matrix, s in solved.items()}
     return QuantizedBlock(name, _with_kernels(params, kernels), report), streams
@@ -193,13 +217,27 @@ class _Solved(NamedTuple):
     report: MatrixReport
 
 
+def place(leaf: Float[Any, "..."], mesh: Mesh | None) -> Float[Array, "..."]:
+    """A parameter as the solver takes it; on a mesh, a kernel whose output features divide is cut along them."""
+    if mesh is None:
+        return jnp.asarray(leaf, jnp.float32)
+    axis = 1 if leaf.ndim == 2 and leaf.shape[1] % mesh.size == 0 else None
+    return put(leaf.astype(np.float32), along(mesh, axis))
+
+
 def _quantize_in_stages(
-    block: Block, params: Params, streams: tuple[Streams, ...], config: SpqrConfig, name: str, allocate: Allocate
+    block: Block,
+    params: Params,
+    streams: tuple[Streams, ...],
+    config: SpqrConfig,
+    name: str,
+    allocate: Allocate,
+    mesh: Mesh | None,
 ) -> tuple[tuple[Streams, ...], dict[str, _Solved]]:
     """Solves a block's matrices stage by stage and carries all streams to its output."""
 
     def run(streams: tuple[Streams, ...], number: int, running: Params) -> tuple[Any, ...]:
-        parts = (advance(block, number, running, params, part, allocate) for part in streams)
+        parts = (advance(block, number, running, params, part, allocate, mesh) for part in streams)
         return tuple(zip(*parts, strict=True))
 
     solved: dict[str, _Solved] = {}
@@ -207,7 +245,7 @@ def _quantize_in_stages(
     for number, stage in enumerate(block.stages):
         streams, moments = run(streams, number, running)
         for feed, matrices in stage.feeds.items():
-            solved |= _solve(matrices, params, [part.pop(feed) for part in moments], config, name)
+            solved |= _solve(matrices, params, [part.pop(feed) for part in moments], config, name, mesh)
         if config.sequential:
             running = _with_kernels(params, {matrix: s.kernel for matrix, s in solved.items()})
     if not config.sequential:
@@ -219,7 +257,12 @@ def _quantize_in_stages(
 
 
 def _solve(
-    matrices: tuple[str, ...], params: Params, moments: list[InputMoments], config: SpqrConfig, block_name: str
+    matrices: tuple[str, ...],
+    params: Params,
+    moments: list[InputMoments],
+    config: SpqrConfig,
+    block_name: str,
+    mesh: Mesh | None,
 ) -> dict[str, _Solved]:
     """Quantizes matrices that share an input, and reports on each.
 
@@ -231,13 +274,13 @@ def _solve(
     release_freed()
     started = time.perf_counter()
     kernels = tuple(params[matrix]["kernel"] for matrix in matrices)
-    weights = _refit(kernels, moments[0] if moments else None)
+    weights = _refit(kernels, moments[0] if moments else None, mesh)
     hessians: Any = [part.hessian for part in moments]
     moments.clear()
     hessian = hessians.pop() if hessians else None
     while hessians:
         hessian = hessian + hessians.pop()
-    packed, dense, finite = quantize_shared(weights, hessian, config)
+    packed, dense, finite = quantize_shared(weights, hessian, config, mesh)
     errors = _relative_errors(weights, dense, hessian)
     seconds = float("nan")
     if not is_traced(finite):
@@ -246,7 +289,10 @@ def _solve(
                 f"{block_name}: the Hessian of the input of {', '.join(matrices)} cannot be factorized, not even with "
                 f"{1000 * config.damping:g} of its mean diagonal added; look for NaNs or extreme values in the inputs"
             )
-        packed = tuple(trim(tensor) for tensor in packed)
+        if mesh is None:
+            packed = tuple(trim(tensor) for tensor in packed)
+        else:
+            packed = tuple(_joined(tensor, len(weight)) for tensor, weight in zip(packed, weights, strict=True))
         seconds = time.perf_counter() - started
     total = sum(kernel.size for kernel in kernels)
 
@@ -261,11 +307,35 @@ def _solve(
     }
 
 
-@jax.jit
-def _refit(kernels: tuple[Float[Array, "in _"], ...], moments: InputMoments | None) -> tuple[Float[Array, "_ in"], ...]:
+def _joined(parts: SpqrTensor, out: int) -> SpqrTensor:
+    """The matrix of which each device has packed its rows."""
+    if parts.row_offsets is not None:
+        # Not all the room for outliers is to leave the devices; powers of two, so that few programs are compiled.
+        most = int(to_host(parts.row_offsets)[:, -1].max())
+        room = 1 << max(most - 1, 0).bit_length()
+        parts = replace(
+            parts,
+            outlier_columns=_first(parts.outlier_columns, room),
+            outlier_values=_first(parts.outlier_values, room),
+        )
+    return jax.device_put(join_rows(jax.tree.map(to_host, parts), out))
+
+
+@partial(jax.jit, static_argnames="count")
+def _first(array: Shaped[Array, "parts _"], count: int) -> Shaped[Array, "parts count"]:
+    return array[:, :count]
+
+
+@partial(jax.jit, static_argnames="mesh")
+def _refit(
+    kernels: tuple[Float[Array, "in _"], ...], moments: InputMoments | None, mesh: Mesh | None
+) -> tuple[Float[Array, "_ in"], ...]:
     """The weights to be quantized."""
     weights = tuple(kernel.T for kernel in kernels)
-    return weights if moments is None else refit(weights, moments)
+    if moments is None or moments.cross is None:
+        return weights
+    refitted = by_rows(refit, mesh, weights, drift(moments.hessian, moments.cross), unit=16)
+    return tuple(r[: len(w)] for r, w in zip(refitted, weights, strict=True))
 
 
 @jax.jit

@@ -11,15 +11,20 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.lax.linalg import cholesky, triangular_solve
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from pallas_kernels import QuantizedStatistics, SpqrTensor, check_format, pack, trim
 from pallas_kernels.tensor import Statistics
 from spqr_jax.config import SpqrConfig
+from spqr_jax.mesh import by_rows, gather
 from spqr_jax.statistics import decode, encode, leave_one_out_gain, min_max_fit, quantize_statistics
 
 BLOCK_COLUMNS = 128
 """Columns after which errors are carried to the whole rest of the matrix."""
+
+BLOCK_ROWS = 16
+"""Rows whose sums are added up later, see `outlier_threshold`."""
 
 LARGEST_WEIGHT = 2.0**14
 """A quarter of float16's range: room for residuals and for the corrections of other columns' errors."""
@@ -139,39 +144,78 @@ def factorize(hessian: Float[Array, "in in"], config: SpqrConfig) -> Factor:
     return Factor(factor, dead, permutation)
 
 
-@partial(jax.jit, static_argnames="config")
+@partial(jax.jit, static_argnames=("config", "mesh"))
 def quantize_shared(
-    weights: tuple[Float[Array, "_ in"], ...], hessian: Float[Array, "in in"] | None, config: SpqrConfig
+    weights: tuple[Float[Array, "_ in"], ...],
+    hessian: Float[Array, "in in"] | None,
+    config: SpqrConfig,
+    mesh: Mesh | None = None,
 ) -> tuple[tuple[SpqrTensor, ...], tuple[Float[Array, "_ in"], ...], Bool[Array, ""]]:
     """Quantizes matrices that share an input, in one solve over all their rows.
 
-    Returns the packed matrices, outliers not trimmed; what `dequantize` makes of them; and whether the Hessian could
-    be factorized.
+    Args:
+      weights: the matrices; on a mesh, spread over its devices by rows.
+      hessian: H of their input, or None.
+      config: what to quantize to.
+      mesh: devices that share the rows of each matrix, whole statistics groups each.
+
+    Returns:
+      The packed matrices, outliers not trimmed; on a mesh, each as the stack of its devices' parts, see
+      `pallas_kernels.split_rows`, with rows of zeros at the end of a matrix that does not divide.
+      What `dequantize` makes of them, spread like the weights.
+      Whether the Hessian could be factorized.
     """
     columns = weights[0].shape[1]
     if hessian is None:
         factor = Factor(jnp.eye(columns), jnp.zeros(columns, bool), None)
     else:
         factor = factorize(hessian.astype(jnp.float32), config)
-    ordered = [_in_order(weight.astype(jnp.float32), factor) for weight in weights]
-    threshold = None
+    ordered = tuple(_in_order(weight.astype(jnp.float32), factor) for weight in weights)
+    thresholds = None
     if config.outlier_threshold is not None:
-        threshold = jnp.concatenate(
-            [jnp.full(len(w), outlier_threshold(w, factor.inverse_factor, config.outlier_threshold)) for w in ordered]
-        )
+        thresholds = [outlier_threshold(w, factor.inverse_factor, config.outlier_threshold, mesh) for w in ordered]
+    rows = partial(_quantize_rows, config, mesh is not None)
+    packed, dense = by_rows(rows, mesh, ordered, thresholds, factor, unit=config.stats_group_size)
+    dense = tuple(d[: len(w)] for d, w in zip(dense, weights, strict=True))
+    return packed, dense, jnp.isfinite(factor.inverse_factor).all()
+
+
+def _quantize_rows(
+    config: SpqrConfig,
+    as_part: bool,
+    ordered: tuple[Float[Array, "_ in"], ...],
+    thresholds: list[Float[Array, ""]] | None,
+    factor: Factor,
+) -> tuple[tuple[SpqrTensor, ...], tuple[Float[Array, "_ in"], ...]]:
+    """Solves and packs matrices whose columns are in quantization order; as parts, they get a leading axis."""
+    threshold = None
+    if thresholds is not None:
+        threshold = jnp.concatenate([jnp.full(len(w), t) for w, t in zip(ordered, thresholds, strict=True)])
     solution = solve(jnp.concatenate(ordered), factor.inverse_factor, threshold, config)
     starts = [0, *itertools.accumulate(len(w) for w in ordered)]
     parts = [_rows(solution, start, stop) for start, stop in itertools.pairwise(starts)]
     packed = tuple(_pack(part, factor, config) for part in parts)
-    dense = tuple(_dense(part, factor, config) for part in parts)
-    return packed, dense, jnp.isfinite(factor.inverse_factor).all()
+    if as_part:
+        packed = jax.tree.map(lambda array: array[None], packed)
+    return packed, tuple(_dense(part, factor, config) for part in parts)
 
 
 def outlier_threshold(
-    weight: Float[Array, "out in"], inverse_factor: Float[Array, "in in"], relative_threshold: float
+    weight: Float[Array, "out in"],
+    inverse_factor: Float[Array, "in in"],
+    relative_threshold: float,
+    mesh: Mesh | None = None,
 ) -> Float[Array, ""]:
     """T = τ · mean_i(Var_rows(W[:, i]) / U_ii²), variance unbiased; the weight in quantization order, dead ones 0."""
-    variance = jnp.var(weight, axis=0, ddof=1)
+
+    def sum_rows(values: Float[Array, "out in"]) -> Float[Array, " in"]:
+        # In two steps, so that the order of the sum is the same wherever the rows are.
+        padded = jnp.pad(values, ((0, -len(values) % BLOCK_ROWS), (0, 0)))
+        blocks = padded.reshape(-1, BLOCK_ROWS, values.shape[1]).sum(axis=1)
+        return jax.lax.optimization_barrier(gather(blocks, mesh)).sum(axis=0)
+
+    mean = sum_rows(weight) / len(weight)
+    variance = sum_rows(jnp.square(weight - mean)) / (len(weight) - 1)
     return relative_threshold * jnp.mean(variance / jnp.square(jnp.diag(inverse_factor)))
 
 

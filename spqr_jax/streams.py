@@ -1,4 +1,4 @@
-"""Hidden states of the calibration sequences: all in host memory, a few at a time on the device."""
+"""Hidden states of the calibration sequences: all in host memory, a few at a time on each device."""
 
 import math
 from collections.abc import Callable
@@ -8,15 +8,18 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike
-from jaxtyping import Float, Int, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 from spqr_jax.config import SpqrConfig
 from spqr_jax.hessian import InputMoments, complete, input_moments
+from spqr_jax.mesh import AXIS, along, gather, put, shares, to_host
 from spqr_jax.models.decoder import Block, Decoder, Params, State, make_context
 
 SEQUENCES_AT_ONCE = 2
-"""Calibration sequences that go through a stage together: so few that activations stay in the cache."""
+"""Calibration sequences that go through a stage together on a device: so few that activations stay in the cache."""
 
 Allocate = Callable[[tuple[int, ...], np.dtype], np.ndarray]
 
@@ -55,8 +58,24 @@ def split(hidden: Float[Any, "sequences tokens hidden"], config: SpqrConfig) -> 
     return (paired, Streams({"hidden": hidden[half:]}, None)) if len(hidden) > half else (paired,)
 
 
+def check_shares(sequences: int, config: SpqrConfig, mesh: Mesh | None) -> None:
+    """Raises a ValueError where the devices of a mesh cannot have equally many sequences of each part."""
+    parts = [len(part.quantized["hidden"]) for part in split(np.empty((sequences, 0, 0)), config)]
+    if any(part % shares(mesh) for part in parts):
+        raise ValueError(
+            f"{sequences} calibration sequences go through the model in parts of {' and '.join(map(str, parts))}, "
+            f"which {shares(mesh)} devices cannot share evenly: give a multiple of {len(parts) * shares(mesh)}"
+        )
+
+
 def advance(
-    block: Block, stage_index: int, running: Params, original: Params, streams: Streams, allocate: Allocate = np.empty
+    block: Block,
+    stage_index: int,
+    running: Params,
+    original: Params,
+    streams: Streams,
+    allocate: Allocate = np.empty,
+    mesh: Mesh | None = None,
 ) -> tuple[Streams, dict[str, InputMoments]]:
     """Takes all sequences through one stage of a block, and sums the moments of the inputs that it makes.
 
@@ -67,31 +86,40 @@ def advance(
       original: parameters for the original model's.
       streams: the states before the stage; they stay as they are.
       allocate: makes the arrays for the states after it.
+      mesh: devices that share the sequences.
     """
-    feeds = block.stages[stage_index].feeds
-    zero = {feed: jnp.zeros((original[names[0]]["kernel"].shape[0],) * 2) for feed, names in feeds.items()}
-    total = {feed: InputMoments(z, None if streams.original is None else jnp.copy(z)) for feed, z in zero.items()}
-    step = partial(_step, block, stage_index, running, original)
-    total, streams = scan_batches(step, total, streams, allocate)
-    return streams, {feed: _complete(moments) for feed, moments in total.items()}
+    total = {}
+    for feed, names in block.stages[stage_index].feeds.items():
+        features = original[names[0]]["kernel"].shape[0]
+        rows = -(-features // shares(mesh)) * shares(mesh)
+        zeros = partial(jnp.zeros, (rows, features), device=along(mesh, 0))
+        total[feed] = InputMoments(zeros(), None if streams.original is None else zeros())
+    step = partial(_step, block, stage_index, mesh, running, original)
+    total, streams = scan_batches(step, total, streams, allocate, mesh)
+    return streams, {feed: _whole(mesh, moments) for feed, moments in total.items()}
 
 
 def scan_batches(
-    step: Callable[[Any, Any], tuple[Any, Any]], total: PyTree, arrays: PyTree, allocate: Allocate = np.empty
+    step: Callable[[Any, Any], tuple[Any, Any]],
+    total: PyTree,
+    arrays: PyTree,
+    allocate: Allocate = np.empty,
+    mesh: Mesh | None = None,
 ) -> tuple[PyTree, PyTree]:
-    """Like `jax.lax.scan` of `step` over batches of a few sequences, but no more than one batch is on the device.
+    """Like `jax.lax.scan` of `step` over batches of a few sequences, but no more than one batch is on the devices.
 
     Args:
       step: `(total, batch) -> (total, batch of results)`.
       total: what goes from step to step.
       arrays: in host memory, the sequences along their first axis; traced ones are scanned over by JAX.
       allocate: `allocate(shape, dtype)` makes the arrays of the results.
+      mesh: devices among which each batch is divided.
 
     Returns:
       The last total, and the results of all batches.
     """
     sequences = len(jax.tree.leaves(arrays)[0])
-    batch = math.gcd(sequences, SEQUENCES_AT_ONCE)
+    batch = math.gcd(sequences // shares(mesh), SEQUENCES_AT_ONCE) * shares(mesh)
     if is_traced(arrays):
         batches = jax.tree.map(lambda a: a.reshape(-1, batch, *a.shape[1:]), arrays)
         total, results = jax.lax.scan(step, total, batches)
@@ -99,10 +127,10 @@ def scan_batches(
     results = None
     for start in range(0, sequences, batch):
         part = slice(start, start + batch)
-        total, after = step(total, jax.tree.map(lambda a, part=part: a[part], arrays))
+        total, after = step(total, jax.tree.map(lambda a, part=part: put(a[part], along(mesh, 0)), arrays))
         if results is None:
             results = jax.tree.map(lambda a: allocate((sequences, *a.shape[1:]), a.dtype), after)
-        jax.tree.map(lambda whole, a, part=part: np.copyto(whole[part], a), results, after)
+        jax.tree.map(lambda whole, a, part=part: np.copyto(whole[part], to_host(a)), results, after)
     return total, results
 
 
@@ -111,16 +139,36 @@ def is_traced(tree: PyTree) -> bool:
     return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
 
 
-@partial(jax.jit, static_argnames=("block", "stage_index"), donate_argnames="total")
+@partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=5)
 def _step(
     block: Block,
     stage_index: int,
+    mesh: Mesh | None,
     running: Params,
     original: Params,
     total: dict[str, InputMoments],
     streams: Streams,
 ) -> tuple[dict[str, InputMoments], Streams]:
     """Takes a batch of sequences through one stage, and adds the moments of the inputs that it makes."""
+    if mesh is None:
+        return _local_step(block, stage_index, jnp.add, running, original, total, streams)
+    step = partial(_local_step, block, stage_index, _add_of_all_devices)
+    own = P(AXIS)
+    return jax.shard_map(step, mesh=mesh, in_specs=(P(), P(), own, own), out_specs=own)(
+        running, original, total, streams
+    )
+
+
+def _local_step(
+    block: Block,
+    stage_index: int,
+    add: Callable[[Array, Array], Array],
+    running: Params,
+    original: Params,
+    total: dict[str, InputMoments],
+    streams: Streams,
+) -> tuple[dict[str, InputMoments], Streams]:
+    """The same with the sequences of one device."""
     stage = block.stages[stage_index]
     context, _ = make_context(jnp.ones(streams.quantized["hidden"].shape[:2], bool))
 
@@ -130,7 +178,22 @@ def _step(
     state = run(running, streams.quantized)
     reference = None if streams.original is None else run(original, streams.original)
     moments = {feed: input_moments(state[feed], reference and reference[feed]) for feed in stage.feeds}
-    return jax.tree.map(jnp.add, total, moments), Streams(state, reference)
+    return jax.tree.map(add, total, moments), Streams(state, reference)
 
 
-_complete = jax.jit(complete, donate_argnums=0)
+def _add_of_all_devices(total: Float[Array, "rows in"], moments: Float[Array, "in in"]) -> Float[Array, "rows in"]:
+    """Adds what all devices have summed over their sequences to the rows of the total that are this device's.
+
+    One after the other, in the order in which a single device adds them: another order would round otherwise, and
+    sooner or later that gives another order of features, and other codes.
+    """
+    rows, features = total.shape
+    devices = jax.lax.axis_size(AXIS)
+    padded = jnp.pad(moments, ((0, devices * rows - features), (0, 0))).reshape(devices, rows, features)
+    return jax.lax.scan(lambda t, m: (t + m, None), total, jax.lax.all_to_all(padded, AXIS, 0, 0))[0]
+
+
+@partial(jax.jit, static_argnums=0, donate_argnums=1)
+def _whole(mesh: Mesh | None, total: InputMoments) -> InputMoments:
+    """The moments over all sequences; every device gets all of them."""
+    return complete(gather(jax.tree.map(lambda m: m[: m.shape[1]], total), mesh))
