@@ -99,9 +99,12 @@ def quantize(
         bool, typer.Option("--hidden-on-disk", help="Keep hidden states in mapped files, not in memory.")
     ] = False,
     overwrite: Annotated[bool, typer.Option(help="Replace a checkpoint at the destination.")] = False,
+    distributed: Annotated[
+        bool, typer.Option("--distributed", help="One of several processes with this command, see README.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Quantize a model and save it; one block is in memory at a time.
+    """Quantize a model and save it; one block is in memory at a time, and all devices share the work.
 
     What is finished is kept in DESTINATION.partial: stopped by whatever, the same command goes on from there.
 
@@ -109,8 +112,17 @@ def quantize(
     """
     from dataclasses import replace
 
+    if distributed:
+        from spqr_jax.processes import join
+
+        console.reserve_output()
+        join()
+
+    import jax
+
     from spqr_jax.checkpoint import describe
     from spqr_jax.config import COMPACT, NEAR_LOSSLESS
+    from spqr_jax.processes import is_first
     from spqr_jax.streaming import quantize_checkpoint
 
     config = {Preset.COMPACT: COMPACT, Preset.NEAR_LOSSLESS: NEAR_LOSSLESS}[preset]
@@ -133,16 +145,20 @@ def quantize(
         tokens = calibration_tokens(opened.tokenizer, calibration, sequences, sequence_length, seed)
 
     started = time.perf_counter()
+    mesh = jax.make_mesh((jax.device_count(),), ("devices",)) if jax.device_count() > 1 else None
     with console.track_blocks(opened.model.config.num_layers) as show:
         blocks = quantize_checkpoint(
             opened,
             destination,
             tokens,
             config=config,
+            mesh=mesh,
             hidden_on_disk=hidden_on_disk,
             overwrite=overwrite,
-            on_block=show,
+            on_block=show if is_first() else None,
         )
+    if not is_first():
+        return
     matrices = describe(destination)["matrices"].values()
     weights = sum(matrix["shape"][0] * matrix["shape"][1] for matrix in matrices)
     console.emit(

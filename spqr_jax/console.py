@@ -4,13 +4,15 @@ import json
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
+import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -80,14 +82,33 @@ def quiet() -> None:
     logging.getLogger("absl").setLevel(logging.ERROR)
 
 
+def reserve_output() -> None:
+    """Leaves standard output to Python: what C++ prints there, as libraries of communication do, goes to the errors."""
+    results = os.dup(sys.stdout.fileno())
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    sys.stdout = os.fdopen(results, "w", encoding=sys.stdout.encoding)
+
+
 def run(command: Callable[[], Any]) -> None:
     """Runs a command; what a user can cause ends in one line on standard error and exit status 1."""
     try:
         command()
     except (ValueError, OSError) as error:
         message = " ".join(str(error).split())
-        print(f"error: {message}", file=sys.stderr)
-        raise SystemExit(1) from None
+        print(f"error: {message}", file=sys.stderr, flush=True)
+        _leave(1)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        raise SystemExit(130) from None
+        print("interrupted", file=sys.stderr, flush=True)
+        _leave(130)
+    except Exception:
+        if not jax.distributed.is_initialized():
+            raise
+        traceback.print_exc()
+        _leave(1)
+
+
+def _leave(status: int) -> NoReturn:
+    if jax.distributed.is_initialized():
+        # In the ordinary way this process would wait for the others, which wait for it.
+        os._exit(status)
+    raise SystemExit(status) from None

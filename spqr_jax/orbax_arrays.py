@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
@@ -21,12 +22,20 @@ def write_arrays(directory: Path, arrays: Mapping[str, np.ndarray]) -> None:
     Raises:
       Exception: writing failed, as on a full disk: an OSError, or from TensorStore a ValueError.
     """
-    _quietly(ocp.PyTreeCheckpointer().save, directory, dict(arrays))
+    _quietly(_checkpointer().save, directory, dict(arrays))
 
 
 def read_arrays(directory: Path) -> dict[str, np.ndarray]:
     """What `write_arrays` wrote, in host memory."""
-    return _quietly(ocp.PyTreeCheckpointer().restore, directory)
+    return _quietly(_checkpointer().restore, directory)
+
+
+def _checkpointer() -> ocp.Checkpointer:
+    """Works alone: the other processes of a run, if there are any, do not call it at the same time."""
+    own = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(own, active_processes={own}, barrier_sync_key_prefix=f"process_{own}")
+    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
+    return ocp.Checkpointer(handler, multiprocessing_options=alone)
 
 
 def _quietly(function: Callable[..., Any], *args: Any) -> Any:

@@ -6,24 +6,27 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jax.typing import ArrayLike
 from jaxtyping import Int
 
 from spqr_jax.checkpoint import CheckpointError, Entries, check_destination, describe_model
 from spqr_jax.config import SpqrConfig
 from spqr_jax.directories import existing_parent, remove_directory
+from spqr_jax.mesh import flat
 from spqr_jax.models.decoder import Params, layer_name
-from spqr_jax.pipeline import check_tokens, check_weights, quantize_block
+from spqr_jax.pipeline import check_tokens, check_weights, place, quantize_block
+from spqr_jax.processes import agree, is_first
 from spqr_jax.sources import ModelSource
-from spqr_jax.streams import Allocate, embed, split
+from spqr_jax.streams import Allocate, check_shares, embed, split
 from spqr_jax.unfinished import (
     BlockReport,
     State,
@@ -34,6 +37,7 @@ from spqr_jax.unfinished import (
     keep_part,
     record,
     resume,
+    tidy,
     writing,
 )
 
@@ -44,6 +48,7 @@ def quantize_checkpoint(
     calibration_tokens: Int[ArrayLike, "sequences tokens"] | None,
     *,
     config: SpqrConfig,
+    mesh: Mesh | None = None,
     hidden_on_disk: bool = False,
     overwrite: bool = False,
     on_block: Callable[[BlockReport], None] | None = None,
@@ -56,11 +61,15 @@ def quantize_checkpoint(
     What is finished is kept in `<destination>.partial`. The same call, after whatever stopped it, goes on with the
     first block that is not finished.
 
+    Under `jax.distributed` all processes make the same call, on files that all of them see, with a mesh of all their
+    devices. Each keeps the hidden states of all sequences; the first writes.
+
     Args:
       source: the model, see `converters.open_pretrained` and `open_checkpoint`.
       destination: directory of the checkpoint, see `load`.
       calibration_tokens: token ids of sequences of equal length; None gives round-to-nearest.
       config: what to quantize to.
+      mesh: devices that share the work, see `quantize`.
       hidden_on_disk: keep the hidden states of the calibration sequences in mapped files, not in memory.
       overwrite: replace a checkpoint that is there, once the new one is complete.
       on_block: called with the report of each block when it is finished.
@@ -79,31 +88,43 @@ def quantize_checkpoint(
       >>> quantize_checkpoint(source, "smollm2-3bit", calibration, config=COMPACT)
       >>> model, params, tokenizer = load("smollm2-3bit")
     """
+    mesh = flat(mesh)
     destination = Path(destination).resolve()
     directory = destination.with_name(f"{destination.name}.partial")
     published = is_published(directory, destination)
     if not published:
         check_destination(destination, overwrite=overwrite)
     tokens = None if calibration_tokens is None else np.asarray(calibration_tokens)
-    description = _survey(source, tokens, config, directory)
-    with claim(directory, description):
+    description = _survey(source, tokens, config, mesh, directory)
+    agree("the run", description)
+    with claim(directory, description) if is_first() else nullcontext():
+        agree("the directory", str(directory))
         with writing(directory):
             state = resume(directory, hidden_on_disk=hidden_on_disk)
-        if published:
-            remove_directory(directory)
-            return state.blocks
+            if is_first():
+                tidy(directory, state)
+        agree("as the number of finished blocks, which all read from the same disk,", len(state.blocks))
         allocate = partial(allocate_in_file, directory) if hidden_on_disk else np.empty
-        for following in _states(source, tokens, config, directory, state, allocate):
+        for following in () if published else _states(source, tokens, config, mesh, directory, state, allocate):
             state = following
             if on_block is not None:
                 on_block(state.blocks[-1])
-        with writing(directory):
-            finish(directory, destination, state, source.model, source.tokenizer)
+        if is_first():
+            with writing(directory):
+                if published:
+                    remove_directory(directory)
+                else:
+                    finish(directory, destination, state, source.model, source.tokenizer)
+        agree("the end", True)
         return state.blocks
 
 
 def _survey(
-    source: ModelSource, tokens: Int[np.ndarray, "sequences tokens"] | None, config: SpqrConfig, directory: Path
+    source: ModelSource,
+    tokens: Int[np.ndarray, "sequences tokens"] | None,
+    config: SpqrConfig,
+    mesh: Mesh | None,
+    directory: Path,
 ) -> dict[str, Any]:
     """Reads and checks all that goes into a run, part by part, and says what tells it from another."""
     digests, size = {}, 0
@@ -113,6 +134,7 @@ def _survey(
         check_weights({name: part}, source.model, config)
         if name == blocks[0] and tokens is not None:
             check_tokens(tokens, part, source.model)
+            check_shares(len(tokens), config, mesh)
         digests[name] = _digest(part)
         size += sum(leaf.nbytes for leaf in jax.tree.leaves(part))
     parent = existing_parent(directory)
@@ -140,6 +162,7 @@ def _states(
     source: ModelSource,
     tokens: Int[np.ndarray, "sequences tokens"] | None,
     config: SpqrConfig,
+    mesh: Mesh | None,
     directory: Path,
     state: State,
     allocate: Allocate,
@@ -150,15 +173,18 @@ def _states(
     if not state.blocks:
         state = _start(source, tokens, config, directory, allocate)
     started = time.perf_counter()
-    for name, params in _read_ahead(source.parts, blocks[len(state.blocks) :]):
+    for name, params in _read_ahead(source.parts, blocks[len(state.blocks) :], mesh):
         streams = jax.tree.unflatten(structure, state.hidden)
-        block, streams = quantize_block(source.model.new_block(), name, params, streams, config, allocate)
+        block, streams = quantize_block(source.model.new_block(), name, params, streams, config, allocate, mesh)
+        entries = dict(state.entries)
         with writing(directory):
-            entries = {**state.entries, name: keep_part(directory, name, block.params)}
+            if is_first():
+                entries[name] = keep_part(directory, name, block.params)
             now = time.perf_counter()
             report = BlockReport(len(state.blocks) + 1, now - started, block.report)
             state = State(entries, [*state.blocks, report], jax.tree.leaves(streams))
-            record(directory, state)
+            if is_first():
+                record(directory, state)
         started = now
         yield state
 
@@ -172,7 +198,7 @@ def _start(
 ) -> State:
     """Writes what stays as it is, and embeds the calibration tokens."""
     ends: dict[str, Entries] = {}
-    for name in source.parts.keys() - set(_blocks(source)):
+    for name in source.parts.keys() - set(_blocks(source)) if is_first() else ():
         with writing(directory):
             ends[name] = keep_part(directory, name, source.parts[name]())
     if tokens is None:
@@ -185,16 +211,18 @@ def _blocks(source: ModelSource) -> list[str]:
     return [layer_name(index) for index in range(source.model.config.num_layers)]
 
 
-def _read_ahead(parts: Mapping[str, Callable[[], Params]], names: Sequence[str]) -> Iterator[tuple[str, Params]]:
+def _read_ahead(
+    parts: Mapping[str, Callable[[], Params]], names: Sequence[str], mesh: Mesh | None
+) -> Iterator[tuple[str, Params]]:
     """The named parts in order; while the caller works on one, a thread reads the next."""
     with ThreadPoolExecutor(1) as pool:
         reading = [pool.submit(parts[name]) for name in names[:1]]
         for index, name in enumerate(names):
-            params = {module: _with_float32_kernel(arrays) for module, arrays in reading.pop().result().items()}
+            # As the solver takes them: a kernel in the source's type is not needed any more.
+            params = {module: _placed(arrays, mesh) for module, arrays in reading.pop().result().items()}
             reading += [pool.submit(parts[following]) for following in names[index + 1 : index + 2]]
             yield name, params
 
 
-def _with_float32_kernel(arrays: Params) -> Params:
-    """As the solver takes it: the kernel in the source's type is not needed any more."""
-    return arrays | {"kernel": jnp.asarray(arrays["kernel"], jnp.float32)} if "kernel" in arrays else arrays
+def _placed(arrays: Params, mesh: Mesh | None) -> Params:
+    return arrays | {"kernel": place(arrays["kernel"], mesh)} if "kernel" in arrays else arrays

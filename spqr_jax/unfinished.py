@@ -124,11 +124,14 @@ def resume(directory: Path, *, hidden_on_disk: bool) -> State:
       directory: where.
       hidden_on_disk: hidden states stay in their files, and are mapped into memory.
     """
-    remove_leftovers(directory)
     finished = count_finished(directory)
-    state = _read_state(directory / f"state-{finished}", hidden_on_disk) if finished else State({}, [], [])
+    return _read_state(directory / f"state-{finished}", hidden_on_disk) if finished else State({}, [], [])
+
+
+def tidy(directory: Path, state: State) -> None:
+    """Deletes what a run that was stopped has left beside its last state."""
+    remove_leftovers(directory)
     _keep_only(directory, state)
-    return state
 
 
 def count_finished(directory: Path) -> int:
