@@ -5,10 +5,12 @@ The first writes files and talks to people; all compute, and all must come to th
 
 import json
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
+from flax.traverse_util import flatten_dict
 from jax.experimental import multihost_utils
 
 HEARTBEAT_SECONDS = 30
@@ -40,22 +42,22 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
-def agree(what: str, value: Any) -> None:
-    """Waits for all processes, and makes sure that they have the same value, of which `json` can make text.
+def agree(values: Mapping[str, Any]) -> None:
+    """Waits for all processes, and makes sure that they have the same values: nested dicts of what `json` has.
 
     Raises:
-      ValueError: one has another value than the first.
+      ValueError: one has another value than the first; which, is named.
     """
     if jax.process_count() == 1:
         return
-    own = json.dumps(value, sort_keys=True).encode()
-    lengths = multihost_utils.process_allgather(np.array([len(own)])).reshape(-1)
-    texts = multihost_utils.process_allgather(np.frombuffer(own.ljust(max(lengths)), np.uint8))
-    for process, text in enumerate(texts):
-        if not np.array_equal(text, texts[0]):
-            raise ValueError(f"process {process} has {what} {_short(text)}, process 0 has {_short(texts[0])}")
-
-
-def _short(text: np.ndarray) -> str:
-    decoded = text.tobytes().decode().rstrip()
-    return decoded if len(decoded) < 80 else f"{decoded[:76]} ..."
+    own = np.frombuffer(json.dumps(values).encode(), np.uint8)
+    most = int(multihost_utils.process_allgather(np.array(own.size)).max())
+    texts = multihost_utils.process_allgather(np.pad(own, (0, most - own.size), constant_values=ord(" ")))
+    first, *others = (flatten_dict(json.loads(text.tobytes()), sep=".") for text in texts)
+    for process, other in enumerate(others, 1):
+        for key in (*first, *other):
+            if first.get(key) != other.get(key):
+                raise ValueError(
+                    f"process {process} has {key} {other.get(key)}, process 0 has {first.get(key)}: all must be given "
+                    "the same, and see the same files"
+                )

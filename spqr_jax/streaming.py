@@ -96,14 +96,14 @@ def quantize_checkpoint(
         check_destination(destination, overwrite=overwrite)
     tokens = None if calibration_tokens is None else np.asarray(calibration_tokens)
     description = _survey(source, tokens, config, mesh, directory)
-    agree("the run", description)
+    agree(description)
     with claim(directory, description) if is_first() else nullcontext():
-        agree("the directory", str(directory))
+        agree({"directory": str(directory)})
         with writing(directory):
             state = resume(directory, hidden_on_disk=hidden_on_disk)
             if is_first():
                 tidy(directory, state)
-        agree("as the number of finished blocks, which all read from the same disk,", len(state.blocks))
+        agree({"finished blocks": len(state.blocks)})
         allocate = partial(allocate_in_file, directory) if hidden_on_disk else np.empty
         for following in () if published else _states(source, tokens, config, mesh, directory, state, allocate):
             state = following
@@ -115,7 +115,7 @@ def quantize_checkpoint(
                     remove_directory(directory)
                 else:
                     finish(directory, destination, state, source.model, source.tokenizer)
-        agree("the end", True)
+        agree({"finished blocks": len(state.blocks)})
         return state.blocks
 
 
