@@ -24,6 +24,7 @@ from pallas_kernels import SpqrTensor
 from spqr_jax.directories import existing_parent, new_directory
 from spqr_jax.models import Decoder
 from spqr_jax.models.decoder import Params
+from spqr_jax.models.layers import mesh_of
 from spqr_jax.models.stacking import unstack_blocks
 
 SHARD_BYTES = 5_000_000_000
@@ -49,7 +50,8 @@ def export_huggingface(
       dtype: type of all weights.
 
     Raises:
-      ConversionError: the directory exists, writing failed, projections are fused, or a weight overflows `dtype`.
+      ConversionError: the directory exists, writing failed, projections are fused, matrices are split over devices, or
+        a weight overflows `dtype`.
 
     Example:
       >>> model, params, tokenizer = load("smollm2-3bit")
@@ -80,8 +82,9 @@ def export_hf_spqr(
       tokenizer: written too, if given.
 
     Raises:
-      ConversionError: the directory exists, writing failed, projections are fused, no matrix is packed, or one is
-        packed otherwise than the format has it or has a bias, which the official module lacks.
+      ConversionError: the directory exists, writing failed, projections are fused, matrices are split over devices, no
+        matrix is packed, or one is packed otherwise than the format has it or has a bias, which the official module
+        lacks.
 
     Example:
       >>> model, params, tokenizer = load("smollm2-3bit")
@@ -116,6 +119,8 @@ def export_hf_spqr(
 
 def _weights(model: Decoder, params: Params) -> Iterator[Named]:
     """Hugging Face's name of each tensor, with its array, in PyTorch's orientation, or its packed matrix."""
+    if mesh_of(params) is not None:
+        raise ConversionError("The parameters are split over devices; export those they were made from.")
     flat = flatten_dict(unstack_blocks(params))
     for target in family_of(model).layout(model.config, "huggingface").targets:
         if target.path not in flat:

@@ -1,8 +1,10 @@
 """The packed SpQR format and the operations on it; usable without the rest of the library."""
 
+from pallas_kernels.columns import split_columns
 from pallas_kernels.dequantize import spqr_dequantize
 from pallas_kernels.matmul import spqr_matmul
 from pallas_kernels.rows import concatenate_rows, join_rows, split_rows
+from pallas_kernels.split import SplitTensor, split_matmul
 from pallas_kernels.tensor import (
     QuantizedStatistics,
     SpqrTensor,
@@ -15,6 +17,7 @@ from pallas_kernels.tensor import (
 
 __all__ = [
     "QuantizedStatistics",
+    "SplitTensor",
     "SpqrTensor",
     "bits_per_weight",
     "check_format",
@@ -22,6 +25,8 @@ __all__ = [
     "join_rows",
     "outlier_share",
     "pack",
+    "split_columns",
+    "split_matmul",
     "split_rows",
     "spqr_dequantize",
     "spqr_matmul",

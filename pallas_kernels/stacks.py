@@ -61,12 +61,13 @@ def element(stacked: SpqrTensor, index: int) -> SpqrTensor:
 
 def _capacity(tensor: SpqrTensor) -> int:
     assert tensor.outlier_values is not None
-    return tensor.outlier_values.shape[0]
+    return tensor.outlier_values.shape[-1]
 
 
 def _pad_outliers(tensor: SpqrTensor, capacity: int) -> SpqrTensor:
     def padded(array: Array | None) -> Any:
         # Through NumPy: JAX would compile anew for each length.
-        return np.pad(np.asarray(array), (0, capacity - _capacity(tensor)))
+        host = np.asarray(array)
+        return np.pad(host, [(0, 0)] * (host.ndim - 1) + [(0, capacity - _capacity(tensor))])
 
     return replace(tensor, outlier_columns=padded(tensor.outlier_columns), outlier_values=padded(tensor.outlier_values))

@@ -10,7 +10,7 @@ from spqr_jax.checkpoint import CheckpointError, load, open_checkpoint, save
 from spqr_jax.config import COMPACT, NEAR_LOSSLESS, SpqrConfig
 from spqr_jax.evaluation import perplexity
 from spqr_jax.generation import generate
-from spqr_jax.models import fuse_projections
+from spqr_jax.models import fuse_projections, shard_params
 from spqr_jax.pipeline import MatrixReport, quantize, quantize_blocks
 from spqr_jax.solver import quantize_matrix
 from spqr_jax.streaming import quantize_checkpoint
@@ -34,6 +34,7 @@ __all__ = [
     "quantize_checkpoint",
     "quantize_matrix",
     "save",
+    "shard_params",
     "spqr_dequantize",
     "summarize",
 ]

@@ -35,6 +35,7 @@ from pallas_kernels.tensor import ARRAY_FIELDS
 from spqr_jax.directories import existing_parent, new_directory
 from spqr_jax.models import FAMILIES, Decoder
 from spqr_jax.models.decoder import Params
+from spqr_jax.models.layers import mesh_of
 from spqr_jax.models.stacking import unstack_blocks
 from spqr_jax.orbax_arrays import read_arrays, write_arrays
 from spqr_jax.sources import ModelSource
@@ -79,7 +80,8 @@ def save(
 
     Raises:
       CheckpointError: the destination is taken (see `check_destination`), the model is of a family that is not
-        supported, or writing failed, as on a full disk; the destination is then as it was.
+        supported, its matrices are split over devices, or writing failed, as on a full disk; the destination is then as
+        it was.
 
     Example:
       >>> save("smollm2-3bit", model, quantized, tokenizer=tokenizer)
@@ -87,6 +89,8 @@ def save(
     destination = Path(directory).resolve()
     check_destination(destination, overwrite=overwrite)
     family_name(model)
+    if mesh_of(params) is not None:
+        raise CheckpointError("parameters that are split over devices cannot be saved; save those they were made from.")
     try:
         with new_directory(destination) as incomplete:
             entries = [write_part(incomplete, name, part) for name, part in unstack_blocks(params).items()]

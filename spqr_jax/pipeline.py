@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, Shaped
 
-from pallas_kernels import SpqrTensor, bits_per_weight, join_rows, outlier_share, trim
+from pallas_kernels import SplitTensor, SpqrTensor, bits_per_weight, join_rows, outlier_share, trim
 from spqr_jax.config import SpqrConfig
 from spqr_jax.hessian import InputMoments, drift, refit, relative_error
 from spqr_jax.memory import release_freed
@@ -175,7 +175,7 @@ def check_weights(params: Params, model: Decoder, config: SpqrConfig) -> None:
     matrices = {f"{layer_name(index)}.{matrix}" for index in range(model.config.num_layers) for matrix in names}
     for path, leaf in flatten_dict(params, sep=".").items():
         name = path.removesuffix(".kernel")
-        if isinstance(leaf, SpqrTensor):
+        if isinstance(leaf, SpqrTensor | SplitTensor):
             raise ValueError(f"{name} is quantized already; start from the original weights")
         if name in matrices:
             check_matrix(name, leaf.T, config)

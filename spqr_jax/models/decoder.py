@@ -6,7 +6,7 @@ forward pass per block, each matrix quantized for the inputs that it will see.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -14,9 +14,10 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from spqr_jax.models.layers import Linear, linear
+from spqr_jax.models.layers import Linear, linear, mesh_of
 
 Params = dict[str, Any]
 State = dict[str, Float[Array, "batch tokens ..."]]
@@ -45,12 +46,14 @@ class Context:
       mask: which slots a token may attend to; without a KV cache the slots are the tokens.
       slot_positions: place of the token in each slot in its sequence; 0 or less where there is none.
       offset: first slot to be written in the KV cache.
+      mesh: devices over which matrices are split, if they are.
     """
 
     positions: Int[Array, "batch tokens"]
     mask: Bool[Array, "batch tokens slots"]
     slot_positions: Int[Array, "batch slots"]
     offset: Int[Array, ""]
+    mesh: Mesh | None = flax.struct.field(pytree_node=False, default=None)
 
 
 @flax.struct.dataclass
@@ -73,6 +76,8 @@ class Block(nn.Module):
     """A decoder block as a chain of stages over a state that starts as `{"hidden": x}` and ends as such."""
 
     config: Any
+    by_columns: ClassVar[tuple[str, ...]]
+    """Names of the matrices that `shard_params` splits by columns; the others it splits by rows."""
 
     @property
     def stages(self) -> tuple[Stage, ...]:
@@ -91,6 +96,10 @@ class Block(nn.Module):
     def matrices(self) -> tuple[str, ...]:
         """Names of the matrices that are quantized, in the order in which they are used."""
         return tuple(name for names in self.feeds().values() for name in names)
+
+    def heads(self) -> dict[str, int]:
+        """For each matrix whose rows are those of heads, their number; `shard_params` cuts none of them."""
+        raise NotImplementedError
 
     def project(self, state: State) -> tuple[State, State]:
         """Multiplies every entry of a state that feeds matrices by each of them.
@@ -164,6 +173,7 @@ class Decoder(nn.Module):
         """What the head reads: the normalized output of the last block, and the cache with the new tokens in it."""
         mask = jnp.ones(tokens.shape, bool) if mask is None else mask
         context, valid = make_context(mask, cache)
+        context = replace(context, mesh=mesh_of(self.variables))
         hidden = self.embed(tokens)
         blocks: Any = None if cache is None else cache.blocks
         if "blocks" in self.variables["params"]:

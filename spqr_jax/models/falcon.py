@@ -53,6 +53,7 @@ class FalconBlock(Block):
     """
 
     config: FalconConfig
+    by_columns: ClassVar[tuple[str, ...]] = ("dense", "dense_4h_to_h")
 
     @property
     def stages(self) -> tuple[Stage, ...]:
@@ -72,6 +73,9 @@ class FalconBlock(Block):
             Stage("attention_and_activate", {"attention_output": ("dense",), "mlp_hidden": ("dense_4h_to_h",)}),
             Stage("residual", {}),
         )
+
+    def heads(self) -> dict[str, int]:
+        return {"query_key_value": self.config.num_kv_heads}
 
     def setup(self) -> None:
         c = self.config
@@ -133,7 +137,7 @@ class FalconBlock(Block):
             queries = rotate(queries, context.positions, c.rotary)
             keys = rotate(keys, context.positions, c.rotary)
         state, keys, values = extend_cache(state, keys, values, context.offset)
-        attended = attend(queries, keys, values, context.mask, bias)
+        attended = attend(queries, keys, values, context.mask, bias, context.mesh)
         return {**state, "attention_output": attended.reshape(batch, tokens, -1)}
 
 

@@ -15,7 +15,8 @@ def fuse_projections(params: Params, model: Decoder) -> Params:
 
     In a LLaMA those are q, k and v, and gate and up: a block goes from seven products to four. Which they are is what
     the block's stages declare. The models run from either form, with the same results: y = x [ŵ_0; ŵ_1; …]ᵀ is cut into
-    the products. Matrices stay apart where they are dense, or where in any block they differ in permutation or format.
+    the products. Matrices stay apart where they are dense or split over devices, or where in any block they differ in
+    permutation or format.
 
     Args:
       params: parameters of `model`, stacked or not; those already fused are returned as they are.

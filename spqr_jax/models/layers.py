@@ -7,9 +7,11 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels import SpqrTensor, spqr_matmul
+from pallas_kernels import SplitTensor, SpqrTensor, split_matmul, spqr_matmul
 
 QUERY_CHUNK = 256
 """Queries whose scores are held at once in a forward pass without a KV cache."""
@@ -17,15 +19,24 @@ QUERY_CHUNK = 256
 
 def linear(
     x: Float[Array, "*batch in"],
-    kernel: Float[Array, "in out"] | SpqrTensor,
+    kernel: Float[Array, "in out"] | SpqrTensor | SplitTensor,
     bias: Float[Array, " out"] | None = None,
 ) -> Float[Array, "*batch out"]:
-    """y = x Wᵀ + b; `kernel` is a dense `[in, out]` array or an `SpqrTensor` of shape `(out, in)`.
+    """y = x Wᵀ + b; `kernel` is a dense `[in, out]` array, or an `SpqrTensor` or `SplitTensor` of shape `(out, in)`.
 
     This function is the only place of a model that knows about quantization.
     """
-    y = spqr_matmul(x, kernel) if isinstance(kernel, SpqrTensor) else x @ kernel.astype(x.dtype)
+    if isinstance(kernel, SplitTensor):
+        y = split_matmul(x, kernel)
+    else:
+        y = spqr_matmul(x, kernel) if isinstance(kernel, SpqrTensor) else x @ kernel.astype(x.dtype)
     return y if bias is None else y + bias.astype(x.dtype)
+
+
+def mesh_of(params: Any) -> Mesh | None:
+    """The mesh over which matrices of a parameter tree are split; None where none is."""
+    leaves = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, SplitTensor))
+    return next((leaf.mesh for leaf in leaves if isinstance(leaf, SplitTensor)), None)
 
 
 class Linear(nn.Module):
@@ -146,12 +157,26 @@ def attend(
     values: Float[Array, "batch kv_heads head_dim slots"],
     mask: Bool[Array, "batch tokens slots"],
     bias: Float[Array, "batch heads slots"] | None = None,
+    mesh: Mesh | None = None,
 ) -> Float[Array, "batch tokens heads head_dim"]:
     """softmax(Q Kᵀ / sqrt(head_dim) + bias) V where `mask`; each KV head serves heads / kv_heads query heads.
 
     The mask must be causal: where slots are tokens, later ones are not even looked at. A row whose mask is empty
     (padding) gives the mean of the values that it looks at, never a NaN.
+
+    The devices of a mesh share the KV heads, or all compute all of them where they do not divide.
     """
+    if mesh is None:
+        return _attend_chunks(queries, keys, values, mask, bias)
+    # Left to itself, XLA gathers the cache: it cannot tell whose heads are whose once they are one axis with sequences.
+    axis = mesh.axis_names[0] if keys.shape[1] % mesh.size == 0 else None
+    heads_second, heads_third = P(None, axis), P(None, None, axis)
+    specs = heads_third, heads_second, heads_second, P(), heads_second
+    over = jax.shard_map(_attend_chunks, mesh=mesh, in_specs=specs, out_specs=heads_third)
+    return over(queries, keys, values, mask, bias)
+
+
+def _attend_chunks(queries: Array, keys: Array, values: Array, mask: Array, bias: Array | None) -> Array:
     tokens, slots = queries.shape[1], keys.shape[2]
     if tokens != slots:
         return _attend_all(queries, keys, values, mask, bias)

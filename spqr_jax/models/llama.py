@@ -33,6 +33,7 @@ class LlamaBlock(Block):
     """h = x + o(attention(q, k, v of norm(x))); y = h + down(silu(gate(norm(h))) · up(norm(h)))."""
 
     config: LlamaConfig
+    by_columns: ClassVar[tuple[str, ...]] = ("o_proj", "down_proj")
 
     @property
     def stages(self) -> tuple[Stage, ...]:
@@ -43,6 +44,10 @@ class LlamaBlock(Block):
             Stage("gate", {"mlp_hidden": ("down_proj",)}),
             Stage("mlp_residual", {}),
         )
+
+    def heads(self) -> dict[str, int]:
+        c = self.config
+        return {"q_proj": c.num_heads, "k_proj": c.num_kv_heads, "v_proj": c.num_kv_heads}
 
     def setup(self) -> None:
         c = self.config
@@ -68,7 +73,7 @@ class LlamaBlock(Block):
         queries = rotate(queries, context.positions, self.config.rotary)
         keys = rotate(keys, context.positions, self.config.rotary)
         state, keys, values = extend_cache(state, keys, values, context.offset)
-        attended = attend(queries, keys, values, context.mask)
+        attended = attend(queries, keys, values, context.mask, mesh=context.mesh)
         return {**state, "attention_output": attended.reshape(batch, tokens, -1)}
 
     def attention_residual(self, state: State, context: Context) -> State:

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import SpqrTensor
+from pallas_kernels import SplitTensor, SpqrTensor
 from pallas_kernels.stacks import element, pad, stack
 from spqr_jax.models.decoder import Params, layer_name
 
@@ -28,9 +28,9 @@ def stack_blocks(params: Params) -> Params:
     """
     if "blocks" in params:
         return params
-    layers = _alike_layers(params)
+    layers = alike_layers(params)
     rest = {key: value for key, value in params.items() if key not in layers}
-    return {**rest, "blocks": jax.tree.map(_stack, *layers.values(), is_leaf=_is_packed)}
+    return {**rest, "blocks": jax.tree.map(_stack, *layers.values(), is_leaf=_is_matrix)}
 
 
 def unstack_blocks(params: Params) -> Params:
@@ -48,7 +48,7 @@ def unstack_blocks(params: Params) -> Params:
     count = jax.tree.leaves(params["blocks"])[0].shape[0]
 
     def block(index: int) -> Params:
-        return jax.tree.map(lambda leaf: _unstack(leaf, index), params["blocks"], is_leaf=_is_packed)
+        return jax.tree.map(lambda leaf: _unstack(leaf, index), params["blocks"], is_leaf=_is_matrix)
 
     return {**rest, **{layer_name(index): block(index) for index in range(count)}}
 
@@ -70,10 +70,10 @@ def level_blocks(params: Params) -> Params:
     """
     if "blocks" in params:
         params = unstack_blocks(params)
-    layers = _alike_layers(params)
-    leaves = [jax.tree.leaves(layer, is_leaf=_is_packed) for layer in layers.values()]
-    columns = [pad(column) if _is_packed(column[0]) else column for column in zip(*leaves, strict=True)]
-    structure = jax.tree.structure(params[layer_name(0)], is_leaf=_is_packed)
+    layers = alike_layers(params)
+    leaves = [jax.tree.leaves(layer, is_leaf=_is_matrix) for layer in layers.values()]
+    columns = [pad(column) if isinstance(column[0], SpqrTensor) else column for column in zip(*leaves, strict=True)]
+    structure = jax.tree.structure(params[layer_name(0)], is_leaf=_is_matrix)
     rows = zip(*columns, strict=True)
     return {**params, **{name: jax.tree.unflatten(structure, row) for name, row in zip(layers, rows, strict=True)}}
 
@@ -88,8 +88,8 @@ def block_names(params: Params) -> list[str]:
     return names
 
 
-def _alike_layers(params: Params) -> dict[str, Params]:
-    """The blocks of unstacked parameters, once it is certain that they hold the same arrays."""
+def alike_layers(params: Params) -> dict[str, Params]:
+    """The blocks of unstacked parameters, or a ValueError where they do not hold the same arrays."""
     layers = {name: params[name] for name in block_names(params)}
     if not layers:
         raise ValueError("the parameters hold no blocks: neither 'blocks' nor 'layers_0'")
@@ -101,13 +101,16 @@ def _alike_layers(params: Params) -> dict[str, Params]:
     return layers
 
 
-def _is_packed(leaf: Any) -> bool:
-    return isinstance(leaf, SpqrTensor)
+def _is_matrix(leaf: Any) -> bool:
+    return isinstance(leaf, SpqrTensor | SplitTensor)
 
 
 def _stack(*leaves: Any) -> Any:
-    return stack(leaves) if _is_packed(leaves[0]) else jnp.stack(leaves)
+    if isinstance(leaves[0], SpqrTensor):
+        return stack(leaves)
+    # The parts of a split matrix have room for the same number of outliers in every block, and stay where they are.
+    return jax.tree.map(lambda *arrays: jnp.stack(arrays), *leaves)
 
 
 def _unstack(leaf: Any, index: int) -> Any:
-    return element(leaf, index) if _is_packed(leaf) else leaf[index]
+    return element(leaf, index) if isinstance(leaf, SpqrTensor) else jax.tree.map(lambda array: array[index], leaf)
