@@ -266,14 +266,23 @@ def test_memory_of_eight_devices() -> None:
     run("check_memory")
 
 
-@pytest.mark.parametrize("name", ["llama", "falcon, multi-query"])
+@pytest.mark.parametrize("name", ["llama", pytest.param("falcon, multi-query", marks=pytest.mark.slow)])
 def test_eight_devices_compute_what_one_does(name: str) -> None:
     run("check_model", name, "8")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("devices", ["2", "4", "8"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("name", "devices"),
+    [
+        ("llama", "4"),
+        ("llama, grouped queries and biases", "8"),
+        ("falcon, multi-query", "2"),
+        ("falcon, grouped queries", "2"),
+        ("falcon, grouped queries", "8"),
+        ("falcon, sequential", "4"),
+    ],
+)
 def test_devices_compute_what_one_does(name: str, devices: str) -> None:
     run("check_model", name, devices)
 
