@@ -7,13 +7,16 @@ TORCH := torch==2.13.0
 # Compilers for GPUs, of which only programs and libraries are needed that run without one.
 CUDA := $(addsuffix ==13.5.37,nvidia-cuda-nvcc nvidia-nvvm nvidia-cuda-runtime nvidia-cuda-crt nvidia-cuda-nvdisasm)
 
+# Each worker compiles for itself, mostly on one core, and takes up to 3 GB.
+IN_PARALLEL := -n auto --maxprocesses 4 --dist loadfile
+
 .PHONY: demo test gpu aot-env lint types clean
 
 demo: $(VENV)/installed
 	$(BIN)/python -m spqr_jax.demo
 
 test: $(VENV)/installed-test
-	$(BIN)/python -m pytest -q -m 'not gpu' --durations 25
+	$(BIN)/python -m pytest -q -m 'not gpu' $(IN_PARALLEL) --durations 25
 
 # All that a GPU is needed for, in 8 minutes, with the Python that is there (JAX with CUDA) and installing nothing. A step
 # that fails keeps no other from running.
