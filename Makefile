@@ -8,7 +8,7 @@ TORCH := torch==2.13.0
 CUDA := $(addsuffix ==13.5.37,nvidia-cuda-nvcc nvidia-nvvm nvidia-cuda-runtime nvidia-cuda-crt nvidia-cuda-nvdisasm)
 
 # Each worker compiles for itself, mostly on one core, and takes up to 3 GB.
-IN_PARALLEL := -n auto --maxprocesses 4 --dist loadfile
+IN_PARALLEL := -n auto --maxprocesses 4 --dist worksteal
 
 .PHONY: demo test gpu aot-env lint types clean
 
