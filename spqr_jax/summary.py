@@ -1,8 +1,10 @@
 """A quantized model in a few numbers."""
 
+import math
 from typing import NamedTuple
 
 import jax
+import numpy as np
 from jaxtyping import PyTree
 
 from pallas_kernels import SpqrTensor
@@ -23,7 +25,7 @@ class Summary(NamedTuple):
 
 
 def summarize(params: PyTree) -> Summary:
-    """Totals over all `SpqrTensor`s of a parameter tree; bits and share are 0 where there are none.
+    """Totals over all `SpqrTensor`s of a parameter tree, stacks of them too; bits and share are 0 where there are none.
 
     Example:
       >>> summarize(quantized).bits_per_weight
@@ -31,7 +33,8 @@ def summarize(params: PyTree) -> Summary:
     """
     leaves = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, SpqrTensor))
     packed = [leaf for leaf in leaves if isinstance(leaf, SpqrTensor)]
-    weights = sum(tensor.shape[0] * tensor.shape[1] for tensor in packed)
+    weights = sum(math.prod((*tensor.codes.shape[:-3], *tensor.shape)) for tensor in packed)
     size = sum(tensor.nbytes for tensor in packed)
-    outliers = sum(int(tensor.row_offsets[-1]) for tensor in packed if tensor.row_offsets is not None)
+    offsets = [np.asarray(tensor.row_offsets) for tensor in packed if tensor.row_offsets is not None]
+    outliers = sum(int(per_row[..., -1].sum()) for per_row in offsets)
     return Summary(weights, 8 * size / max(weights, 1), outliers / max(weights, 1))
