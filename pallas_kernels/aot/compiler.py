@@ -173,10 +173,15 @@ def _launches(dump: Path, hlo: str) -> Iterator[Kernel]:
 
 def _assemble(dump: Path) -> dict[str, tuple[int, int, str]]:
     """Registers, bytes spilled and instructions of each kernel whose PTX is in a directory, by name."""
-    files = {path: text for path in dump.glob("*.ptx") if ".entry" in (text := path.read_text())}
-    architectures = {target for text in files.values() for target in re.findall(r"^\.target (\w+)", text, re.MULTILINE)}
-    (architecture,), cubin = architectures, dump / "kernels.cubin"
-    log = _output(_tool("ptxas"), f"-arch={architecture}", "-v", *files, "-o", cubin)
+    # One file at a time: given many, ptxas 13.5 crashes now and then.
+    files = [path for path in sorted(dump.glob("*.ptx")) if ".entry" in path.read_text()]
+    return {name: kernel for path in files for name, kernel in _assemble_file(path).items()}
+
+
+def _assemble_file(ptx: Path) -> dict[str, tuple[int, int, str]]:
+    (architecture,) = re.findall(r"^\.target (\w+)", ptx.read_text(), re.MULTILINE)
+    cubin = ptx.with_suffix(".cubin")
+    log = _output(_tool("ptxas"), f"-arch={architecture}", "-v", ptx, "-o", cubin)
     listing = _output(_tool("nvdisasm"), "-c", cubin)
     sections = re.split(r"^\s*\.section\s+\.text\.([\w$.]+),.*$", listing, flags=re.MULTILINE)
     sass = dict(zip(sections[1::2], sections[2::2], strict=True))
