@@ -25,7 +25,7 @@ from spqr_jax.memory import release_freed
 from spqr_jax.mesh import along, by_rows, flat, put, to_host
 from spqr_jax.models.decoder import Block, Decoder, Params, layer_name
 from spqr_jax.models.stacking import unstack_blocks
-from spqr_jax.solver import check_finite, check_matrix, quantize_shared
+from spqr_jax.solver import BLOCK_ROWS, check_finite, check_matrix, quantize_shared
 from spqr_jax.streams import Allocate, Streams, advance, check_shares, embed, is_traced, split
 from spqr_jax.vocabulary import check_vocabulary
 
@@ -334,7 +334,7 @@ def _refit(
     weights = tuple(kernel.T for kernel in kernels)
     if moments is None or moments.cross is None:
         return weights
-    refitted = by_rows(refit, mesh, weights, drift(moments.hessian, moments.cross), unit=16)
+    refitted = by_rows(refit, mesh, weights, drift(moments.hessian, moments.cross), unit=BLOCK_ROWS)
     return tuple(r[: len(w)] for r, w in zip(refitted, weights, strict=True))
 
 

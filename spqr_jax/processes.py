@@ -27,8 +27,8 @@ def join() -> None:
       ValueError: nothing says who they are.
     """
     numbers = {name: os.environ.get(f"JAX_{name.upper()}") for name in ("num_processes", "process_id")}
-    given: Any = {name: int(number) for name, number in numbers.items() if number is not None}
     try:
+        given: Any = {name: int(number) for name, number in numbers.items() if number is not None}
         jax.distributed.initialize(**given, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
     except ValueError as error:
         raise ValueError(

@@ -24,7 +24,7 @@ BLOCK_COLUMNS = 128
 """Columns after which errors are carried to the whole rest of the matrix."""
 
 BLOCK_ROWS = 16
-"""Rows whose sums are added up later, see `outlier_threshold`."""
+"""Rows that are summed or multiplied together whichever device has them, so that all are rounded alike."""
 
 LARGEST_WEIGHT = 2.0**14
 """A quarter of float16's range: room for residuals and for the corrections of other columns' errors."""

@@ -10,11 +10,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import jax
 import pytest
 from byte_tokenizer import byte_tokenizer
 from test_streaming import assert_identical
 from tiny_models import random_tensors, tiny_config, write_checkpoint
+from virtual_devices import environment
 
 from spqr_jax import load
 
@@ -38,11 +38,8 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Start:
             port = free.getsockname()[1]
         started = []
         for index in range(processes):
-            environment = {
-                **os.environ,
-                "JAX_PLATFORMS": "cpu",
-                "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-                "JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir),
+            variables = {
+                **environment(devices),
                 "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
                 "JAX_NUM_PROCESSES": str(processes),
                 "JAX_PROCESS_ID": str(index),
@@ -52,7 +49,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Start:
             started.append(
                 subprocess.Popen(
                     command,
-                    env=environment,
+                    env=variables,
                     cwd=Path(__file__).parents[1],
                     text=True,
                     stdout=subprocess.PIPE,
@@ -120,8 +117,8 @@ def test_processes_that_are_not_to_do_the_same_end_with_the_difference(start: St
 
 def test_who_the_others_are_must_be_known() -> None:
     command = [sys.executable, "-m", "spqr_jax.cli", "quantize", "source", "out", "--distributed"]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
-    result = subprocess.run(command, env=environment, cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    without = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
+    result = subprocess.run(command, env=without, cwd=Path(__file__).parents[1], capture_output=True, text=True)
     assert result.returncode == 1
     assert result.stderr.startswith("error: the other processes are not known")
     assert len(result.stderr.splitlines()) == 1

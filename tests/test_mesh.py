@@ -5,7 +5,6 @@ eight.
 """
 
 import dataclasses
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +18,8 @@ from byte_tokenizer import byte_tokenizer
 from jax.sharding import Mesh
 from test_streaming import assert_identical
 from tiny_models import random_tensors, tiny_config, write_checkpoint
-from trained_models import LENGTH, MODELS, byte_tokens, trained
+from trained_models import LENGTH, MODELS, byte_tokens, calibration_tokens, trained
+from virtual_devices import environment
 
 from converters import open_pretrained
 from pallas_kernels.packing import unpack_codes
@@ -54,13 +54,10 @@ TOKENS = np.random.default_rng(0).integers(0, 256, (32, 64)).astype(np.int32)
 @pytest.mark.skipif(jax.device_count() == DEVICES, reason="is what runs the others")
 @pytest.mark.parametrize("speed", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
 def test_on_eight_devices(speed: str) -> None:
-    environment = {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES}",
-    }
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", speed, __file__]
-    result = subprocess.run(command, env=environment, cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    result = subprocess.run(
+        command, env=environment(DEVICES), cwd=Path(__file__).parents[1], capture_output=True, text=True
+    )
     assert result.returncode == 0, result.stdout[-5000:]
     assert " passed" in result.stdout
 
@@ -109,10 +106,8 @@ def test_other_settings_and_round_to_nearest(change: dict[str, Any] | None) -> N
 @pytest.mark.parametrize("name", MODELS)
 def test_a_trained_model_keeps_its_codes_and_its_perplexity(name: str) -> None:
     model, params = trained(name)
-    starts = np.random.default_rng(1).integers(0, len(byte_tokens("valid")) - LENGTH, (64, 1))
-    tokens = byte_tokens("valid")[starts + np.arange(LENGTH)]
     one, eight = (
-        quantize(params, tokens, model=model, config=CONFIG, mesh=mesh)[0]
+        quantize(params, calibration_tokens(), model=model, config=CONFIG, mesh=mesh)[0]
         for mesh in (None, jax.make_mesh((DEVICES,), ("data",)))
     )
     equal = [

@@ -2,9 +2,8 @@
 
 from dataclasses import replace
 
-import numpy as np
 import pytest
-from trained_models import LENGTH, MODELS, byte_tokens, trained
+from trained_models import LENGTH, MODELS, byte_tokens, calibration_tokens, trained
 
 from spqr_jax import SpqrConfig, perplexity, quantize, summarize
 
@@ -19,8 +18,7 @@ GPTQ = replace(SPQR, outlier_threshold=None, scale_bits=None, zero_bits=None)
 @pytest.mark.parametrize("name", MODELS)
 def test_spqr_beats_gptq_beats_round_to_nearest(name: str) -> None:
     model, params = trained(name)
-    starts = np.random.default_rng(1).integers(0, len(byte_tokens("valid")) - LENGTH, (64, 1))
-    calibration = byte_tokens("valid")[starts + np.arange(LENGTH)]
+    calibration = calibration_tokens()
     perplexities = [perplexity(model, params, byte_tokens("test"), window=LENGTH, max_windows=400)]
     bits = []
     for config, tokens in ((SPQR, calibration), (GPTQ, calibration), (GPTQ, None)):

@@ -1,6 +1,5 @@
 """Rows of packed matrices, joined and split: weights stay what they are, to the bit."""
 
-import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -15,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from virtual_devices import environment
 
 from pallas_kernels import (
     QuantizedStatistics,
@@ -249,9 +249,7 @@ def check_devices() -> None:
 
 
 def test_each_device_computes_its_rows() -> None:
-    # In a process of its own: the number of devices is settled when JAX starts.
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
-    subprocess.run([sys.executable, __file__], env=environment, check=True)
+    subprocess.run([sys.executable, __file__], env=environment(4), check=True)
 
 
 if __name__ == "__main__":

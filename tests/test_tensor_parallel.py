@@ -1,6 +1,5 @@
 """Packed weights spread over the devices of a mesh: the numbers that one device computes."""
 
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from test_fusion import LOGITS, random_params
 from test_rows import DEQUANTIZE, OUTLIERS, formats, random_packed
+from virtual_devices import environment
 
 from converters import ConversionError, export_hf_spqr, export_huggingface
 from pallas_kernels import (
@@ -242,15 +242,8 @@ def check_model(name: str, count: str) -> None:
 
 
 def run(*arguments: str) -> None:
-    """A check in a process of its own: the number of devices is settled when JAX starts."""
-    environment = {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        "JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
-    }
-    subprocess.run([sys.executable, __file__, *arguments], env=environment, check=True)
+    """A check in a process of its own."""
+    subprocess.run([sys.executable, __file__, *arguments], env=environment(8), check=True)
 
 
 def test_products_on_eight_devices() -> None:

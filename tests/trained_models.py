@@ -57,6 +57,12 @@ def byte_tokens(part: str) -> np.ndarray:
     return np.frombuffer(wikitext2(part).encode(), np.uint8).astype(np.int32)
 
 
+def calibration_tokens() -> np.ndarray:
+    """64 windows of the validation text."""
+    starts = np.random.default_rng(1).integers(0, len(byte_tokens("valid")) - LENGTH, (64, 1))
+    return byte_tokens("valid")[starts + np.arange(LENGTH)]
+
+
 def trained(name: str) -> tuple[Decoder, dict[str, Any]]:
     """A model and its trained parameters."""
     model = MODELS[name]
