@@ -19,7 +19,8 @@ def spqr_matmul(
 ) -> Float[Array, "*batch out"]:
     """y = x ŵᵀ, accumulated in float32, in x's type.
 
-    Can be jitted, mapped (over x, over stacks of w, or both) and differentiated.
+    Can be jitted, mapped (over x, over stacks of w, or both) and differentiated. Where XLA multiplies float32, it does
+    so in the precision of `jax.default_matmul_precision`: on a GPU in TF32, unless that says otherwise.
 
     Args:
       x: activations; the Pallas kernels take bfloat16, float16 and float32.

@@ -18,7 +18,7 @@ from pallas_kernels import QuantizedStatistics, SpqrTensor, check_format, pack, 
 from pallas_kernels.tensor import Statistics
 from spqr_jax.config import SpqrConfig
 from spqr_jax.mesh import by_rows, gather
-from spqr_jax.statistics import decode, encode, leave_one_out_gain, min_max_fit, quantize_statistics
+from spqr_jax.statistics import decode, encode, leave_one_out_gain, min_max_fit, quantize_statistics, rounded
 
 BLOCK_COLUMNS = 128
 """Columns after which errors are carried to the whole rest of the matrix."""
@@ -291,8 +291,8 @@ def _fit(
     def store(values: Array, bits: int | None) -> tuple[Statistics, Array]:
         if bits is not None:
             return quantize_statistics(values, bits, config.stats_group_size, config.stats_dtype)
-        rounded = values.astype(config.stats_dtype).astype(values.dtype)
-        return rounded, rounded
+        stored = rounded(values, config.stats_dtype)
+        return stored, stored
 
     stored_scale, scale = store(scale, config.scale_bits)
     stored_zero, zero = store(zero, config.zero_bits)
@@ -340,7 +340,7 @@ def _dense(solution: Solution, factor: Factor, config: SpqrConfig) -> Float[Arra
     weight = decode(solution.codes, scale, zero)
     if solution.outliers is not None:
         is_outlier, residual = solution.outliers
-        weight += jnp.where(is_outlier, residual.astype(jnp.float16), 0)
+        weight += jnp.where(is_outlier, rounded(residual, jnp.float16), 0)
     return weight if factor.permutation is None else weight.T[jnp.argsort(factor.permutation)].T
 
 

@@ -3,6 +3,7 @@
 Arrays here hold a group's weights along the first axis and output rows along the last.
 """
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float
 
@@ -49,7 +50,7 @@ def quantize_statistics(
     """
     grouped = values.reshape(-1, stats_group_size)
     low, high = grouped.min(axis=1), grouped.max(axis=1)
-    scale, zero = (s.astype(dtype).astype(values.dtype)[:, None] for s in min_max_fit(low, high, bits))
+    scale, zero = (rounded(s, dtype)[:, None] for s in min_max_fit(low, high, bits))
     codes = encode(grouped, scale, zero, bits)
     quantized = QuantizedStatistics(codes.reshape(-1).astype(jnp.uint8), scale[:, 0], zero[:, 0])
     return quantized, decode(codes, scale, zero).reshape(values.shape)
@@ -72,6 +73,12 @@ def leave_one_out_gain(
     errors = jnp.square(group - decode(encode(group, scale, zero, bits), scale, zero)) * weights[:, None]
     total, without_lowest, without_highest = jnp.where(kept, errors, 0).sum(axis=1)
     return jnp.where(lowest, total - without_lowest, jnp.where(highest, total - without_highest, errors[0]))
+
+
+def rounded(values: Float[Array, "*shape"], dtype: DTypeLike) -> Float[Array, "*shape"]:
+    """The values that are left when these are stored in another type, in their own type."""
+    # Otherwise XLA takes out the two conversions on a GPU, and with them the rounding.
+    return jax.lax.optimization_barrier(values.astype(dtype)).astype(values.dtype)
 
 
 def _divisor(scale: Array) -> Array:

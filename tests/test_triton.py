@@ -155,7 +155,8 @@ def test_activations_of_very_different_sizes(kernel, implementation, rng):
 def test_matmul_in_every_regime(batch, dtype, implementation, rng):
     packed = random_packed(rng, 64, 400)
     x = jnp.asarray(rng.standard_normal((*batch, 400)), dtype)
-    y = run(implementation, functools.partial(spqr_matmul, implementation=implementation), x, packed)
+    with jax.default_matmul_precision("highest"):
+        y = run(implementation, functools.partial(spqr_matmul, implementation=implementation), x, packed)
     assert_close(y, exact(x, packed), dtype)
 
 
@@ -198,9 +199,9 @@ def test_gradient_with_respect_to_inputs(implementation, rng):
         return jnp.vdot(cotangent, spqr_matmul(x, packed, implementation=implementation))
 
     weight = np.asarray(spqr_dequantize(packed, implementation="xla"), np.float64)
-    assert_close(
-        run(implementation, jax.grad(loss), x, packed), np.asarray(cotangent, np.float64) @ weight, jnp.float32
-    )
+    with jax.default_matmul_precision("highest"):
+        gradient = run(implementation, jax.grad(loss), x, packed)
+    assert_close(gradient, np.asarray(cotangent, np.float64) @ weight, jnp.float32)
 
 
 def test_each_device_of_a_shard_map_runs_its_rows(rng):

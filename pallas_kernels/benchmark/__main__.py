@@ -39,7 +39,9 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 @app.command()
 def main(
     model: Annotated[
-        list[str], typer.Option(parser=one_of(MODELS), metavar="MODEL", help="Whose matrices; several can be given.")
+        list[str],
+        # Some releases of typer would name it --MODEL.
+        typer.Option("--model", parser=one_of(MODELS), metavar="MODEL", help="Whose matrices; several can be given."),
     ] = list(MODELS),  # noqa: B006
     shape: Annotated[
         list[Any] | None,

@@ -1,6 +1,7 @@
 """Activations as the kernels meet them: read through the permutation, by blocks, scaled for float16 arithmetic."""
 
 import functools
+import itertools
 from typing import Any, NamedTuple
 
 import jax
@@ -20,16 +21,22 @@ LARGEST = 15
 """Activations in float16 are scaled to lie below 2^LARGEST."""
 
 
+COLUMNS = 8
+"""Code words that a program arranges where it is free to choose: few, for then there are many programs."""
+
+
 class Arranged(NamedTuple):
     """x, scaled by a power of two f; columns are code words, padded with zeros to whole tiles.
 
     Attributes:
+      ordered: x itself, in quantization order; None for a matrix without outliers, which alone read it.
       values: x · f · 2^(−p) for code j, which the kernel holds as q · 2^(p − UNIT); in float32, or as pairs of float16
         of the blocks in the low and in the high half of the code words.
       sums: Σ x · f · 2^(−UNIT) over the codes of a group in each block of either half.
       factors: 2^UNIT / f.
     """
 
+    ordered: Float[Array, "in tokens"] | None
     values: Float[Array, "tokens 2 16 columns"] | UInt32[Array, "tokens 16 columns"]
     sums: Float[Array, "tokens 2 groups_per_block columns"]
     factors: Float[Array, "tokens 2 columns"]
@@ -46,19 +53,23 @@ def arrange(
         otherwise in float32, with f = 2^UNIT.
       by_tile: one f for a tile.
     """
-    tokens, tiles = x.shape[0], pl.cdiv(w.codes.shape[2], columns)
+    tokens, padded = x.shape[0], pl.cdiv(w.codes.shape[2], columns) * columns
+    if not by_tile:
+        columns = min(columns, COLUMNS)
 
     def output(*sizes: int, dtype: Any = jnp.float32) -> Any:
-        return result((tokens, *sizes, tiles * columns), dtype, (x, w.permutation))
+        return result((tokens, *sizes, padded), dtype, (x, w.permutation))
 
+    ordered: Any = None if w.row_offsets is None else result(x.shape[::-1], x.dtype, (x, w.permutation))
     return pl.pallas_call(
         functools.partial(_kernel, w=w, columns=columns, by_tile=by_tile, interpret=interpret),
         out_shape=Arranged(
+            ordered,
             output(BLOCK, dtype=jnp.uint32) if pairs else output(2, BLOCK),
             output(2, groups_per_block(w.group_size)),
             output(2),
         ),
-        grid=(tiles, tokens),
+        grid=(padded // columns, tokens),
         compiler_params=plgpu.CompilerParams(num_warps=1),
         interpret=interpret,
         name="spqr_arrange",
@@ -72,14 +83,21 @@ def _kernel(
     token, words = pl.program_id(1), w.codes.shape[2]
     column = pl.program_id(0) * columns + jnp.arange(columns)
 
-    def read(half: int, j: int) -> Array:
+    def read(half: int, j: int) -> tuple[Array, Array]:
         place = (half * words + column) * BLOCK + j
         real = (column < words) & (place < w.in_features)
+        feature = place
         if permutation_ref is not None:
-            place = plgpu.load(permutation_ref.at[place], mask=real, other=0).astype(jnp.int32)
-        return plgpu.load(x_ref.at[token, place], mask=real, other=0).astype(jnp.float32)
+            feature = plgpu.load(permutation_ref.at[place], mask=real, other=0).astype(jnp.int32)
+        # Interpreted, a masked store writes what it has read: beside the array, where nothing else is written.
+        return plgpu.load(x_ref.at[token, feature], mask=real, other=0), jnp.where(real, place, w.in_features)
 
-    values = [[read(half, j) for j in range(BLOCK)] for half in range(2)]
+    read_values = [[read(half, j) for j in range(BLOCK)] for half in range(2)]
+    if arranged.ordered is not None:
+        # Not one by one: a load after a store would wait for it, for it could be from the same place.
+        for value, place in itertools.chain(*read_values):
+            plgpu.store(arranged.ordered.at[place, token], value, mask=place < w.in_features)
+    values = [[value.astype(jnp.float32) for value, _ in block] for block in read_values]
     pairs = arranged.values.dtype == jnp.uint32
     scales = [_power(jnp.full(columns, UNIT))] * 2
     if pairs:

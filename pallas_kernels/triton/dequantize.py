@@ -4,7 +4,6 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
@@ -17,7 +16,7 @@ from pallas_kernels.tiles import DEFAULT, Tile
 from pallas_kernels.triton.code_pairs import UNIT, code_pairs, positions
 from pallas_kernels.triton.instructions import halves, multiply_add
 from pallas_kernels.triton.launch import Launch
-from pallas_kernels.triton.outliers import AT_ONCE, add_outliers, outlier_steps
+from pallas_kernels.triton.outliers import add_outliers
 from pallas_kernels.triton.results import result
 from pallas_kernels.triton.statistics import inside, real, statistics
 
@@ -30,48 +29,39 @@ def dequantize_matrix(
     So the permutation costs nothing: it is where rows are written, each of which, as far as a program has it, fills
     what memory moves at once. To bring many activations into quantization order would take nearly as long as this.
     """
-    return pl.pallas_call(
+    dense: Any = pl.pallas_call(
         functools.partial(_kernel, tile=tile, interpret=interpret),
         out_shape=result(w.shape[::-1], dtype, w),
-        # The second axis is that along which programs share outliers: here one program has them all.
-        grid=(pl.cdiv(w.shape[0], tile.sets * tile.rows), 1),
+        grid=(pl.cdiv(w.codes.shape[2], tile.columns), pl.cdiv(w.shape[0], tile.sets * tile.rows)),
         compiler_params=plgpu.CompilerParams(num_warps=tile.warps, num_stages=1),
         interpret=interpret,
         name="spqr_dequantize",
     )(w)
+    return dense if w.row_offsets is None else add_outliers(dense, w, interpret=interpret)
 
 
 def launch(w: SpqrTensor, tokens: int, tile: Tile) -> Launch:
     """The size of the launch, whatever the number of tokens."""
-    return Launch(steps=pl.cdiv(w.codes.shape[2], tile.columns), outlier_steps=outlier_steps(w, 1, AT_ONCE))
+    return Launch()
 
 
 def _kernel(w: Any, out_ref: Any, *, tile: Tile, interpret: bool) -> None:
     _, out, words = w.codes.shape
-    sets, count, size = tile.sets, tile.rows, tile.columns
-    first = (pl.program_id(0) * sets + jnp.arange(sets)) * count
-
-    def step(i: Array, _: None) -> None:
-        column = i * size + jnp.arange(size)
-        weights = _weights(w, first, column, tile=tile, dtype=out_ref.dtype, interpret=interpret)
-        row = first[:, None, None] + jnp.arange(count)
-        for half in range(2):
-            for j in range(BLOCK):
-                place = (half * words + column) * BLOCK + j
-                known = (column < words) & (place < w.in_features)
-                if w.permutation is not None:
-                    place = plgpu.load(w.permutation.at[place], mask=known, other=0).astype(jnp.int32)
-                # Interpreted, a masked store writes what it has read: beside the matrix, where nothing else is written.
-                place = jnp.where(known, place, w.in_features)[None, :, None]
-                mask = known[None, :, None] & (row < out)
-                plgpu.store(out_ref.at[place, row], weights[half][j], mask=mask)
-
-    jax.lax.fori_loop(0, pl.cdiv(words, size), step, None)
-    if w.row_offsets is not None:
-        # What other threads of the program have written is read again.
-        if not interpret:
-            plgpu.debug_barrier()
-        add_outliers(out_ref, w, rows=first, count=count)
+    sets, count = tile.sets, tile.rows
+    column = pl.program_id(0) * tile.columns + jnp.arange(tile.columns)
+    first = (pl.program_id(1) * sets + jnp.arange(sets)) * count
+    weights = _weights(w, first, column, tile=tile, dtype=out_ref.dtype, interpret=interpret)
+    row = first[:, None, None] + jnp.arange(count)
+    for half in range(2):
+        for j in range(BLOCK):
+            place = (half * words + column) * BLOCK + j
+            known = (column < words) & (place < w.in_features)
+            if w.permutation is not None:
+                place = plgpu.load(w.permutation.at[place], mask=known, other=0).astype(jnp.int32)
+            # Interpreted, a masked store writes what it has read: beside the matrix, where nothing else is written.
+            place = jnp.where(known, place, w.in_features)[None, :, None]
+            mask = known[None, :, None] & (row < out)
+            plgpu.store(out_ref.at[place, row], weights[half][j], mask=mask)
 
 
 def _weights(

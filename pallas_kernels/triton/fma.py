@@ -39,11 +39,12 @@ def fma_matmul(
     sums = pl.pallas_call(
         functools.partial(_kernel, tile=tile, interpret=interpret),
         out_shape=result((tiles, tokens, out), jnp.float32, (x, w)),
-        grid=(pl.cdiv(out, tile.sets * tile.rows), tiles, tokens),
+        # Tiles first: then programs that run on a processor at the same time mostly read the same activations.
+        grid=(tiles, pl.cdiv(out, tile.sets * tile.rows), tokens),
         compiler_params=plgpu.CompilerParams(num_warps=tile.warps, num_stages=1),
         interpret=interpret,
         name="spqr_fma",
-    )(x, arranged, w)
+    )(arranged, w)
     return sums.sum(0).astype(x.dtype)
 
 
@@ -52,13 +53,20 @@ def launch(w: SpqrTensor, tokens: int, tile: Tile) -> Launch:
     return Launch(outlier_steps=outlier_steps(w, pl.cdiv(w.codes.shape[2], tile.columns), AT_ONCE))
 
 
-def _kernel(x_ref: Any, x: Any, w: Any, out_ref: Any, *, tile: Tile, interpret: bool) -> None:
+def _kernel(x: Any, w: Any, out_ref: Any, *, tile: Tile, interpret: bool) -> None:
     bits, out, words = w.codes.shape
     sets, count = tile.sets, tile.rows
-    number, token = pl.program_id(1), pl.program_id(2)
-    first = (pl.program_id(0) * sets + jnp.arange(sets)) * count
+    number, token = pl.program_id(0), pl.program_id(2)
+    first = (pl.program_id(1) * sets + jnp.arange(sets)) * count
     column = number * tile.columns + jnp.arange(tile.columns)
     columns = inside(column, words, sets, tile.columns)
+    # First of all, for they come from far away.
+    words_of_rows = []
+    for r in range(count):
+        rows = first + r
+        mask = real(columns, rows, out, sets * count)
+        # Codes need no zeros where there are none: the activations there are zero.
+        words_of_rows.append([plgpu.load(w.codes.at[k, rows[:, None], column[None]], mask=mask) for k in range(bits)])
 
     def of_x(array: Any, *place: int) -> Array:
         # One address per thread, although the sets share them: then they lie as the codes do.
@@ -85,12 +93,9 @@ def _kernel(x_ref: Any, x: Any, w: Any, out_ref: Any, *, tile: Tile, interpret: 
         products = functools.partial(_products_in_float32, values=values, interpret=interpret)
 
     if w.row_offsets is not None:
-        outliers = outlier_products(x_ref, w, rows=first, count=count, tiles=out_ref.shape[0], interpret=interpret)
+        outliers = outlier_products(x.ordered, w, rows=first, count=count, tiles=out_ref.shape[0], interpret=interpret)
     for r in range(count):
-        rows = first + r
-        mask = real(columns, rows, out, sets * count)
-        # Codes need no zeros where there are none: the activations there are zero.
-        codes = code_pairs([plgpu.load(w.codes.at[k, rows[:, None], column[None]], mask=mask) for k in range(bits)])
+        codes = code_pairs(words_of_rows[r])
         total: Any = None
         for split, (scale, zero) in enumerate(groups):
             places = range(split * BLOCK // splits, (split + 1) * BLOCK // splits)
@@ -99,6 +104,7 @@ def _kernel(x_ref: Any, x: Any, w: Any, out_ref: Any, *, tile: Tile, interpret: 
         y = total.sum(axis=1)
         if w.row_offsets is not None:
             y += outliers[r]
+        rows = first + r
         plgpu.store(out_ref.at[number, token, rows], y, mask=rows < out)
 
 

@@ -22,7 +22,7 @@ from pallas_kernels.triton.arrange import arrange
 from pallas_kernels.triton.code_pairs import UNIT, code_pairs, positions
 from pallas_kernels.triton.instructions import Pair, halves, join, pair_multiply, pair_multiply_add, twice
 from pallas_kernels.triton.launch import Launch
-from pallas_kernels.triton.outliers import outlier_products_of_tokens, outlier_steps
+from pallas_kernels.triton.outliers import IN_TURN, outlier_products_of_tokens, outlier_steps
 from pallas_kernels.triton.results import result
 from pallas_kernels.triton.statistics import inside, real, statistics
 
@@ -48,18 +48,19 @@ def mma_matmul(
     sums = pl.pallas_call(
         functools.partial(_kernel, tile=tile, at_once=at_once, interpret=interpret),
         out_shape=result((tiles, tokens, out), jnp.float32, (x, w)),
-        grid=(pl.cdiv(out, tile.sets * tile.rows), tiles, pl.cdiv(tokens, at_once)),
+        # Tiles first: then programs that run on a processor at the same time mostly read the same activations.
+        grid=(tiles, pl.cdiv(out, tile.sets * tile.rows), pl.cdiv(tokens, at_once)),
         compiler_params=plgpu.CompilerParams(num_warps=tile.warps, num_stages=1),
         interpret=interpret,
         name="spqr_mma",
-    )(None if w.row_offsets is None else x.T, arranged.values, arranged.factors, w)
+    )(arranged.ordered, arranged.values, arranged.factors, w)
     return sums.sum(0).astype(x.dtype)
 
 
 def launch(w: SpqrTensor, tokens: int, tile: Tile) -> Launch:
     """The loops of the kernel, which treats its tokens at once."""
     tiles = pl.cdiv(w.codes.shape[2], tile.columns * tile.steps)
-    return Launch(steps=tile.steps, outlier_steps=outlier_steps(w, tiles, 1))
+    return Launch(steps=tile.steps, outlier_steps=outlier_steps(w, tiles, IN_TURN))
 
 
 def _at_once(tokens: int) -> int:
@@ -70,8 +71,8 @@ def _at_once(tokens: int) -> int:
 def _kernel(
     x_ref: Any, values_ref: Any, factors_ref: Any, w: Any, out_ref: Any, *, tile: Tile, at_once: int, interpret: bool
 ) -> None:
-    number, tokens, out = pl.program_id(1), values_ref.shape[0], w.shape[0]
-    first = (pl.program_id(0) * tile.sets + jnp.arange(tile.sets)) * tile.rows
+    number, tokens, out = pl.program_id(0), values_ref.shape[0], w.shape[0]
+    first = (pl.program_id(1) * tile.sets + jnp.arange(tile.sets)) * tile.rows
     token = pl.program_id(2) * at_once + jnp.arange(at_once)
     known = token < tokens
 

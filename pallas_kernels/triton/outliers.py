@@ -6,7 +6,7 @@ Here and in the other kernels, `w` is an `SpqrTensor` of references to its array
 import functools
 import itertools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,24 +17,30 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.tensor import SpqrTensor
 from pallas_kernels.triton.instructions import multiply_add
 from pallas_kernels.triton.layouts import by_fours
+from pallas_kernels.triton.results import result
 
 AT_ONCE = 8
 """Outliers of one row that a program treats at once."""
+ADDED_AT_ONCE = 128
+"""The same where they are added to a dense matrix."""
+IN_TURN = 4
+"""The same where each is multiplied with several tokens: what the one reads does not wait for the other."""
 
 
 def outlier_products(
-    x_ref: Any, w: Any, *, rows: Int[Array, " sets"], count: int, tiles: int, interpret: bool
+    x_ref: Float[Any, "in tokens"], w: Any, *, rows: Int[Array, " sets"], count: int, tiles: int, interpret: bool
 ) -> list[Float[Array, " sets"]]:
     """Of each of `count` rows from `rows` on, Σ residual · x over this program's share of the row's outliers.
 
-    The grid is (rows, tiles, tokens); the programs of all tiles share the outliers of a row evenly.
+    The grid is (tiles, rows, tokens); the programs of all tiles share the outliers of a row evenly. x is in
+    quantization order: memory serves one place after the other, and the permutation would take as long again.
     """
     token, lane = pl.program_id(2), jnp.arange(AT_ONCE)[None]
 
     def product(_: int, start: Array, stop: Array, i: Array, total: Array) -> Array:
         place = start[:, None] + i * AT_ONCE + lane
         residual, column = _outlier(w, place, place < stop[:, None])
-        value = plgpu.load(x_ref.at[token, _feature(w, column)]).astype(jnp.float32)
+        value = plgpu.load(x_ref.at[column, token]).astype(jnp.float32)
         return multiply_add(residual, value, total, interpret=interpret)
 
     sums = _over_shares(product, w, rows, count, tiles, AT_ONCE, jnp.zeros((rows.shape[0], AT_ONCE), jnp.float32))
@@ -42,7 +48,7 @@ def outlier_products(
 
 
 def outlier_products_of_tokens(
-    x_ref: Any,
+    x_ref: Float[Any, "in tokens"],
     w: Any,
     *,
     rows: Int[Array, " sets"],
@@ -51,33 +57,62 @@ def outlier_products_of_tokens(
     token: Int[Array, " tokens"],
     interpret: bool,
 ) -> list[Float[Array, "sets tokens"]]:
-    """The same for several tokens; x is `[in, tokens]`."""
+    """The same for several tokens."""
 
     def product(_: int, start: Array, stop: Array, i: Array, total: Array) -> Array:
-        place = start + i
-        residual, column = _outlier(w, place, place < stop)
         known = jnp.broadcast_to((token < x_ref.shape[1])[None], total.shape)
-        at = x_ref.at[_feature(w, column)[:, None], by_fours(token)[None]]
-        value = plgpu.load(at, mask=known, other=0).astype(jnp.float32)
-        return multiply_add(jnp.broadcast_to(residual[:, None], total.shape), value, total, interpret=interpret)
+        for n in range(IN_TURN):
+            place = start + i * IN_TURN + n
+            residual, column = _outlier(w, place, place < stop)
+            value = plgpu.load(x_ref.at[column[:, None], by_fours(token)[None]], mask=known, other=0)
+            residual = jnp.broadcast_to(residual[:, None], total.shape)
+            total = multiply_add(residual, value.astype(jnp.float32), total, interpret=interpret)
+        return total
 
-    return _over_shares(product, w, rows, count, tiles, 1, jnp.zeros((rows.shape[0], token.shape[0]), jnp.float32))
+    start = jnp.zeros((rows.shape[0], token.shape[0]), jnp.float32)
+    return _over_shares(product, w, rows, count, tiles, IN_TURN, start)
 
 
-def add_outliers(out_ref: Any, w: Any, *, rows: Int[Array, " sets"], count: int) -> None:
-    """Adds the residuals to the weights in `[in, out]`, of which this program has written these columns."""
-    lane = jnp.arange(AT_ONCE)[None]
+class Outliers(NamedTuple):
+    """The fields of an `SpqrTensor` with which residuals are added to a dense matrix."""
+
+    row_offsets: Array | None
+    outlier_columns: Array | None
+    outlier_values: Array | None
+    permutation: Array | None
+
+
+def add_outliers(dense: Float[Array, "in out"], w: SpqrTensor, *, interpret: bool) -> Float[Array, "in out"]:
+    """Adds the residuals to the dense part ŵᵀ, in place.
+
+    A kernel of its own: so there can be as many programs as rows, and none waits for the dense part of another.
+    """
+    outliers = Outliers(*(getattr(w, name) for name in Outliers._fields))
+    return pl.pallas_call(
+        _add_kernel,
+        out_shape=result(dense.shape, dense.dtype, (dense, outliers)),
+        # The first axis is that along which programs share outliers.
+        grid=(1, w.shape[0]),
+        compiler_params=plgpu.CompilerParams(num_warps=1),
+        input_output_aliases={0: 0},
+        interpret=interpret,
+        name="spqr_add_outliers",
+    )(dense, outliers)
+
+
+def _add_kernel(_: Any, w: Any, out_ref: Any) -> None:
+    row, lane = pl.program_id(1) + jnp.arange(1), jnp.arange(ADDED_AT_ONCE)[None]
 
     def add(r: int, start: Array, stop: Array, i: Array, _: None) -> None:
-        place = start[:, None] + i * AT_ONCE + lane
+        place = start[:, None] + i * ADDED_AT_ONCE + lane
         real = place < stop[:, None]
         residual, column = _outlier(w, place, real)
         # Interpreted, a masked store writes what it has read: beside the matrix, where nothing else is written.
-        at = out_ref.at[jnp.where(real, _feature(w, column), out_ref.shape[0]), (rows + r)[:, None]]
+        at = out_ref.at[jnp.where(real, _feature(w, column), out_ref.shape[0]), (row + r)[:, None]]
         beneath = plgpu.load(at, mask=real, other=0).astype(jnp.float32)
         plgpu.store(at, (beneath + residual).astype(out_ref.dtype), mask=real)
 
-    _over_shares(add, w, rows, count, 1, AT_ONCE, None)
+    _over_shares(add, w, row, 1, 1, ADDED_AT_ONCE, None)
 
 
 def outlier_steps(w: SpqrTensor, tiles: int, at_once: int) -> int:
@@ -107,7 +142,7 @@ def _over_shares(
     carry: Any,
 ) -> list[Any]:
     """Runs `carry = visit(r, start, stop, i, carry)` for each row r until each share, start to stop, is through."""
-    tile, out = pl.program_id(1), w.shape[0]
+    tile, out = pl.program_id(0), w.row_offsets.shape[0] - 1
     ends = [plgpu.load(w.row_offsets.at[jnp.minimum(rows + r, out)]) for r in range(count + 1)]
     shares = [_ceil(stop - start, tiles) for start, stop in itertools.pairwise(ends)]
     starts = [start + tile * share for start, share in zip(ends, shares, strict=False)]

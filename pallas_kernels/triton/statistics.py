@@ -44,7 +44,7 @@ def statistics(
     words, out = w.codes.shape[2], w.codes.shape[1]
     result = []
     for split in range(groups_per_block(w.group_size)):
-        groups = [_group_of(half * words + column, split, w.group_size) for half in range(2)]
+        groups = [_group_of(half * words + column, split, w) for half in range(2)]
         of_rows = functools.partial(
             _statistic, rows=rows, count=count, groups=groups, columns=columns, out=out, interpret=interpret
         )
@@ -148,8 +148,13 @@ def _statistic(
     return quantized
 
 
-def _group_of(block: Int[Array, " columns"], split: int, group_size: int) -> Int[Array, " columns"]:
+def _group_of(block: Int[Array, " columns"], split: int, w: Any) -> Int[Array, " columns"]:
     """Group of a block of codes, or of one of its splits where it has several groups."""
-    if group_size < BLOCK:
-        return block * (BLOCK // group_size) + split
-    return by_fours(jax.lax.div(block, jnp.int32(group_size // BLOCK)))
+    if w.group_size < BLOCK:
+        group = block * (BLOCK // w.group_size) + split
+    else:
+        group = by_fours(jax.lax.div(block, jnp.int32(w.group_size // BLOCK)))
+    if w.in_features == 2 * w.codes.shape[2] * BLOCK:
+        return group
+    # Where the last block is not there, or not whole: what lies beside the statistics could be NaN, and NaN · 0 too.
+    return jnp.minimum(group, w.in_features // w.group_size - 1)
