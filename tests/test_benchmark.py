@@ -241,6 +241,7 @@ def test_what_is_missing_is_told(monkeypatch):
 
 
 @pytest.mark.gpu
+@pytest.mark.slow
 def test_every_contestant_on_a_gpu():
     if jax.default_backend() != "gpu":
         pytest.skip("no GPU")

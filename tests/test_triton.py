@@ -20,6 +20,7 @@ from pallas_kernels.regimes import MOST_TOKENS, regime
 from pallas_kernels.triton.dequantize import dequantize_matrix
 from pallas_kernels.triton.fma import fma_matmul
 from pallas_kernels.triton.mma import mma_matmul
+from pallas_kernels.triton.statistics import group_of, groups_per_block
 
 BITS, GROUP_SIZES, STATS_BITS = (2, 3, 4, 5, 8), (8, 16, 32, 64, 128), (None, 2, 3, 4, 5, 8)
 OUTLIERS = ("everywhere", "none", "one row")
@@ -115,6 +116,15 @@ def test_outliers_in_the_first_column(implementation, rng):
     packed = random_packed(rng, 48, 256, outliers="first column")
     weight = run(implementation, functools.partial(spqr_dequantize, implementation=implementation), packed)
     np.testing.assert_allclose(weight, spqr_dequantize(packed, implementation="xla"), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("group_size", GROUP_SIZES)
+def test_statistics_are_read_where_they_are(group_size, rng):
+    """What lies beside them could be NaN, and so would be its product with the zeros that pad the activations."""
+    packed = random_packed(rng, 16, IN_FEATURES[group_size], group_size=group_size)
+    blocks = jnp.arange(2 * packed.codes.shape[2])
+    for split in range(groups_per_block(group_size)):
+        assert group_of(blocks, split, packed).max() < packed.in_features // group_size
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

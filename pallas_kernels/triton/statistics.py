@@ -44,7 +44,7 @@ def statistics(
     words, out = w.codes.shape[2], w.codes.shape[1]
     result = []
     for split in range(groups_per_block(w.group_size)):
-        groups = [_group_of(half * words + column, split, w) for half in range(2)]
+        groups = [group_of(half * words + column, split, w) for half in range(2)]
         of_rows = functools.partial(
             _statistic, rows=rows, count=count, groups=groups, columns=columns, out=out, interpret=interpret
         )
@@ -148,7 +148,7 @@ def _statistic(
     return quantized
 
 
-def _group_of(block: Int[Array, " columns"], split: int, w: Any) -> Int[Array, " columns"]:
+def group_of(block: Int[Array, " columns"], split: int, w: Any) -> Int[Array, " columns"]:
     """Group of a block of codes, or of one of its splits where it has several groups."""
     if w.group_size < BLOCK:
         group = block * (BLOCK // w.group_size) + split
