@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.lax.linalg import cholesky, triangular_solve
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
@@ -19,6 +18,7 @@ from pallas_kernels.tensor import Statistics
 from spqr_jax.config import SpqrConfig
 from spqr_jax.mesh import by_rows, gather
 from spqr_jax.statistics import decode, encode, leave_one_out_gain, min_max_fit, quantize_statistics, rounded
+from spqr_jax.triangular import upper_cholesky, upper_inverse, upper_square
 
 BLOCK_COLUMNS = 128
 """Columns after which errors are carried to the whole rest of the matrix."""
@@ -126,10 +126,7 @@ def factorize(hessian: Float[Array, "in in"], config: SpqrConfig) -> Factor:
     def inverse_factor(damping: Float[Array, ""]) -> Float[Array, "in in"]:
         damped = hessian + jnp.diag(jnp.where(dead, 1, damping * scale))
         # One factorization of the reversed H would do, but loses a digit: its pivots then come smallest first.
-        lower = cholesky(damped, symmetrize_input=False)
-        inverse = triangular_solve(lower, jnp.eye(len(dead), dtype=hessian.dtype), left_side=True, lower=True)
-        inverse = jnp.matmul(inverse.T, inverse, precision="highest")
-        return cholesky(inverse, symmetrize_input=False).T
+        return upper_cholesky(upper_square(upper_inverse(upper_cholesky(damped))))
 
     def untried_or_failed(state: tuple[Any, Any, Array]) -> Bool[Array, ""]:
         attempt, _, factor = state
