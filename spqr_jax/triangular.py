@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.lax.linalg import cholesky, triangular_solve
 from jaxtyping import Array, Float
 
-SMALLEST_HALVED = 256
+SMALLEST_HALVED = 384
 """Rows up to which a factor is inverted as a whole."""
 
 HALVINGS = 4
