@@ -119,7 +119,8 @@ def factorize(hessian: Float[Array, "in in"], config: SpqrConfig) -> Factor:
     permutation = None
     if config.permutation == "act_order":
         permutation = jnp.argsort(-diagonal)
-        hessian, diagonal = hessian[permutation][:, permutation], diagonal[permutation]
+        # One gather for rows and columns: after two, XLA walks through the result against its order in memory.
+        hessian, diagonal = hessian[permutation[:, None], permutation], diagonal[permutation]
     dead = diagonal == 0
     scale = jnp.mean(jnp.abs(diagonal))
 
