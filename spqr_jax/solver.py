@@ -110,11 +110,13 @@ class Solution(NamedTuple):
     outliers: tuple[Bool[Array, "out in"], Float[Array, "out in"]] | None
 
 
+@partial(jax.jit, static_argnames="config")
 def factorize(hessian: Float[Array, "in in"], config: SpqrConfig) -> Factor:
     """Damps and inverts a Hessian: U with (H + damping · mean|diag H|)⁻¹ = Uᵀ U, features in quantization order.
 
     Where the factorization fails, damps ten times more, up to three times; U is NaN if that does not help.
     """
+    hessian = hessian.astype(jnp.float32)
     diagonal = jnp.diag(hessian)
     permutation = None
     if config.permutation == "act_order":
@@ -142,7 +144,6 @@ def factorize(hessian: Float[Array, "in in"], config: SpqrConfig) -> Factor:
     return Factor(factor, dead, permutation)
 
 
-@partial(jax.jit, static_argnames=("config", "mesh"))
 def quantize_shared(
     weights: tuple[Float[Array, "_ in"], ...],
     hessian: Float[Array, "in in"] | None,
@@ -163,11 +164,19 @@ def quantize_shared(
       What `dequantize` makes of them, spread like the weights.
       Whether the Hessian could be factorized.
     """
-    columns = weights[0].shape[1]
-    if hessian is None:
+    # Programs of their own: different matrices have inputs of one size, and the memory of one is free for the other.
+    factor = None if hessian is None else factorize(hessian, config)
+    return _quantize_factored(weights, factor, config, mesh)
+
+
+@partial(jax.jit, static_argnames=("config", "mesh"))
+def _quantize_factored(
+    weights: tuple[Float[Array, "_ in"], ...], factor: Factor | None, config: SpqrConfig, mesh: Mesh | None
+) -> tuple[tuple[SpqrTensor, ...], tuple[Float[Array, "_ in"], ...], Bool[Array, ""]]:
+    """`quantize_shared` after the factorization; None is round-to-nearest."""
+    if factor is None:
+        columns = weights[0].shape[1]
         factor = Factor(jnp.eye(columns), jnp.zeros(columns, bool), None)
-    else:
-        factor = factorize(hessian.astype(jnp.float32), config)
     ordered = tuple(_in_order(weight.astype(jnp.float32), factor) for weight in weights)
     thresholds = None
     if config.outlier_threshold is not None:

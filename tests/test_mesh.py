@@ -147,7 +147,8 @@ def test_the_compiled_solver_needs_an_eighth_on_each_device(mesh: Mesh) -> None:
     def bytes_needed(mesh: Mesh | None) -> int:
         weight = jax.ShapeDtypeStruct((out, columns), jnp.float32, sharding=along(mesh, 0))
         hessian = jax.ShapeDtypeStruct((columns, columns), jnp.float32, sharding=along(mesh, None))
-        analysis = quantize_shared.lower((weight,), hessian, CONFIG, mesh).compile().memory_analysis()
+        solver = jax.jit(quantize_shared, static_argnames=("config", "mesh"))
+        analysis = solver.lower((weight,), hessian, CONFIG, mesh).compile().memory_analysis()
         return analysis.argument_size_in_bytes + analysis.output_size_in_bytes + analysis.temp_size_in_bytes
 
     # Beside it, every device has the Hessian and a few matrices of its size, and sums over sixteen rows.
