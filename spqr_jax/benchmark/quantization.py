@@ -1,13 +1,13 @@
 """Speed and memory of quantization.
 
-The solver on matrices of SmolLM2's four shapes, then the whole model (32 × 512 calibration tokens). The official
-code's times beside them were taken once on another machine with 2 cores, in PyTorch, so a ratio holds only on such a
-machine; matrices here are random, which does not change the work.
+The solver on matrices of SmolLM2's four shapes, the whole model (32 × 512 calibration tokens), and how time grows. The
+official code's times beside them were taken once on another machine with 2 cores, in PyTorch, so a ratio holds only on
+such a machine; matrices here are random, which does not change the work.
 """
 
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +18,7 @@ from rich.table import Table
 
 from converters import find_smollm2, from_pretrained
 from spqr_jax import console
+from spqr_jax.benchmark.growth import Growth, growths
 from spqr_jax.cli import encode
 from spqr_jax.config import COMPACT
 from spqr_jax.corpus import REFERENCE_STARTS, wikitext2, windows_at
@@ -40,7 +41,13 @@ class SolverRow(NamedTuple):
 
 
 def solver_row(shape: tuple[int, int]) -> SolverRow:
-    """Times the solver (factorization, columns, packing) on a random matrix with a random Hessian."""
+    """The solver beside the official one."""
+    seconds, first = solver_seconds(shape)
+    return SolverRow(shape, seconds, first - seconds, OFFICIAL_SECONDS[shape])
+
+
+def solver_seconds(shape: tuple[int, int]) -> tuple[float, float]:
+    """Times the solver (factorization, columns, packing) on a random matrix and Hessian: the median, and the first."""
     columns = shape[1]
     rng = np.random.default_rng(0)
     weight = jnp.asarray(0.05 * rng.standard_t(5, size=shape), jnp.float32)
@@ -51,8 +58,7 @@ def solver_row(shape: tuple[int, int]) -> SolverRow:
         return jax.block_until_ready(quantize_shared((weight,), hessian, COMPACT))
 
     first = timed(solve)
-    median = float(np.median([timed(solve) for _ in range(REPETITIONS)]))
-    return SolverRow(shape, median, first - median, OFFICIAL_SECONDS[shape])
+    return float(np.median([timed(solve) for _ in range(REPETITIONS)])), first
 
 
 def timed(function: Callable[[], Any]) -> float:
@@ -85,13 +91,15 @@ def whole_model() -> dict[str, float]:
 
 
 def measure_and_print(as_json: bool) -> None:
-    """Measures the solver and the whole model."""
+    """Measures the solver, the whole model and how time grows."""
     # The whole model first: it then pays for its own compilation, and its peak memory is its own.
     model = whole_model()
     jax.clear_caches()
     rows = [solver_row(shape) for shape in OFFICIAL_SECONDS]
+    grown = growths(lambda shape: solver_seconds(shape)[0], timed)
     if as_json:
-        console.emit({"solver": [row._asdict() for row in rows], "model": model}, as_json=True)
+        report = {"solver": [row._asdict() for row in rows], "model": model, "growth": [g._asdict() for g in grown]}
+        console.emit(report, as_json=True)
         return
     table = Table("matrix (out x in)", "seconds", "compile", "official", "times as fast", title="solver")
     for row in rows:
@@ -101,4 +109,20 @@ def measure_and_print(as_json: bool) -> None:
             shape, f"{row.seconds:.3f}", f"{row.compile_seconds:.1f}", f"{row.official_seconds:.2f}", f"{ratio:.1f}"
         )
     Console().print(table)
+    Console().print(growth_table(grown))
     console.emit(model, as_json=False)
+
+
+def growth_table(grown: Sequence[Growth]) -> Table:
+    """One row for each thing that grows; time ~ size^a."""
+    table = Table("of", "sizes", "seconds", "a", "a of the operations", "", title="growth")
+    for growth in grown:
+        table.add_row(
+            growth.of,
+            ", ".join(map(str, growth.sizes)),
+            ", ".join(f"{seconds:.3g}" for seconds in growth.seconds),
+            f"{growth.exponent:.2f}",
+            f"{growth.operations_exponent:.2f}",
+            "worse than the operations say" if growth.is_worse else "",
+        )
+    return table
