@@ -35,7 +35,7 @@ def outlier_products(
     The grid is (tiles, rows, tokens); the programs of all tiles share the outliers of a row evenly. x is in
     quantization order: memory serves one place after the other, and the permutation would take as long again.
     """
-    token, lane = pl.program_id(2), jnp.arange(AT_ONCE)[None]
+    token, lane, part = pl.program_id(2), jnp.arange(AT_ONCE)[None], (pl.program_id(0), tiles)
 
     def product(_: int, start: Array, stop: Array, i: Array, total: Array) -> Array:
         place = start[:, None] + i * AT_ONCE + lane
@@ -43,7 +43,7 @@ def outlier_products(
         value = plgpu.load(x_ref.at[column, token]).astype(jnp.float32)
         return multiply_add(residual, value, total, interpret=interpret)
 
-    sums = _over_shares(product, w, rows, count, tiles, AT_ONCE, jnp.zeros((rows.shape[0], AT_ONCE), jnp.float32))
+    sums = _over_shares(product, w, rows, count, part, AT_ONCE, jnp.zeros((rows.shape[0], AT_ONCE), jnp.float32))
     return [total.sum(axis=1) for total in sums]
 
 
@@ -70,7 +70,7 @@ def outlier_products_of_tokens(
         return total
 
     start = jnp.zeros((rows.shape[0], token.shape[0]), jnp.float32)
-    return _over_shares(product, w, rows, count, tiles, IN_TURN, start)
+    return _over_shares(product, w, rows, count, (pl.program_id(0), tiles), IN_TURN, start)
 
 
 class Outliers(NamedTuple):
@@ -91,8 +91,7 @@ def add_outliers(dense: Float[Array, "in out"], w: SpqrTensor, *, interpret: boo
     return pl.pallas_call(
         _add_kernel,
         out_shape=result(dense.shape, dense.dtype, (dense, outliers)),
-        # The first axis is that along which programs share outliers.
-        grid=(1, w.shape[0]),
+        grid=w.shape[:1],
         compiler_params=plgpu.CompilerParams(num_warps=1),
         input_output_aliases={0: 0},
         interpret=interpret,
@@ -101,7 +100,7 @@ def add_outliers(dense: Float[Array, "in out"], w: SpqrTensor, *, interpret: boo
 
 
 def _add_kernel(_: Any, w: Any, out_ref: Any) -> None:
-    row, lane = pl.program_id(1) + jnp.arange(1), jnp.arange(ADDED_AT_ONCE)[None]
+    row, lane = pl.program_id(0) + jnp.arange(1), jnp.arange(ADDED_AT_ONCE)[None]
 
     def add(r: int, start: Array, stop: Array, i: Array, _: None) -> None:
         place = start[:, None] + i * ADDED_AT_ONCE + lane
@@ -112,7 +111,7 @@ def _add_kernel(_: Any, w: Any, out_ref: Any) -> None:
         beneath = plgpu.load(at, mask=real, other=0).astype(jnp.float32)
         plgpu.store(at, (beneath + residual).astype(out_ref.dtype), mask=real)
 
-    _over_shares(add, w, row, 1, 1, ADDED_AT_ONCE, None)
+    _over_shares(add, w, row, 1, (jnp.int32(0), 1), ADDED_AT_ONCE, None)
 
 
 def outlier_steps(w: SpqrTensor, tiles: int, at_once: int) -> int:
@@ -137,12 +136,16 @@ def _over_shares(
     w: Any,
     rows: Int[Array, " sets"],
     count: int,
-    tiles: int,
+    part: tuple[Array, int],
     at_once: int,
     carry: Any,
 ) -> list[Any]:
-    """Runs `carry = visit(r, start, stop, i, carry)` for each row r until each share, start to stop, is through."""
-    tile, out = pl.program_id(0), w.row_offsets.shape[0] - 1
+    """Runs `carry = visit(r, start, stop, i, carry)` for each row r until its share, start to stop, is through.
+
+    Args:
+      part: which share, of how many equal ones.
+    """
+    (tile, tiles), out = part, w.row_offsets.shape[0] - 1
     ends = [plgpu.load(w.row_offsets.at[jnp.minimum(rows + r, out)]) for r in range(count + 1)]
     shares = [_ceil(stop - start, tiles) for start, stop in itertools.pairwise(ends)]
     starts = [start + tile * share for start, share in zip(ends, shares, strict=False)]
