@@ -381,7 +381,11 @@ def kernels(tokens: int, copies: int) -> tuple[list[str], list[str]]:
 @needs_compiler
 @pytest.mark.slow
 def test_on_a_gpu_each_call_is_made_and_nothing_beside():
-    of_spqr = {1: ["spqr_arrange", "spqr_fma"], 16: ["spqr_arrange", "spqr_mma"], 512: ["spqr_dequantize"]}
+    of_spqr = {
+        1: ["spqr_arrange", "spqr_fma"],
+        16: ["spqr_arrange", "spqr_mma"],
+        512: ["spqr_dequantize", "spqr_add_outliers"],
+    }
     found = run_apart(kernels, list(of_spqr), [4] * len(of_spqr))
     for (tokens, expected), (alone, timed) in zip(of_spqr.items(), found, strict=True):
         assert [name for name in timed if name.startswith("spqr_")] == 4 * expected, tokens
