@@ -8,7 +8,7 @@ import jax
 import pytest
 from typer.testing import CliRunner
 
-from pallas_kernels.aot import Format, compiler, report_all
+from pallas_kernels.aot import GPUS, Format, compiler, report_all
 from pallas_kernels.aot.__main__ import app
 from pallas_kernels.aot.kernels import COMPILED
 from pallas_kernels.aot.pointers import loaded_parameters
@@ -211,10 +211,9 @@ SPARSE = "3b-g16-s3-o2%", "4b-g16-s3-o2%"
 # One number of tokens for each kernel.
 TOKENS = [tokens for tokens in (1, 16, 512) if any(tokens in compiled.tokens for compiled in COMPILED)]
 SETTINGS = [
-    *itertools.product(["h100"], DENSE, TOKENS, SHAPES),
-    *itertools.product(["a100", "rtx4090"], DENSE, TOKENS, SHAPES[1:]),
+    *itertools.product(GPUS, DENSE, TOKENS, SHAPES),
     *itertools.product(["h100"], SPARSE, [1], SHAPES),
-    *itertools.product(["h100"], SPARSE, [16, 512], SHAPES[1:]),
+    *itertools.product(["h100", "a100"], SPARSE, [16, 512], SHAPES[1:]),
 ]
 
 

@@ -29,7 +29,7 @@ class Arranged(NamedTuple):
     """x, scaled by a power of two f; columns are code words, padded with zeros to whole tiles.
 
     Attributes:
-      ordered: x itself, in quantization order; None for a matrix without outliers, which alone read it.
+      ordered: x itself, in quantization order, for outliers alone; None where the matrix has none.
       values: x · f · 2^(−p) for code j, which the kernel holds as q · 2^(p − UNIT); in float32, or as pairs of float16
         of the blocks in the low and in the high half of the code words.
       sums: Σ x · f · 2^(−UNIT) over the codes of a group in each block of either half.

@@ -41,7 +41,7 @@ def dequantize_matrix(
 
 
 def launch(w: SpqrTensor, tokens: int, tile: Tile) -> Launch:
-    """The size of the launch, whatever the number of tokens."""
+    """No loops, whatever the number of tokens."""
     return Launch()
 
 
