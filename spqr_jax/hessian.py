@@ -5,8 +5,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.lax.linalg import cholesky, triangular_solve
 from jaxtyping import Array, Float
+
+from spqr_jax.triangular import upper_cholesky, upper_inverse, upper_square
 
 REFIT_DAMPING = 0.1
 """λ of the refit as a share of mean diag H; keeps the weights where the inputs say little."""
@@ -33,32 +34,39 @@ class InputMoments(NamedTuple):
 
 def input_moments(x: Float[Array, "batch tokens in"], original: Float[Array, "batch tokens in"] | None) -> InputMoments:
     """Moments of one batch of inputs; of the symmetric H only the upper triangle of blocks, see `complete`."""
-    x = x.reshape(-1, x.shape[-1])
-    panel = x.shape[1] // PANELS
+    panel = x.shape[-1] // PANELS
     hessian = [
-        jnp.pad(_product(x[:, start : start + panel], x[:, start:]), ((0, 0), (start, 0)))
+        jnp.pad(_product(x[..., start : start + panel], x[..., start:]), ((0, 0), (start, 0)))
         for start in range(0, panel * PANELS, panel)
     ]
-    cross = None if original is None else _product(original.reshape(x.shape), x)
+    cross = None if original is None else _product(original, x)
     return InputMoments(jnp.concatenate(hessian), cross)
 
 
 def complete(moments: InputMoments) -> InputMoments:
     """The same with the lower triangle of H filled in."""
-    upper = jnp.triu(moments.hessian)
-    return moments._replace(hessian=upper + jnp.triu(upper, 1).T)
+    return moments._replace(hessian=_symmetric(moments.hessian))
 
 
-def _product(a: Float[Array, "tokens rows"], b: Float[Array, "tokens columns"]) -> Float[Array, "rows columns"]:
-    return jnp.matmul(a.T, b, precision="highest", preferred_element_type=jnp.float32)
+def _symmetric(matrix: Float[Array, "n n"]) -> Float[Array, "n n"]:
+    """The symmetric matrix of which the upper triangle is given."""
+    upper = jnp.triu(matrix)
+    return upper + jnp.triu(upper, 1).T
+
+
+def _product(
+    a: Float[Array, "batch tokens rows"], b: Float[Array, "batch tokens columns"]
+) -> Float[Array, "rows columns"]:
+    # Not as a product of two matrices: of these, XLA multiplies a transposed one without the units that a CPU may have
+    # for bfloat16.
+    return jnp.einsum("bti,btj->ij", a, b, precision="highest", preferred_element_type=jnp.float32)
 
 
 def drift(hessian: Float[Array, "in in"], cross: Float[Array, "in in"]) -> Float[Array, "in in"]:
     """(C − H)(H + λI)⁻¹ with λ = 0.1 · mean diag H; see `InputMoments`."""
     ridge = REFIT_DAMPING * jnp.mean(jnp.diag(hessian))
-    lower = cholesky(hessian + ridge * jnp.eye(len(hessian)), symmetrize_input=False)
-    solved = triangular_solve(lower, cross - hessian, lower=True, transpose_a=True)
-    return triangular_solve(lower, solved, lower=True)
+    inverse = upper_square(upper_inverse(upper_cholesky(hessian + ridge * jnp.eye(len(hessian)))))
+    return jnp.matmul(cross - hessian, _symmetric(inverse), precision="highest")
 
 
 def refit(weights: tuple[Float[Array, "_ in"], ...], drift: Float[Array, "in in"]) -> tuple[Float[Array, "_ in"], ...]:

@@ -16,11 +16,12 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, DTypeLike, Float, Int, Shaped
 
 from pallas_kernels import SplitTensor, SpqrTensor, bits_per_weight, join_rows, outlier_share, trim
 from spqr_jax.config import SpqrConfig
 from spqr_jax.hessian import InputMoments, drift, refit, relative_error
+from spqr_jax.lapack import in_one_thread
 from spqr_jax.memory import release_freed
 from spqr_jax.mesh import along, by_rows, flat, put, to_host
 from spqr_jax.models.decoder import Block, Decoder, Params, layer_name
@@ -28,6 +29,9 @@ from spqr_jax.models.stacking import unstack_blocks
 from spqr_jax.solver import BLOCK_ROWS, check_finite, check_matrix, quantize_shared
 from spqr_jax.streams import Allocate, Streams, advance, check_shares, embed, is_traced, split
 from spqr_jax.vocabulary import check_vocabulary
+
+LARGE_HESSIAN = 2048**2
+"""Numbers in a Hessian from which on freed memory is given back before a matrix is solved."""
 
 
 class MatrixReport(NamedTuple):
@@ -157,7 +161,7 @@ def quantize_block(
         _check_hidden(streams, name)
     else:
         for matrix in block.matrices():
-            solved |= _solve((matrix,), dense, [], config, name, mesh)
+            solved |= _solve((matrix,), dense, [], jnp.float32, config, name, mesh)
     kernels = {matrix: s.packed for matrix, s in solved.items()}
     report = {f"{name}.{matrix}": s.report for matrix, s in solved.items()}
     return QuantizedBlock(name, _with_kernels(params, kernels), report), streams
@@ -210,7 +214,7 @@ def check_tokens(calibration_tokens: Int[ArrayLike, "sequences tokens"], block: 
 
 
 class _Solved(NamedTuple):
-    """One quantized matrix: packed, as a dense kernel, and reported."""
+    """One quantized matrix: packed, as the kernel that calibration multiplies, and reported."""
 
     packed: SpqrTensor
     kernel: Float[Array, "in out"]
@@ -237,19 +241,22 @@ def _quantize_in_stages(
     """Solves a block's matrices stage by stage and carries all streams to its output."""
 
     def run(streams: tuple[Streams, ...], number: int, running: Params) -> tuple[Any, ...]:
-        parts = (advance(block, number, running, params, part, allocate, mesh) for part in streams)
+        parts = (advance(block, number, running, original, part, allocate, mesh) for part in streams)
         return tuple(zip(*parts, strict=True))
 
+    dtype = streams[0].quantized["hidden"].dtype
+    # Once here, not for every batch.
+    original = _with_kernels(params, {matrix: params[matrix]["kernel"].astype(dtype) for matrix in block.matrices()})
     solved: dict[str, _Solved] = {}
-    running, before = params, () if config.sequential else streams
+    running, before = original, () if config.sequential else streams
     for number, stage in enumerate(block.stages):
         streams, moments = run(streams, number, running)
         for feed, matrices in stage.feeds.items():
-            solved |= _solve(matrices, params, [part.pop(feed) for part in moments], config, name, mesh)
+            solved |= _solve(matrices, params, [part.pop(feed) for part in moments], dtype, config, name, mesh)
         if config.sequential:
-            running = _with_kernels(params, {matrix: s.kernel for matrix, s in solved.items()})
+            running = _with_kernels(original, {matrix: s.kernel for matrix, s in solved.items()})
     if not config.sequential:
-        running = _with_kernels(params, {matrix: s.kernel for matrix, s in solved.items()})
+        running = _with_kernels(original, {matrix: s.kernel for matrix, s in solved.items()})
         streams = before
         for number in range(len(block.stages)):
             streams, _ = run(streams, number, running)
@@ -260,6 +267,7 @@ def _solve(
     matrices: tuple[str, ...],
     params: Params,
     moments: list[InputMoments],
+    dtype: DTypeLike,
     config: SpqrConfig,
     block_name: str,
     mesh: Mesh | None,
@@ -271,10 +279,12 @@ def _solve(
     """
     # JAX runs ahead of Python: what is still being computed is not the solver's time.
     jax.block_until_ready(moments)
-    release_freed()
+    # Memory given back is slow to get again; without large matrices, it does not decide what a model needs.
+    if moments and moments[0].hessian.size >= LARGE_HESSIAN:
+        release_freed()
     started = time.perf_counter()
     kernels = tuple(params[matrix]["kernel"] for matrix in matrices)
-    weights = _refit(kernels, moments[0] if moments else None, mesh)
+    weights = in_one_thread(_refit, kernels, moments[0] if moments else None, mesh)
     hessians: Any = [part.hessian for part in moments]
     moments.clear()
     hessian = hessians.pop() if hessians else None
@@ -302,7 +312,7 @@ def _solve(
         return MatrixReport._make(v if isinstance(v, jax.core.Tracer) else float(v) for v in values)
 
     return {
-        matrix: _Solved(tensor, weight.T, report(tensor, error))
+        matrix: _Solved(tensor, _as_kernel(weight, dtype), report(tensor, error))
         for matrix, tensor, weight, error in zip(matrices, packed, dense, errors, strict=True)
     }
 
@@ -336,6 +346,11 @@ def _refit(
         return weights
     refitted = by_rows(refit, mesh, weights, drift(moments.hessian, moments.cross), unit=BLOCK_ROWS)
     return tuple(r[: len(w)] for r, w in zip(refitted, weights, strict=True))
+
+
+@partial(jax.jit, static_argnames="dtype")
+def _as_kernel(weight: Float[Array, "out in"], dtype: DTypeLike) -> Float[Array, "in out"]:
+    return weight.T.astype(dtype)
 
 
 @jax.jit

@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 from pallas_kernels import QuantizedStatistics, SpqrTensor, check_format, pack, trim
 from pallas_kernels.tensor import Statistics
 from spqr_jax.config import SpqrConfig
+from spqr_jax.lapack import in_one_thread
 from spqr_jax.mesh import by_rows, gather
 from spqr_jax.statistics import decode, encode, leave_one_out_gain, min_max_fit, quantize_statistics, rounded
 from spqr_jax.triangular import upper_cholesky, upper_inverse, upper_square
@@ -67,7 +68,7 @@ def check_matrix(name: str, weight: Float[Array, "out in"], config: SpqrConfig) 
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
     check_finite(name, weight)
-    if not isinstance(weight, jax.core.Tracer) and (largest := float(jnp.abs(weight).max())) > LARGEST_WEIGHT:
+    if not isinstance(weight, jax.core.Tracer) and (largest := float(_largest(weight))) > LARGEST_WEIGHT:
         raise ValueError(
             f"{name} has weights up to {largest:g}, but scales and outliers are float16: "
             f"scale it down to {LARGEST_WEIGHT:g}"
@@ -78,8 +79,18 @@ def check_finite(name: str, array: Float[Array, "..."]) -> None:
     """Raises a ValueError that names the array where a value is NaN or infinite; traced values pass."""
     if isinstance(array, jax.core.Tracer):
         return
-    if bad := int(array.size - jnp.isfinite(array).sum()):
+    if bad := array.size - int(_count_finite(array)):
         raise ValueError(f"{name} has {bad} values that are NaN or infinite")
+
+
+@jax.jit
+def _largest(array: Float[Array, "..."]) -> Float[Array, ""]:
+    return jnp.abs(array).max()
+
+
+@jax.jit
+def _count_finite(array: Float[Array, "..."]) -> Int[Array, ""]:
+    return jnp.isfinite(array).sum()
 
 
 class Factor(NamedTuple):
@@ -165,7 +176,7 @@ def quantize_shared(
       Whether the Hessian could be factorized.
     """
     # Programs of their own: different matrices have inputs of one size, and the memory of one is free for the other.
-    factor = None if hessian is None else factorize(hessian, config)
+    factor = None if hessian is None else in_one_thread(factorize, hessian, config)
     return _quantize_factored(weights, factor, config, mesh)
 
 

@@ -34,7 +34,12 @@ class Streams(NamedTuple):
 def embed(
     model: Decoder, params: Params, tokens: Int[ArrayLike, "sequences tokens"], allocate: Allocate = np.empty
 ) -> Float[Any, "sequences tokens hidden"]:
-    """Input of the first block for all sequences; of the parameters, only `embed_tokens` is used."""
+    """Input of the first block for all sequences; of the parameters, only `embed_tokens` is used.
+
+    A model in float16 is followed in bfloat16, which no hidden state overflows, and which CPUs multiply faster.
+    """
+    if model.dtype == jnp.float16:
+        model = model.clone(dtype=jnp.bfloat16)
     params = {"embed_tokens": jax.tree.map(jnp.asarray, params["embed_tokens"])}
 
     def step(total: None, tokens: Any) -> tuple[None, Any]:

@@ -237,6 +237,21 @@ def test_everything_else_stays_as_it_is():
     assert "bias" in quantized["layers_1"]["q_proj"]
 
 
+def test_hidden_states_of_a_float16_model_may_be_larger_than_float16():
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.float16), PARAMS)
+    for layer in ("layers_0", "layers_1"):
+        params[layer]["o_proj"]["bias"] = jnp.full(64, 60000, jnp.float16)
+    _, report = quantize(params, TOKENS, model=MODEL.clone(dtype=jnp.float16), config=PLAIN)
+    assert all(0 < matrix.relative_error < 0.2 for matrix in report.values())
+
+
+def test_a_float16_model_is_followed_as_a_float32_model_is():
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.float16), PARAMS)
+    _, report = quantize(params, TOKENS, model=MODEL.clone(dtype=jnp.float16), config=SEQUENTIAL)
+    for name, expected in quantized_model(SEQUENTIAL)[1].items():
+        assert report[name].relative_error == pytest.approx(expected.relative_error, rel=0.1), name
+
+
 def changed(**kernels: Any) -> dict[str, Any]:
     """The parameters with other kernels in the second block."""
     params = copy.deepcopy(PARAMS)

@@ -28,8 +28,10 @@ def linear(
     """
     if isinstance(kernel, SplitTensor):
         y = split_matmul(x, kernel)
+    elif isinstance(kernel, SpqrTensor):
+        y = spqr_matmul(x, kernel)
     else:
-        y = spqr_matmul(x, kernel) if isinstance(kernel, SpqrTensor) else x @ kernel.astype(x.dtype)
+        y = jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=jnp.float32).astype(x.dtype)
     return y if bias is None else y + bias.astype(x.dtype)
 
 
@@ -204,5 +206,6 @@ def _attend_all(queries: Array, keys: Array, values: Array, mask: Array, bias: A
         scores = scores + bias.reshape(batch, kv_heads, -1, 1, slots)
     scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
-    attended = jnp.einsum("nrs,nds->nrd", weights.reshape(*rows.shape[:2], slots), values)
+    weights = weights.reshape(*rows.shape[:2], slots)
+    attended = jnp.einsum("nrs,nds->nrd", weights, values, preferred_element_type=jnp.float32).astype(values.dtype)
     return attended.reshape(batch, heads, tokens, head_dim).transpose(0, 2, 1, 3)
