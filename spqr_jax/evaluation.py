@@ -1,6 +1,7 @@
 """Perplexity of a language model on a text."""
 
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -15,35 +16,48 @@ from spqr_jax.models.decoder import Decoder, Params
 from spqr_jax.models.stacking import stack_blocks
 from spqr_jax.vocabulary import check_vocabulary
 
-# Positions whose logits are in memory at once.
-_HEAD_POSITIONS = 256
+HEAD_POSITIONS = 256
+"""Positions whose logits are in memory at once."""
 
 
 def perplexity(
-    model: Decoder, params: Params, tokens: ArrayLike, *, window: int = 1024, max_windows: int | None = None
+    model: Decoder,
+    params: Params,
+    tokens: ArrayLike,
+    *,
+    window: int = 1024,
+    stride: int | None = None,
+    max_windows: int | None = None,
 ) -> float:
-    """exp of the mean, over the windows of a text, of the windows' mean next-token losses.
+    """exp of the mean next-token loss over the windows of a text.
 
     exp( 1/n Σ_w 1/(window − 1) Σ_t −log p(token_{w,t+1} | token_{w,0}, …, token_{w,t}) ): each window is read without
-    the ones before it, the protocol of the GPTQ and SpQR papers.
+    the ones before it, the protocol of the GPTQ and SpQR papers. With a stride, windows overlap, and a window counts
+    only what earlier ones have not: every token has at least window − stride tokens before it, but in the first window.
 
     Args:
       model: the language model.
       params: its parameters, dense or packed.
       tokens: ids of the text, one-dimensional.
       window: tokens per window.
+      stride: tokens from the start of one window to that of the next; None for windows side by side.
       max_windows: use only the first so many windows.
 
     Raises:
-      ValueError: what `cut_windows` and `window_losses` raise.
+      ValueError: what `counted_windows` and `token_losses` raise.
 
     Example:
       >>> perplexity(model, params, tokenizer.encode(text), window=1024)
       23.3
     """
-    windows = cut_windows(tokens, window=window, max_windows=max_windows)
-    losses = list(window_losses(model, params, windows))
-    return float(np.exp(np.mean(losses, dtype=np.float64)))
+    windows, counted = counted_windows(tokens, window=window, stride=stride, max_windows=max_windows)
+    return counted_perplexity(token_losses(model, params, windows), counted)
+
+
+def counted_perplexity(losses: Iterable[Float[np.ndarray, " _"]], counted: Iterable[int]) -> float:
+    """exp of the mean of so many losses at the end of each window."""
+    kept = [window[-new:] for window, new in zip(losses, counted, strict=True)]
+    return float(np.exp(np.mean(np.concatenate(kept), dtype=np.float64)))
 
 
 def cut_windows(
@@ -74,8 +88,55 @@ def cut_windows(
     return tokens[: count * window].reshape(count, window)[:max_windows].astype(np.int32)
 
 
+def counted_windows(
+    tokens: ArrayLike, *, window: int = 1024, stride: int | None = None, max_windows: int | None = None
+) -> tuple[Int[np.ndarray, "windows window"], list[int]]:
+    """Windows of a text, and how many losses at the end of each count.
+
+    Args:
+      tokens: ids of the text, one-dimensional.
+      window: tokens per window.
+      stride: tokens from one start to the next, the last window being at the end of the text; None gives `cut_windows`.
+      max_windows: use only the first so many windows.
+
+    Returns:
+      The windows, and for each the number of tokens at its end that no earlier window has predicted.
+
+    Raises:
+      ValueError: as `cut_windows`, or `stride` is not between 1 and the window less 1.
+
+    Example:
+      >>> counted_windows([5, 6, 7, 8, 9, 10], window=4, stride=3)
+      (array([[ 5,  6,  7,  8], [ 7,  8,  9, 10]], dtype=int32), [3, 2])
+    """
+    windows = cut_windows(tokens, window=window, max_windows=max_windows)
+    if stride is None:
+        return windows, [window - 1] * len(windows)
+    if not 1 <= stride < window:
+        raise ValueError(f"stride is {stride}, but must be between 1 and {window - 1}, so that windows overlap")
+    tokens = np.asarray(tokens, np.int32)
+    last = len(tokens) - window
+    starts = [*range(0, last, stride), last][:max_windows]
+    counted = [window - 1, *(after - before for before, after in itertools.pairwise(starts))]
+    return np.stack([tokens[start : start + window] for start in starts]), counted
+
+
 def window_losses(model: Decoder, params: Params, windows: Int[np.ndarray, "windows window"]) -> Iterator[float]:
     """Yields each window's mean next-token loss, in nats; consumed one by one, it shows progress.
+
+    Args and errors are those of `token_losses`.
+
+    Example:
+      >>> losses = list(tqdm(window_losses(model, params, windows), total=len(windows)))
+      >>> math.exp(statistics.fmean(losses))  # the perplexity
+    """
+    return (float(np.mean(losses, dtype=np.float64)) for losses in token_losses(model, params, windows))
+
+
+def token_losses(
+    model: Decoder, params: Params, windows: Int[np.ndarray, "windows window"]
+) -> Iterator[Float[np.ndarray, " window-1"]]:
+    """Yields the losses −log p(token_{t+1} | token_0, …, token_t) of each window, in nats.
 
     Args:
       model: the language model.
@@ -87,28 +148,32 @@ def window_losses(model: Decoder, params: Params, windows: Int[np.ndarray, "wind
         iterating, a loss is not finite.
 
     Example:
-      >>> losses = list(tqdm(window_losses(model, params, windows), total=len(windows)))
-      >>> math.exp(statistics.fmean(losses))  # the perplexity
+      >>> np.concatenate(list(token_losses(model, params, windows))).max()  # of the worst predicted token
     """
-    length, positions = windows.shape[1], model.config.max_positions
-    if length > positions:
-        raise ValueError(f"a window of {length} tokens exceeds the {positions} positions of the model")
-    check_vocabulary(windows, model.config.vocab_size)
+    check_windows(model, windows)
     # On the device once, not once per window.
     params = jax.device_put(stack_blocks(params))
 
-    def losses() -> Iterator[float]:
+    def losses() -> Iterator[np.ndarray]:
         for index, tokens in enumerate(windows):
-            loss = float(_loss(model, params, tokens))
-            if not np.isfinite(loss):
-                raise ValueError(f"the loss of window {index} is {loss}")
+            loss = np.asarray(_losses(model, params, tokens))
+            if not np.isfinite(loss).all():
+                raise ValueError(f"the loss of window {index} is {loss.mean()}")
             yield loss
 
     return losses()
 
 
+def check_windows(model: Decoder, windows: Int[np.ndarray, "windows window"]) -> None:
+    """Raises a ValueError where windows exceed a model's positions, or have an id that is outside its vocabulary."""
+    length, positions = windows.shape[1], model.config.max_positions
+    if length > positions:
+        raise ValueError(f"a window of {length} tokens exceeds the {positions} positions of the model")
+    check_vocabulary(windows, model.config.vocab_size)
+
+
 @partial(jax.jit, static_argnames="model")
-def _loss(model: Decoder, params: Params, tokens: Int[Array, " window"]) -> Float[Array, ""]:
+def _losses(model: Decoder, params: Params, tokens: Int[Array, " window"]) -> Float[Array, " window-1"]:
     apply: Callable[..., Any] = partial(model.apply, {"params": params})
     hidden, _ = apply(tokens[None], method="hidden_states")
 
@@ -119,5 +184,4 @@ def _loss(model: Decoder, params: Params, tokens: Int[Array, " window"]) -> Floa
 
     # The logits of a whole window may be hundreds of megabytes; a part of them at a time is faster, too.
     # Nothing follows the last token: roll wraps around there, and that loss is dropped.
-    losses = jax.lax.map(loss, (hidden[0], jnp.roll(tokens, -1)), batch_size=_HEAD_POSITIONS)
-    return losses[:-1].mean()
+    return jax.lax.map(loss, (hidden[0], jnp.roll(tokens, -1)), batch_size=HEAD_POSITIONS)[:-1]

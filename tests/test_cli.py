@@ -73,7 +73,7 @@ def result(*arguments: object) -> dict:
 
 
 def test_help_of_every_command_has_an_example() -> None:
-    for command in ("quantize", "eval", "generate", "inspect", "export"):
+    for command in ("quantize", "eval", "compare", "generate", "inspect", "export"):
         done = spqr(command, "--help")
         assert done.returncode == 0
         assert f"Example: spqr {command} " in " ".join(done.stdout.split())
@@ -148,6 +148,24 @@ def test_eval_reads_plain_and_quantized_models(plain: Path, quantized: Path, tmp
     assert after["perplexity"] == pytest.approx(before["perplexity"], rel=0.2)
     assert "bits_per_weight" not in before
     assert 3.6 < after["bits_per_weight"] < 5
+
+
+def test_windows_of_eval_may_overlap(plain: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 5)
+    found = result("eval", plain, "--text", text, "--window", 128, "--stride", 64)
+    assert found["tokens"] == 225
+
+
+def test_compare_finds_a_model_equal_to_itself(plain: Path, quantized: Path) -> None:
+    sizes = ("--window", 64, "--windows", 3, "--prompts", 2, "--prompt-tokens", 16, "--new-tokens", 8)
+    same, other = (result("compare", plain, path, *sizes) for path in (plain, quantized))
+    assert same["kl_divergence"] == pytest.approx(0, abs=1e-6)
+    assert (same["top1_agreement"], same["agreement_length"], same["tokens"], same["prompts"]) == (1, 8, 192, 2)
+    assert same["perplexity_of_own_text"] == same["perplexity_of_original_text"]
+    assert other["kl_divergence"] > 1e-4
+    assert other["top1_agreement"] < 1
+    assert other["perplexity_of_original_text"] == same["perplexity_of_original_text"]
 
 
 def test_generate_prints_text_as_it_says_in_json(quantized: Path) -> None:
@@ -258,6 +276,8 @@ def test_commands_take_other_forms(foreign: dict[str, Path], tmp_path: Path) -> 
         (("quantize", "QUANTIZED", "NEW", "--sequence-length", 64), ["quantized already"]),
         (("eval", "PLAIN", "--text", "TEXT"), ["fewer than one window", "1024"]),
         (("eval", "PLAIN", "--text", "missing.txt"), ["missing.txt"]),
+        (("eval", "PLAIN", "--text", "TEXT", "--protocol", "ptb"), ["ptb", "not both"]),
+        (("compare", "PLAIN", "OTHER"), ["are not the same model"]),
         (("generate", "PLAIN", "hi", "--max-new-tokens", 0), ["max_new_tokens"]),
         (("export", "PLAIN", "NEW", "--format", "hf-spqr"), ["no packed matrix"]),
         (("export", "QUANTIZED", "PLAIN", "--format", "hf"), ["exists"]),
@@ -268,7 +288,14 @@ def test_errors_are_one_line_and_exit_status_1(
     arguments: tuple, words: list[str], plain: Path, quantized: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "short.txt").write_text("too short")
-    places = {"PLAIN": plain, "QUANTIZED": quantized, "NEW": tmp_path / "new", "TEXT": tmp_path / "short.txt"}
+    other = write_checkpoint(tmp_path / "other", tiny_config(), random_tensors(tiny_config()))
+    places = {
+        "PLAIN": plain,
+        "QUANTIZED": quantized,
+        "OTHER": other,
+        "NEW": tmp_path / "new",
+        "TEXT": tmp_path / "short.txt",
+    }
     done = spqr(*(places.get(argument, argument) for argument in arguments))
     assert done.returncode == 1
     (line,) = done.stderr.strip().splitlines()[-1:]

@@ -1,27 +1,12 @@
 import copy
 import math
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_llama import CONFIG, MODEL, log_probabilities, tiny_params
 
-from spqr_jax.evaluation import cut_windows, perplexity, window_losses
-from spqr_jax.models import Llama, LlamaConfig, RotaryConfig
+from spqr_jax.evaluation import counted_windows, cut_windows, perplexity, window_losses
 from spqr_jax.models.stacking import stack_blocks
-
-CONFIG = LlamaConfig(
-    vocab_size=61,
-    hidden_size=32,
-    mlp_size=48,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    rotary=RotaryConfig(),
-    max_positions=512,
-)
-MODEL = Llama(CONFIG)
 
 
 @pytest.fixture(scope="module")
@@ -31,20 +16,15 @@ def tokens():
 
 @pytest.fixture(scope="module")
 def params():
-    rng = np.random.default_rng(1)
-    shapes = jax.eval_shape(MODEL.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
-    return jax.tree.map(lambda leaf: 0.3 * rng.standard_normal(leaf.shape, np.float32), shapes)
+    return tiny_params(1)
 
 
 def reference_losses(params, windows):
     """Each window's mean −log softmax(logits)[next token], in float64 and without the library's loss."""
-    forward = jax.jit(lambda params, tokens: MODEL.apply({"params": params}, tokens))
     losses = []
     for window in windows:
-        logits = np.asarray(forward(params, window[None])[0], np.float64)
-        logits -= logits.max(axis=1, keepdims=True)
-        log_probabilities = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
-        losses.append(np.mean([-log_probabilities[i, window[i + 1]] for i in range(len(window) - 1)]))
+        log_p = log_probabilities(params, window)
+        losses.append(np.mean([-log_p[i, window[i + 1]] for i in range(len(window) - 1)]))
     return losses
 
 
@@ -76,9 +56,29 @@ def test_windows_follow_each_other_and_the_rest_is_dropped():
     assert cut_windows(range(10), window=5).shape == cut_windows(range(10), window=5, max_windows=9).shape == (2, 5)
 
 
+@pytest.mark.parametrize(("window", "stride", "length"), [(40, 13, 150), (40, 39, 118), (40, 1, 43), (40, 20, 40)])
+def test_overlapping_windows_predict_every_token_once(params, tokens, window, stride, length):
+    text = tokens[:length]
+    windows, counted = counted_windows(text, window=window, stride=stride)
+    assert sum(counted) == length - 1
+    assert max(counted[1:], default=0) <= stride
+    log_losses, position = [], 1
+    for start in [*range(0, length - window, stride), length - window]:
+        stop = start + window
+        log_p = log_probabilities(params, text[start:stop])
+        log_losses += [-log_p[t - start - 1, text[t]] for t in range(position, stop)]
+        position = stop
+    assert len(log_losses) == length - 1
+    assert len(windows) == len(counted)
+    got = perplexity(MODEL, params, text, window=window, stride=stride)
+    assert got == pytest.approx(math.exp(np.mean(log_losses)), rel=1e-5)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"window": 10, "stride": 10}, "stride is 10, but must be between 1 and 9"),
+        ({"window": 10, "stride": 0}, "stride is 0, but must be between 1 and 9"),
         ({"window": 1001}, "the text has 1000 tokens, fewer than one window of 1001"),
         ({"window": 1}, "window is 1, but a loss needs at least 2 tokens"),
         ({"window": 10, "max_windows": 0}, "max_windows is 0, but must be at least 1"),

@@ -19,7 +19,7 @@ from rich.table import Table
 from converters import find_smollm2, from_pretrained
 from spqr_jax import console
 from spqr_jax.benchmark.growth import Growth, growths
-from spqr_jax.cli import encode
+from spqr_jax.cli.models import encode
 from spqr_jax.config import COMPACT
 from spqr_jax.corpus import REFERENCE_STARTS, wikitext2, windows_at
 from spqr_jax.pipeline import quantize_blocks

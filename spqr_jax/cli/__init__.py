@@ -1,0 +1,15 @@
+"""The command line `spqr`: quantize, eval, compare, generate, inspect, export.
+
+Results go to standard output, progress to standard error. Exit status: 0 done, 1 an error told in one line, 2 wrong
+usage.
+"""
+
+from spqr_jax import console
+from spqr_jax.cli import evaluating, exporting, generating, inspecting, quantizing  # noqa: F401
+from spqr_jax.cli.app import app
+
+
+def main() -> None:
+    """Entry point of `spqr`."""
+    console.quiet()
+    console.run(app)
