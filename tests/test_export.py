@@ -1,6 +1,7 @@
 """What is exported is read by transformers, by the official reader's rules, and by this library, as the same model."""
 
 import json
+import math
 import re
 import sys
 from pathlib import Path
@@ -172,7 +173,9 @@ def test_transformers_loads_the_packed_model(
     assert len(modules) == len(packed) > 0
     expected = perplexity(quantized.model, quantized.params, TOKENS.reshape(-1), window=TOKENS.shape[1])
     # transformers forbids casting a quantized model; here only its dense weights are cast.
-    assert torch_perplexity(torch.nn.Module.float(reference), TOKENS) == pytest.approx(expected, rel=5e-3)
+    found = torch_perplexity(torch.nn.Module.float(reference), TOKENS)
+    # Weights have been rounded to float16; with random ones, losses are up to 28 nats, and move by that share of it.
+    assert math.log(found) == pytest.approx(math.log(expected), rel=2**-11)
 
 
 def with_nested_modules(integration: Any) -> Any:
