@@ -74,7 +74,7 @@ def quantize(
     Args:
       params: parameter tree of `model`, dense.
       calibration_tokens: token ids of sequences of equal length; None gives round-to-nearest.
-      model: the Flax module.
+      model: the Flax module; calibration runs in its type, but in bfloat16 for float16, see `streams.embed`.
       config: what to quantize to.
       mesh: devices that share the work, all axes as one: each has its share of the calibration sequences, and solves
         its share of the rows of each matrix. H and its factor every device has whole. Not under `jax.jit`.
