@@ -161,7 +161,7 @@ def quantize_block(
         _check_hidden(streams, name)
     else:
         for matrix in block.matrices():
-            solved |= _solve((matrix,), dense, [], jnp.float32, config, name, mesh)
+            solved |= _solve((matrix,), dense, [], config, name, mesh)[0]
     kernels = {matrix: s.packed for matrix, s in solved.items()}
     report = {f"{name}.{matrix}": s.report for matrix, s in solved.items()}
     return QuantizedBlock(name, _with_kernels(params, kernels), report), streams
@@ -214,10 +214,9 @@ def check_tokens(calibration_tokens: Int[ArrayLike, "sequences tokens"], block: 
 
 
 class _Solved(NamedTuple):
-    """One quantized matrix: packed, as the kernel that calibration multiplies, and reported."""
+    """One quantized matrix: packed, and reported."""
 
     packed: SpqrTensor
-    kernel: Float[Array, "in out"]
     report: MatrixReport
 
 
@@ -248,15 +247,18 @@ def _quantize_in_stages(
     # Once here, not for every batch.
     original = _with_kernels(params, {matrix: params[matrix]["kernel"].astype(dtype) for matrix in block.matrices()})
     solved: dict[str, _Solved] = {}
+    kernels: dict[str, Array] = {}
     running, before = original, () if config.sequential else streams
     for number, stage in enumerate(block.stages):
         streams, moments = run(streams, number, running)
         for feed, matrices in stage.feeds.items():
-            solved |= _solve(matrices, params, [part.pop(feed) for part in moments], dtype, config, name, mesh)
+            found, weights = _solve(matrices, params, [part.pop(feed) for part in moments], config, name, mesh)
+            solved |= found
+            kernels |= {matrix: _as_kernel(weights.pop(matrix), dtype) for matrix in matrices}
         if config.sequential:
-            running = _with_kernels(original, {matrix: s.kernel for matrix, s in solved.items()})
+            running = _with_kernels(original, kernels)
     if not config.sequential:
-        running = _with_kernels(original, {matrix: s.kernel for matrix, s in solved.items()})
+        running = _with_kernels(original, kernels)
         streams = before
         for number in range(len(block.stages)):
             streams, _ = run(streams, number, running)
@@ -267,12 +269,11 @@ def _solve(
     matrices: tuple[str, ...],
     params: Params,
     moments: list[InputMoments],
-    dtype: DTypeLike,
     config: SpqrConfig,
     block_name: str,
     mesh: Mesh | None,
-) -> dict[str, _Solved]:
-    """Quantizes matrices that share an input, and reports on each.
+) -> tuple[dict[str, _Solved], dict[str, Float[Array, "_ in"]]]:
+    """Quantizes matrices that share an input, and reports on each; also returns the weights that they stand for.
 
     The moments of their input, over each part of the sequences, may be many times as large as the matrices: they are
     taken out of the list, and freed as soon as they are used.
@@ -311,10 +312,11 @@ def _solve(
         values: Any = bits_per_weight(tensor), outlier_share(tensor), error, seconds * share
         return MatrixReport._make(v if isinstance(v, jax.core.Tracer) else float(v) for v in values)
 
-    return {
-        matrix: _Solved(tensor, _as_kernel(weight, dtype), report(tensor, error))
-        for matrix, tensor, weight, error in zip(matrices, packed, dense, errors, strict=True)
+    solved = {
+        matrix: _Solved(tensor, report(tensor, error))
+        for matrix, tensor, error in zip(matrices, packed, errors, strict=True)
     }
+    return solved, dict(zip(matrices, dense, strict=True))
 
 
 def _joined(parts: SpqrTensor, out: int) -> SpqrTensor:

@@ -1,4 +1,5 @@
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -6,25 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
+import tiny_llama
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from spqr_jax import generation
 from spqr_jax.generation import chat_prompt, generate, stream
-from spqr_jax.models import Llama, LlamaConfig, RotaryConfig
+from spqr_jax.models import Llama
 from spqr_jax.models.stacking import stack_blocks, unstack_blocks
 
-CONFIG = LlamaConfig(
-    vocab_size=61,
-    hidden_size=32,
-    mlp_size=48,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    rotary=RotaryConfig(),
-    max_positions=256,
-)
+CONFIG = replace(tiny_llama.CONFIG, max_positions=256)
 MODEL = Llama(CONFIG)
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6], [5], [3, 5, 8]]
 
@@ -32,9 +24,7 @@ PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6], [5], [3, 5, 8]]
 @pytest.fixture(scope="module")
 def params():
     """Random parameters, large enough that the next token depends on the context."""
-    rng = np.random.default_rng(1)
-    shapes = jax.eval_shape(MODEL.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
-    return stack_blocks(jax.tree.map(lambda leaf: 0.5 * rng.standard_normal(leaf.shape, np.float32), shapes))
+    return stack_blocks(tiny_llama.tiny_params(1, MODEL, scale=0.5))
 
 
 @pytest.fixture(scope="module")

@@ -1,26 +1,18 @@
 import copy
+from dataclasses import replace
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_llama
 
 from pallas_kernels import SpqrTensor, pack, spqr_dequantize, trim
-from spqr_jax.models import Llama, LlamaConfig, RotaryConfig
+from spqr_jax.models import Llama
 from spqr_jax.models.stacking import level_blocks, stack_blocks, unstack_blocks
 
-CONFIG = LlamaConfig(
-    vocab_size=61,
-    hidden_size=32,
-    mlp_size=48,
-    num_layers=3,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    rotary=RotaryConfig(),
-    max_positions=64,
-)
+CONFIG = replace(tiny_llama.CONFIG, num_layers=3, max_positions=64)
 MODEL = Llama(CONFIG)
 PACKED_MATRICES = ("q_proj", "down_proj")
 PACK = jax.jit(partial(pack, bits=3, group_size=16))
@@ -33,10 +25,8 @@ def tokens():
 
 
 @pytest.fixture(scope="module")
-def params(tokens):
-    rng = np.random.default_rng(1)
-    shapes = jax.eval_shape(MODEL.init, jax.random.key(0), tokens)["params"]
-    return jax.tree.map(lambda leaf: 0.3 * rng.standard_normal(leaf.shape, np.float32), shapes)
+def params():
+    return tiny_llama.tiny_params(1, MODEL)
 
 
 @pytest.fixture(scope="module")

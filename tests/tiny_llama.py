@@ -22,11 +22,11 @@ CONFIG = LlamaConfig(
 MODEL = Llama(CONFIG)
 
 
-def tiny_params(seed: int) -> dict[str, Any]:
-    """Parameters of the model, as NumPy arrays."""
+def tiny_params(seed: int, model: Llama = MODEL, scale: float = 0.3) -> dict[str, Any]:
+    """Parameters of a model of that kind, as NumPy arrays."""
     rng = np.random.default_rng(seed)
-    shapes = jax.eval_shape(MODEL.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
-    return jax.tree.map(lambda leaf: 0.3 * rng.standard_normal(leaf.shape, np.float32), shapes)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    return jax.tree.map(lambda leaf: scale * rng.standard_normal(leaf.shape, np.float32), shapes)
 
 
 def log_probabilities(params: dict[str, Any], tokens: np.ndarray) -> np.ndarray:

@@ -8,7 +8,7 @@ import typer
 
 from spqr_jax import console
 from spqr_jax.cli.app import Json, Model, app
-from spqr_jax.cli.models import encode, load_model, require
+from spqr_jax.cli.models import encode_text, load_model, require
 from spqr_jax.protocols import Protocol, protocol_tokens
 
 TextFile = Annotated[Path | None, typer.Option(help="Text file; default: the start of WikiText-2's test text.")]
@@ -96,11 +96,9 @@ def compare(
 
 def _tokens(tokenizer: Any, text: Path | None, protocol: Protocol | None, window: int) -> Any:
     """Token ids of a text file, of a protocol's text, or of the package's."""
-    from spqr_jax.corpus import wikitext2
-
     if protocol is not None:
         if text is not None:
             raise ValueError(f"give a text file or the protocol {protocol}, not both")
         require(tokenizer)
         return protocol_tokens(protocol, tokenizer, window)
-    return encode(tokenizer, wikitext2("test") if text is None else text.read_text(encoding="utf-8"))
+    return encode_text(tokenizer, text, "test")

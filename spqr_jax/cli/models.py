@@ -1,7 +1,8 @@
 """Models and texts as the commands take them."""
 
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 
 def load_model(source: str, dtype: str) -> tuple[Any, Any, Any]:
@@ -45,3 +46,10 @@ def encode(tokenizer: Any, text: str) -> list[int]:
     """Token ids of a text, without special tokens."""
     require(tokenizer)
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def encode_text(tokenizer: Any, text: Path | None, split: Literal["valid", "test"]) -> list[int]:
+    """The same of a text file, or of this part of the package's text."""
+    from spqr_jax.corpus import wikitext2
+
+    return encode(tokenizer, wikitext2(split) if text is None else text.read_text(encoding="utf-8"))

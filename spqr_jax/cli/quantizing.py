@@ -9,7 +9,7 @@ import typer
 
 from spqr_jax import console
 from spqr_jax.cli.app import Json, Model, app
-from spqr_jax.cli.models import encode, open_model
+from spqr_jax.cli.models import encode_text, open_model
 
 
 class Method(StrEnum):
@@ -134,7 +134,6 @@ def calibration_tokens(tokenizer: Any, text: Path | None, sequences: int, length
     """Calibration windows at random places of a text file, or of the package's."""
     import numpy as np
 
-    from spqr_jax.corpus import random_windows, wikitext2
+    from spqr_jax.corpus import random_windows
 
-    ids = encode(tokenizer, wikitext2("valid") if text is None else text.read_text(encoding="utf-8"))
-    return random_windows(np.array(ids), sequences, length, seed)
+    return random_windows(np.array(encode_text(tokenizer, text, "valid")), sequences, length, seed)
