@@ -171,11 +171,25 @@ def test_transformers_loads_the_packed_model(
     packed = [leaf for leaf in jax.tree.leaves(quantized.params, is_leaf=is_packed) if is_packed(leaf)]
     modules = [module for module in reference.modules() if type(module).__name__ == "QuantizedLinear"]
     assert len(modules) == len(packed) > 0
-    expected = perplexity(quantized.model, quantized.params, TOKENS.reshape(-1), window=TOKENS.shape[1])
     # transformers forbids casting a quantized model; here only its dense weights are cast.
-    found = torch_perplexity(torch.nn.Module.float(reference), TOKENS)
+    reference = torch.nn.Module.float(reference)
+    found = torch_perplexity(reference, TOKENS)
+    expected = perplexity(quantized.model, quantized.params, TOKENS.reshape(-1), window=TOKENS.shape[1])
     # Weights have been rounded to float16; with random ones, losses are up to 28 nats, and move by that share of it.
     assert math.log(found) == pytest.approx(math.log(expected), rel=2**-11)
+    # With weights that are rounded as the official reader does it, nothing is left of that.
+    export_huggingface(tmp_path / "dense", quantized.model, quantized.params, dtype="float32")
+    rounded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    rounded.load_state_dict(reference.state_dict(), strict=False)
+    for name, module in reference.named_modules():
+        if module in modules:
+            arrays = {key: parameter.numpy() for key, parameter in module.named_parameters()}
+            order = arrays["in_perm"].view(np.uint16).astype(np.int64)
+            weight = torch.from_numpy(official_weight(arrays, module.rows, module.cols)).float()
+            rounded.get_submodule(name).weight.data[:, order] = weight
+    rounded.save_pretrained(tmp_path / "rounded")
+    model, params, _ = from_pretrained(tmp_path / "rounded")
+    assert found == pytest.approx(perplexity(model, params, TOKENS.reshape(-1), window=TOKENS.shape[1]), rel=1e-4)
 
 
 def with_nested_modules(integration: Any) -> Any:
