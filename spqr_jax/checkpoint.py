@@ -6,6 +6,7 @@ What is in such a directory:
   * `params/`: for each entry at the top of the parameter tree, such as `layers_0`, a directory in Orbax's format with
     its arrays, each under its whole path (`layers_0.q_proj.kernel.codes`);
   * `tokenizer/`: what the tokenizer's `save_pretrained` writes, if there is one;
+  * `quantization.json`: how `quantize_checkpoint` made it, if that did, see `spqr_jax.record`;
   * `manifest.json`: size and BLAKE2b checksum of every other file, checked at loading.
 
 A directory gets its name only when all of it is on the disk. An interrupted save leaves `<name>.incomplete-<random>`
@@ -41,7 +42,7 @@ from spqr_jax.orbax_arrays import read_arrays, write_arrays
 from spqr_jax.sources import ModelSource
 
 FORMAT_VERSION = 2
-HEADER, MANIFEST, PARAMS, TOKENIZER = "spqr.json", "manifest.json", "params", "tokenizer"
+HEADER, MANIFEST, PARAMS, TOKENIZER, RECORD = "spqr.json", "manifest.json", "params", "tokenizer", "quantization.json"
 
 Leaf = SpqrTensor | np.ndarray
 Entries = dict[str, dict[str, Any]]
@@ -131,7 +132,7 @@ def open_checkpoint(directory: str | PathLike[str]) -> ModelSource:
     root = Path(directory).resolve()
     header = describe(root)
     for name, fingerprint in read_json(root / MANIFEST).items():
-        _verify(root / name, fingerprint)
+        verify(root / name, fingerprint)
     model = _model(header, root)
     names = {path.partition(".")[0] for path in (*header["dense"], *header["matrices"])}
     tokenizer = PreTrainedTokenizerFast.from_pretrained(root / TOKENIZER) if header["tokenizer"] else None
@@ -178,7 +179,7 @@ def describe(directory: str | PathLike[str]) -> dict[str, Any]:
             f"{root / HEADER} is of format version {header.get('version')!r}, but this release reads {FORMAT_VERSION}; "
             "use the release that wrote it."
         )
-    _verify(root / HEADER, read_json(root / MANIFEST).get(HEADER))
+    verify(root / HEADER, read_json(root / MANIFEST).get(HEADER))
     return header
 
 
@@ -210,7 +211,7 @@ def check_destination(directory: str | PathLike[str], *, overwrite: bool = False
     if not destination.is_dir():
         raise CheckpointError(f"{destination} is not a directory, so it is not overwritten; choose another path.")
     found = {path.name for path in destination.iterdir()}
-    foreign = found - ({HEADER, MANIFEST, PARAMS, TOKENIZER} if is_checkpoint(destination) else set())
+    foreign = found - ({HEADER, MANIFEST, PARAMS, TOKENIZER, RECORD} if is_checkpoint(destination) else set())
     if foreign:
         raise CheckpointError(
             f"{destination} holds {min(foreign)}, which is not part of a checkpoint, so it is not overwritten; "
@@ -317,7 +318,7 @@ def _fingerprint(path: Path) -> str:
     return f"{path.stat().st_size} bytes with BLAKE2b {digest}"
 
 
-def _verify(path: Path, expected: str | None) -> None:
+def verify(path: Path, expected: str | None) -> None:
     """Raises a CheckpointError where a file is not the one that was saved."""
     found = _fingerprint(path) if path.is_file() else "missing"
     if found != expected:

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from spqr_jax.unfinished import BlockReport
+from spqr_jax.record import BlockReport
 
 T = TypeVar("T")
 

@@ -25,10 +25,10 @@ from spqr_jax.mesh import flat
 from spqr_jax.models.decoder import Params, layer_name
 from spqr_jax.pipeline import check_tokens, check_weights, place, quantize_block
 from spqr_jax.processes import agree, is_first
+from spqr_jax.record import BlockReport, new_record
 from spqr_jax.sources import ModelSource
 from spqr_jax.streams import Allocate, check_shares, embed, split
 from spqr_jax.unfinished import (
-    BlockReport,
     State,
     allocate_in_file,
     claim,
@@ -114,7 +114,9 @@ def quantize_checkpoint(
                 if published:
                     remove_directory(directory)
                 else:
-                    finish(directory, destination, state, source.model, source.tokenizer)
+                    shape = None if tokens is None else tokens.shape
+                    quantization = new_record(config, shape, state.blocks, mesh)
+                    finish(directory, destination, state, source.model, source.tokenizer, quantization)
         agree({"finished blocks": len(state.blocks)})
         return state.blocks
 

@@ -44,23 +44,9 @@ from spqr_jax.directories import (
     synchronize_all,
 )
 from spqr_jax.models.decoder import Decoder, Params
-from spqr_jax.pipeline import MatrixReport
+from spqr_jax.record import BlockReport, Record, blocks_from_json, blocks_to_json, write_record
 
 RUN, CHECKPOINT, STATE = "run.json", "checkpoint", "state.json"
-
-
-class BlockReport(NamedTuple):
-    """What became of one block.
-
-    Attributes:
-      number: how many blocks are finished with it.
-      seconds: wall time from the end of the block before it, reading and writing included.
-      matrices: a report per matrix (`layers_3.q_proj`).
-    """
-
-    number: int
-    seconds: float
-    matrices: dict[str, MatrixReport]
 
 
 class State(NamedTuple):
@@ -154,10 +140,7 @@ def record(directory: Path, state: State) -> None:
     """Writes a state in the place of the one before; the parts of the checkpoint that it names are written already."""
     content = {
         "entries": state.entries,
-        "blocks": [
-            block._asdict() | {"matrices": {name: matrix._asdict() for name, matrix in block.matrices.items()}}
-            for block in state.blocks
-        ],
+        "blocks": blocks_to_json(state.blocks),
         "hidden": [{"shape": array.shape, "dtype": array.dtype.name} for array in state.hidden],
     }
     name = f"state-{len(state.blocks)}"
@@ -169,8 +152,11 @@ def record(directory: Path, state: State) -> None:
     _keep_only(directory, state)
 
 
-def finish(directory: Path, destination: Path, state: State, model: Decoder, tokenizer: Any) -> None:
+def finish(
+    directory: Path, destination: Path, state: State, model: Decoder, tokenizer: Any, quantization: Record
+) -> None:
     """Completes the checkpoint, gives it its name, in the place of what has it, and deletes the run's directory."""
+    write_record(directory / CHECKPOINT, quantization)
     write_description(directory / CHECKPOINT, model, state.entries.values(), tokenizer)
     synchronize_all(directory / CHECKPOINT)
     shutil.copyfile(directory / CHECKPOINT / MANIFEST, directory / MANIFEST)
@@ -210,10 +196,7 @@ def _read_state(path: Path, hidden_on_disk: bool) -> State:
         np.memmap(path / f"hidden-{number}", jnp.dtype(array["dtype"]), "r", shape=tuple(array["shape"]))
         for number, array in enumerate(content["hidden"])
     ]
-    blocks = [
-        BlockReport(**block | {"matrices": {name: MatrixReport(**m) for name, m in block["matrices"].items()}})
-        for block in content["blocks"]
-    ]
+    blocks = blocks_from_json(content["blocks"])
     return State(content["entries"], blocks, hidden if hidden_on_disk else [np.array(array) for array in hidden])
 
 

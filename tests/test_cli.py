@@ -22,7 +22,7 @@ from tiny_models import random_tensors, tiny_config, write_checkpoint, write_ggu
 from spqr_jax import console, save, streaming
 from spqr_jax.cli import main
 from spqr_jax.models import Llama, LlamaConfig, RotaryConfig
-from spqr_jax.unfinished import BlockReport
+from spqr_jax.record import BlockReport
 
 CONFIG = LlamaConfig(257, 64, 128, 2, 4, 2, 16, RotaryConfig())
 

@@ -25,9 +25,9 @@ from converters import from_pretrained, open_pretrained
 from spqr_jax import CheckpointError, SpqrConfig, load, quantize, save, unfinished
 from spqr_jax.checkpoint import open_checkpoint
 from spqr_jax.directories import remove_directory
+from spqr_jax.record import BlockReport
 from spqr_jax.sources import ModelSource
 from spqr_jax.streaming import quantize_checkpoint
-from spqr_jax.unfinished import BlockReport
 
 CONFIG = SpqrConfig()
 BLOCKS = 3
