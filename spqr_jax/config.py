@@ -1,6 +1,7 @@
-"""What to quantize to: the frozen configuration and the paper's two presets."""
+"""What to quantize to: the frozen configuration, the paper's two presets, and the methods that it compares."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from enum import StrEnum
 from typing import Literal
 
 
@@ -18,6 +19,8 @@ class SpqrConfig:
       stats_group_size: consecutive rows whose statistics are quantized together (β2), a multiple of 16.
       outlier_threshold: τ; a weight is an outlier where its squared error, divided by the inverse Hessian's, exceeds
         τ times the mean of Var(column) / U_ii²; None for no outliers.
+      outlier_rows: instead of single weights, this share of a matrix's rows is kept whole: those with the largest
+        Σ_j (w_j − ŵ_j)² / U_jj² when rounded to nearest. The paper's ablation; `outlier_threshold` must be None.
       permutation: order in which input features are quantized: `act_order` by falling diag(H), or `identity`.
       damping: share of mean |diag H| added to diag H.
       simplified: do not leave likely outliers out when scales and zeros are fitted.
@@ -39,6 +42,7 @@ class SpqrConfig:
     zero_bits: int | None = 3
     stats_group_size: int = 16
     outlier_threshold: float | None = 0.2
+    outlier_rows: float | None = None
     permutation: Literal["act_order", "identity"] = "act_order"
     damping: float = 0.1
     simplified: bool = False
@@ -52,3 +56,20 @@ COMPACT = SpqrConfig(bits=3)
 
 NEAR_LOSSLESS = SpqrConfig(bits=4)
 """About 4.7 bits per weight: the paper's setting that stays within about 1 % of a model's perplexity."""
+
+
+class Method(StrEnum):
+    """What SpQR is compared with: without outliers it is GPTQ, and that without calibration is round-to-nearest."""
+
+    SPQR = "spqr"
+    GPTQ = "gptq"
+    RTN = "rtn"
+
+    def config(self, config: SpqrConfig) -> SpqrConfig:
+        """The settings with which the solver is this method; round-to-nearest also needs that no tokens are given.
+
+        Example:
+          >>> Method.GPTQ.config(COMPACT).outlier_threshold is None
+          True
+        """
+        return config if self is Method.SPQR else replace(config, outlier_threshold=None)

@@ -1,4 +1,4 @@
-"""Directories that get their name only when all of their content is on the disk."""
+"""Directories, and files, that get their name only when all of their content is on the disk."""
 
 import ctypes
 import os
@@ -39,6 +39,14 @@ def new_directory(destination: Path) -> Iterator[Path]:
         publish(incomplete, destination)
     finally:
         shutil.rmtree(incomplete, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file at once: who reads it finds the old content or the new one."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    synchronize(partial)
+    partial.replace(path)
 
 
 def remove_leftovers(directory: Path) -> None:

@@ -188,10 +188,12 @@ def _quantize_factored(
     if factor is None:
         columns = weights[0].shape[1]
         factor = Factor(jnp.eye(columns), jnp.zeros(columns, bool), None)
-    ordered = tuple(_in_order(weight.astype(jnp.float32), factor) for weight in weights)
+    ordered = tuple(in_order(weight.astype(jnp.float32), factor) for weight in weights)
     thresholds = None
     if config.outlier_threshold is not None:
         thresholds = [outlier_threshold(w, factor.inverse_factor, config.outlier_threshold, mesh) for w in ordered]
+    elif config.outlier_rows is not None:
+        thresholds = [row_threshold(w, factor.inverse_factor, config, mesh) for w in ordered]
     rows = partial(_quantize_rows, config, mesh is not None)
     packed, dense = by_rows(rows, mesh, ordered, thresholds, factor, unit=config.stats_group_size)
     dense = tuple(d[: len(w)] for d, w in zip(dense, weights, strict=True))
@@ -208,7 +210,9 @@ def _quantize_rows(
     """Solves and packs matrices whose columns are in quantization order; as parts, they get a leading axis."""
     threshold = None
     if thresholds is not None:
-        threshold = jnp.concatenate([jnp.full(len(w), t) for w, t in zip(ordered, thresholds, strict=True)])
+        threshold = jnp.concatenate(
+            [_threshold_of_rows(w, t, factor, config) for w, t in zip(ordered, thresholds, strict=True)]
+        )
     solution = solve(jnp.concatenate(ordered), factor.inverse_factor, threshold, config)
     starts = [0, *itertools.accumulate(len(w) for w in ordered)]
     parts = [_rows(solution, start, stop) for start, stop in itertools.pairwise(starts)]
@@ -237,6 +241,38 @@ def outlier_threshold(
     return relative_threshold * jnp.mean(variance / jnp.square(jnp.diag(inverse_factor)))
 
 
+def row_threshold(
+    weight: Float[Array, "out in"], inverse_factor: Float[Array, "in in"], config: SpqrConfig, mesh: Mesh | None = None
+) -> Float[Array, ""]:
+    """A sensitivity that the share `config.outlier_rows` of the rows exceeds, see `row_sensitivities`."""
+    assert config.outlier_rows is not None
+    falling = jnp.sort(gather(row_sensitivities(weight, inverse_factor, config), mesh), descending=True)
+    kept = round(config.outlier_rows * len(weight))
+    # Between two rows, so that no rounding decides.
+    bounds = jnp.concatenate([jnp.full(1, jnp.inf), (falling[:-1] + falling[1:]) / 2, jnp.full(1, -jnp.inf)])
+    return bounds[kept]
+
+
+def row_sensitivities(
+    weight: Float[Array, "out in"], inverse_factor: Float[Array, "in in"], config: SpqrConfig
+) -> Float[Array, " out"]:
+    """Σ_j (w_j − ŵ_j)² / U_jj² of each row, rounded to nearest with statistics that are not quantized."""
+    columns = weight.shape[1]
+    groups = weight.T.reshape(columns // config.group_size, config.group_size, -1)
+    fit = min_max_fit(groups.min(axis=1, keepdims=True), groups.max(axis=1, keepdims=True), config.bits)
+    errors = jnp.square(groups - decode(encode(groups, *fit, config.bits), *fit)).reshape(columns, -1)
+    return jnp.sum(errors / jnp.square(jnp.diag(inverse_factor))[:, None], axis=0)
+
+
+def _threshold_of_rows(
+    weight: Float[Array, "out in"], threshold: Float[Array, ""], factor: Factor, config: SpqrConfig
+) -> Float[Array, " out"]:
+    """T of each row; below zero where all of the row is to be kept."""
+    if config.outlier_rows is None:
+        return jnp.full(len(weight), threshold)
+    return jnp.where(row_sensitivities(weight, factor.inverse_factor, config) > threshold, -1.0, jnp.inf)
+
+
 def solve(
     weight: Float[Array, "out in"],
     inverse_factor: Float[Array, "in in"],
@@ -248,7 +284,8 @@ def solve(
     Args:
       weight: in quantization order, float32.
       inverse_factor: U of `factorize`.
-      threshold: T of each row (rows of several matrices can be solved together), or None for no outliers.
+      threshold: T of each row (rows of several matrices can be solved together), below zero for a row to be kept
+        whole, or None for no outliers.
     """
     out, columns = weight.shape
     size = config.group_size
@@ -282,7 +319,7 @@ def solve(
     return Solution(*jax.tree.map(by_row, (codes, scale, zero, outliers)))
 
 
-def _in_order(weight: Float[Array, "out in"], factor: Factor) -> Float[Array, "out in"]:
+def in_order(weight: Float[Array, "out in"], factor: Factor) -> Float[Array, "out in"]:
     """The weight's columns in quantization order, dead features' set to 0."""
     if factor.permutation is not None:
         weight = weight.T[factor.permutation].T  # rows are moved faster than columns
@@ -298,7 +335,9 @@ def _fit(
     """Scale and zero of a group in each row, as they will be stored; likely outliers do not take part."""
     low, high = group.min(axis=0), group.max(axis=0)
     if threshold is not None and not config.simplified:
-        likely = leave_one_out_gain(group, 1 / jnp.square(diagonal), config.bits) > threshold
+        gain = leave_one_out_gain(group, 1 / jnp.square(diagonal), config.bits)
+        # A row that is kept whole has statistics like the others: they are quantized together.
+        likely = (gain > threshold) & (threshold >= 0)
         kept_low = jnp.where(likely, jnp.inf, group).min(axis=0)
         kept_high = jnp.where(likely, -jnp.inf, group).max(axis=0)
         # Where fewer than two values are left to fit, the official code's range.

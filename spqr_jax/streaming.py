@@ -137,7 +137,7 @@ def _survey(
         if name == blocks[0] and tokens is not None:
             check_tokens(tokens, part, source.model)
             check_shares(len(tokens), config, mesh)
-        digests[name] = _digest(part)
+        digests[name] = digest(part)
         size += sum(leaf.nbytes for leaf in jax.tree.leaves(part))
     parent = existing_parent(directory)
     free = shutil.disk_usage(parent).free
@@ -146,12 +146,12 @@ def _survey(
     return {
         "config": dataclasses.asdict(config),
         "model": describe_model(source.model),
-        "calibration": None if tokens is None else {"shape": list(tokens.shape), "tokens": _digest(tokens)},
+        "calibration": None if tokens is None else {"shape": list(tokens.shape), "tokens": digest(tokens)},
         "source": dict(sorted(digests.items())),
     }
 
 
-def _digest(tree: Any) -> str:
+def digest(tree: Any) -> str:
     """Checksum of names, types, shapes and values of arrays."""
     digest = hashlib.blake2b(digest_size=8)
     for path, leaf in jax.tree.leaves_with_path(tree):

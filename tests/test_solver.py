@@ -375,3 +375,32 @@ def test_weights_too_large_for_float16_are_an_error():
 def test_sizes_that_do_not_divide(out, columns, message):
     with pytest.raises(ValueError, match=message):
         quantize_matrix(np.ones((out, columns), np.float32), None, SMALL)
+
+
+# Whole rows as outliers
+
+
+def test_whole_rows_are_kept_and_no_other_weight() -> None:
+    rng = np.random.default_rng(0)
+    weight = rng.normal(size=(64, 48)) * np.exp(rng.normal(size=(64, 1)))
+    x = rng.normal(size=(300, 48))
+    config = replace(SMALL, outlier_threshold=None, outlier_rows=0.1)
+    packed = quantize_matrix(jnp.asarray(weight, jnp.float32), jnp.asarray(x.T @ x, jnp.float32), config)
+    mask = outlier_mask(packed)
+    rows = mask.all(axis=1)
+    assert rows.sum() == 6  # of 64, a tenth
+    assert not mask[~rows].any()
+    dense = np.asarray(DEQUANTIZE(packed))
+    error = np.abs(dense - weight)
+    assert error[rows].max() < 2e-3 * np.abs(weight).max()
+    assert error[rows].max() < error[~rows].max()
+    # Those whose errors would be large: here the rows of large weights.
+    assert set(np.flatnonzero(rows)) <= set(np.argsort(-np.abs(weight).max(axis=1))[:12])
+
+
+def test_no_whole_rows_is_gptq() -> None:
+    rng = np.random.default_rng(0)
+    weight, x = rng.normal(size=(32, 48)), rng.normal(size=(300, 48))
+    inputs = jnp.asarray(weight, jnp.float32), jnp.asarray(x.T @ x, jnp.float32)
+    none, gptq = (quantize_matrix(*inputs, config) for config in (replace(GPTQ, outlier_rows=0.0), GPTQ))
+    np.testing.assert_array_equal(weight_codes(none), weight_codes(gptq))

@@ -1,5 +1,6 @@
 """The command `spqr quantize`."""
 
+import sys
 import time
 from enum import StrEnum
 from pathlib import Path
@@ -10,14 +11,7 @@ import typer
 from spqr_jax import console
 from spqr_jax.cli.app import Json, Model, app
 from spqr_jax.cli.models import encode_text, open_model
-
-
-class Method(StrEnum):
-    """What to quantize with."""
-
-    SPQR = "spqr"
-    GPTQ = "gptq"
-    RTN = "rtn"
+from spqr_jax.config import Method
 
 
 class Preset(StrEnum):
@@ -34,6 +28,14 @@ class Order(StrEnum):
     IDENTITY = "identity"
 
 
+Calibration = Annotated[
+    Path | None, typer.Option(help="Text file, or token ids in a .npy file; default: WikiText-2's validation text.")
+]
+Sequences = Annotated[int, typer.Option(help="Calibration sequences.")]
+SequenceLength = Annotated[int, typer.Option(help="Tokens per calibration sequence.")]
+Seed = Annotated[int, typer.Option(help="Seed of the places where sequences are cut.")]
+
+
 @app.command()
 def quantize(
     source: Model,
@@ -46,10 +48,16 @@ def quantize(
     outlier_threshold: Annotated[float | None, typer.Option(help="The paper's τ; lower keeps more outliers.")] = None,
     permutation: Annotated[Order | None, typer.Option(help="Order in which input features are quantized.")] = None,
     damping: Annotated[float | None, typer.Option(help="Share of mean diag H added to it.")] = None,
-    calibration: Annotated[Path | None, typer.Option(help="Text file; default: WikiText-2's validation text.")] = None,
-    sequences: Annotated[int, typer.Option(help="Calibration sequences.")] = 32,
-    sequence_length: Annotated[int, typer.Option(help="Tokens per calibration sequence.")] = 512,
-    seed: Annotated[int, typer.Option(help="Seed of the places where sequences are cut.")] = 0,
+    target_bits: Annotated[
+        float | None, typer.Option(help="Bits per weight to be met, to 0.02, by the right threshold.")
+    ] = None,
+    near_lossless: Annotated[
+        bool, typer.Option("--near-lossless", help="The smallest settings that cost less than 1 % of perplexity.")
+    ] = False,
+    calibration: Calibration = None,
+    sequences: Sequences = 32,
+    sequence_length: SequenceLength = 512,
+    seed: Seed = 0,
     hidden_on_disk: Annotated[
         bool, typer.Option("--hidden-on-disk", help="Keep hidden states in mapped files, not in memory.")
     ] = False,
@@ -66,6 +74,7 @@ def quantize(
     Example: spqr quantize HuggingFaceTB/SmolLM2-135M-Instruct smollm2-3bit
     """
     from dataclasses import replace
+    from functools import partial
 
     if distributed:
         from spqr_jax.processes import join
@@ -75,6 +84,7 @@ def quantize(
 
     import jax
 
+    from spqr_jax.budget import quantize_to_bits
     from spqr_jax.checkpoint import describe
     from spqr_jax.config import COMPACT, NEAR_LOSSLESS
     from spqr_jax.processes import is_first
@@ -91,8 +101,15 @@ def quantize(
     config = replace(config, **{name: value for name, value in chosen.items() if value is not None})  # type: ignore[arg-type]
     if stats_bits is not None:
         config = replace(config, scale_bits=stats_bits or None, zero_bits=stats_bits or None)
-    if method is not Method.SPQR:
-        config = replace(config, outlier_threshold=None)
+    config = method.config(config)
+    if target_bits is not None and (config.outlier_threshold is None or outlier_threshold is not None or distributed):
+        raise ValueError(
+            "--target-bits finds the threshold of SpQR in one process: leave out --method, --outlier-threshold and "
+            "--distributed"
+        )
+    others = [*chosen.values(), stats_bits, target_bits]
+    if near_lossless and (distributed or method is not Method.SPQR or any(value is not None for value in others)):
+        raise ValueError("--near-lossless chooses all settings, in one process: leave the others out")
 
     opened = open_model(source, "float16")
     tokens = None
@@ -101,8 +118,11 @@ def quantize(
 
     started = time.perf_counter()
     mesh = jax.make_mesh((jax.device_count(),), ("devices",)) if jax.device_count() > 1 else None
+    if near_lossless:
+        config, tokens = search(opened, destination, calibration, sequences, sequence_length, seed, mesh)
+    run: Any = quantize_checkpoint if target_bits is None else partial(quantize_to_bits, target_bits=target_bits)
     with console.track_blocks(opened.model.config.num_layers) as show:
-        blocks = quantize_checkpoint(
+        blocks = run(
             opened,
             destination,
             tokens,
@@ -130,10 +150,52 @@ def quantize(
     )
 
 
+HELD_OUT = 10
+"""Windows of 1024 tokens at the end of the calibration text on which `--near-lossless` measures perplexity."""
+
+
+def search(
+    source: Any, destination: Path, text: Path | None, sequences: int, length: int, seed: int, mesh: Any
+) -> tuple[Any, Any]:
+    """The smallest near-lossless settings and the calibration tokens; results stay in DESTINATION.search.
+
+    Raises:
+      ValueError: none of the settings is near-lossless; or the text is too short to hold a part of it out.
+    """
+    import numpy as np
+
+    from spqr_jax.corpus import random_windows
+    from spqr_jax.evaluation import cut_windows
+    from spqr_jax.near_lossless import LARGEST_RISE, smallest_near_lossless
+
+    ids = np.array(encode_text(source.tokenizer, text, "valid"))
+    window = min(1024, source.model.config.max_positions)
+    held_out = min(HELD_OUT, len(ids) // (4 * window))
+    if not held_out:
+        raise ValueError(f"the calibration text has {len(ids)} tokens, but --near-lossless needs {4 * window}")
+    split = len(ids) - held_out * window
+    tokens = random_windows(ids[:split], sequences, length, seed)
+    directory = destination.with_name(f"{destination.name}.search")
+    found = smallest_near_lossless(source, directory, tokens, cut_windows(ids[split:], window=window), mesh=mesh)
+    for result in found.tried:
+        rise = result["perplexity"] / found.original_perplexity - 1
+        print(f"{result['bits_per_weight']:.2f} bits per weight: perplexity {rise:+.2%}", file=sys.stderr)
+    if found.config is None:
+        largest = max(found.tried, key=lambda result: result["bits_per_weight"])
+        raise ValueError(
+            f"no settings under 5 bits are near-lossless here: with {largest['bits_per_weight']:.2f} bits per weight, "
+            f"perplexity on held-out text rises by {largest['perplexity'] / found.original_perplexity - 1:.1%}, not by "
+            f"less than {LARGEST_RISE:.0%}; take --bits 5, or the results in {directory} as they are"
+        )
+    return found.config, tokens
+
+
 def calibration_tokens(tokenizer: Any, text: Path | None, sequences: int, length: int, seed: int) -> Any:
-    """Calibration windows at random places of a text file, or of the package's."""
+    """Calibration windows at random places of a text file, or of the package's; or those of a file of token ids."""
     import numpy as np
 
     from spqr_jax.corpus import random_windows
 
+    if text is not None and text.suffix == ".npy":
+        return np.load(text).astype(np.int32)
     return random_windows(np.array(encode_text(tokenizer, text, "valid")), sequences, length, seed)

@@ -1,0 +1,74 @@
+"""What a sweep has found, as Markdown tables and as the paper's first figure."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from spqr_jax.sweep import ablations, front
+
+LABELS = {"spqr": "SpQR", "gptq": "GPTQ", "rtn": "round-to-nearest"}
+"""Methods as the paper writes them."""
+
+
+def table(results: Sequence[Mapping[str, Any]]) -> str:
+    """All cells by size, as Markdown; those on the front are in bold."""
+    original, *found = results
+    best = front(found)
+    lines = [
+        f"| cell | bits per weight | outliers | perplexity | over {original['perplexity']:.2f} | seconds |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for result in sorted(found, key=lambda r: r["bits_per_weight"]):
+        mark = "**" if result in best else ""
+        lines.append(
+            f"| {mark}{result['name']}{mark} | {result['bits_per_weight']:.2f} | {result['outlier_share']:.2%} "
+            f"| {mark}{result['perplexity']:.2f}{mark} | {result['perplexity'] / original['perplexity'] - 1:.1%} "
+            f"| {result['seconds']:.0f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def ablation_table(results: Iterable[Mapping[str, Any]]) -> str:
+    """The default cell, and those in which one part of it is changed, as Markdown."""
+    found = ablations(results)
+    lines = ["| changed | bits per weight | outliers | perplexity |", "| --- | --- | --- | --- |"]
+    for changed, result in found.items():
+        lines.append(
+            f"| {changed or 'nothing'} | {result['bits_per_weight']:.2f} | {result['outlier_share']:.2%} "
+            f"| {result['perplexity']:.2f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def perplexity_figure(results: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Draws perplexity over bits per weight: a point for each cell, the front of each method as a line.
+
+    Args:
+      results: of `sweep`, the original's first.
+      path: of the picture; its ending says what kind.
+
+    Raises:
+      ValueError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ValueError("drawing needs the package matplotlib: pip install 'spqr-jax[plots]'") from None
+    original, *found = results
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axis = figure.subplots()
+    for method, label in LABELS.items():
+        own = [result for result in found if result["method"] == method]
+        if own:
+            points = axis.scatter(*_places(own), s=14, label=label)
+            axis.plot(*_places(front(own)), color=points.get_facecolor()[0])
+    axis.axhline(original["perplexity"], color="gray", linestyle="--", label="original, 16 bits")
+    # Round-to-nearest at 3 bits is far beyond what tells the others apart.
+    axis.set_ylim(0.98 * original["perplexity"], 1.8 * original["perplexity"])
+    axis.set(xlabel="bits per weight", ylabel="perplexity")
+    axis.legend()
+    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+
+
+def _places(results: Sequence[Mapping[str, Any]]) -> tuple[list[float], list[float]]:
+    return [result["bits_per_weight"] for result in results], [result["perplexity"] for result in results]

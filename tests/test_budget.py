@@ -1,0 +1,81 @@
+"""Thresholds for a wanted size: the measured size is the wanted one, and what cannot be is told."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny_llama import CONFIG, MODEL, tiny_params
+from trained_models import MODELS, calibration_tokens, trained
+
+from pallas_kernels import SpqrTensor
+from spqr_jax import COMPACT, quantize, summarize
+from spqr_jax.budget import Curve, outlier_counts, outlier_curve, threshold_for
+from spqr_jax.solver import factorize, quantize_matrix
+from spqr_jax.sources import ModelSource
+
+PARAMS = tiny_params(0)
+SOURCE = ModelSource(MODEL, {name: lambda part=part: part for name, part in PARAMS.items()}, None)
+TOKENS = np.random.default_rng(0).integers(0, CONFIG.vocab_size, (4, 24)).astype(np.int32)
+CURVE = Curve(3.6, (0.01, 0.1, 1.0), (0.3, 0.02, 0.001))
+
+
+@given(st.floats(3.8, 12))
+def test_threshold_gives_the_wanted_share(target: float) -> None:
+    threshold = threshold_for(CURVE, target)
+    assert 0.01 <= threshold <= 1.0
+    assert threshold_for(CURVE, target, measured=(threshold, target)) == pytest.approx(threshold)
+    # More was measured than the curve says: a larger threshold is needed.
+    assert threshold_for(CURVE, target, measured=(threshold, target + 0.05)) > threshold
+
+
+def test_threshold_is_that_of_the_curve_at_its_points() -> None:
+    for threshold, share in zip(CURVE.thresholds, CURVE.shares, strict=True):
+        assert threshold_for(CURVE, 3.6 + 32 * share) == pytest.approx(threshold)
+
+
+@pytest.mark.parametrize("target", [3.5, 3.62, 14.0])
+def test_a_size_that_outliers_cannot_give_is_told(target: float) -> None:
+    with pytest.raises(ValueError, match=r"from 3\.63 to 13\.20 bits"):
+        threshold_for(CURVE, target)
+
+
+def test_a_matrix_has_as_many_outliers_as_are_counted() -> None:
+    rng = np.random.default_rng(1)
+    weight, x = rng.normal(size=(32, 48)), rng.normal(size=(200, 48)) * np.exp(rng.normal(size=48))
+    hessian = jnp.asarray(x.T @ x, jnp.float32)
+    kernel = jnp.asarray(weight.T, jnp.float32)
+    counts = outlier_counts((kernel,), factorize(hessian, COMPACT), jnp.array([0.1, 0.5]), COMPACT)
+    for threshold, count in zip((0.1, 0.5), counts, strict=True):
+        packed = quantize_matrix(kernel.T, hessian, dataclasses.replace(COMPACT, outlier_threshold=threshold))
+        assert packed.row_offsets is not None
+        assert int(packed.row_offsets[-1]) == int(count)
+
+
+def test_bits_without_outliers_are_those_of_the_packed_arrays() -> None:
+    curve = outlier_curve(SOURCE, TOKENS, COMPACT)
+    quantized, _ = quantize(PARAMS, TOKENS, model=MODEL, config=COMPACT)
+    totals = summarize(quantized)
+    expected = totals.bits_per_weight - 32 * totals.outlier_share
+    assert curve.bits_without_outliers == pytest.approx(expected, rel=1e-6)
+    assert list(curve.shares) == sorted(curve.shares, reverse=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("above", [0.2, 0.6])
+def test_the_size_is_met_after_one_correction(name: str, above: float) -> None:
+    model, params = trained(name)
+    source = ModelSource(model, {key: lambda part=part: part for key, part in params.items()}, None)
+    curve = outlier_curve(source, calibration_tokens(), COMPACT)
+    target, measured = curve.bits_without_outliers + above, None
+    for _ in range(2):
+        threshold = threshold_for(curve, target, measured)
+        config = dataclasses.replace(COMPACT, outlier_threshold=threshold)
+        quantized, _ = quantize(params, calibration_tokens(), model=model, config=config)
+        measured = threshold, summarize(quantized).bits_per_weight
+    assert measured is not None
+    assert abs(measured[1] - target) < 0.02
+    assert isinstance(quantized["layers_0"][model.new_block().matrices()[0]]["kernel"], SpqrTensor)

@@ -1,0 +1,200 @@
+"""Grids of settings: which cells they have, that each is measured as it would be alone, and once."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny_llama import CONFIG, MODEL, tiny_params
+
+from spqr_jax import checkpoint, near_lossless, perplexity, quantize, summarize, sweep
+from spqr_jax.config import COMPACT, Method, SpqrConfig
+from spqr_jax.near_lossless import smallest_near_lossless
+from spqr_jax.sources import ModelSource
+from spqr_jax.sweep import PAPER_GRID, Cell, ablations, cells, front
+from spqr_jax.sweep_figures import ablation_table, perplexity_figure, table
+
+PARAMS = tiny_params(0)
+SOURCE = ModelSource(MODEL, {name: lambda part=part: part for name, part in PARAMS.items()}, None)
+RNG = np.random.default_rng(0)
+CALIBRATION = RNG.integers(0, CONFIG.vocab_size, (4, 24)).astype(np.int32)
+WINDOWS = RNG.integers(0, CONFIG.vocab_size, (3, 32)).astype(np.int32)
+GRID = cells(
+    [
+        {"method": "spqr", "outlier_threshold": [0.1, 0.5]},
+        {"method": "spqr", "outlier_threshold": 0.1, "whole_rows": True},
+        {"method": ["gptq", "rtn"]},
+    ]
+)
+
+RESULTS = st.lists(
+    st.fixed_dictionaries({"bits_per_weight": st.floats(2, 8), "perplexity": st.floats(1, 100)}), min_size=1
+)
+
+
+def test_a_list_stands_for_each_of_its_values() -> None:
+    found = cells([{"method": "spqr", "bits": [3, 4], "stats_bits": [3, None]}])
+    settings = [(cell.config.bits, cell.config.scale_bits, cell.config.zero_bits) for cell in found]
+    assert settings == [(3, 3, 3), (3, None, None), (4, 3, 3), (4, None, None)]
+    assert all(cell.config.outlier_threshold == COMPACT.outlier_threshold for cell in found)
+
+
+def test_equal_cells_are_one_and_whole_rows_come_last() -> None:
+    found = cells([{"method": "spqr", "whole_rows": True}, {"method": "spqr", "bits": [3, 3]}])
+    assert [cell.whole_rows for cell in found] == [False, True]
+
+
+def test_names_tell_cells_of_the_papers_grid_apart() -> None:
+    found = cells(PAPER_GRID)
+    assert len({cell.name for cell in found}) == len(found) >= 16
+    assert {cell.method for cell in found} == set(Method)
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"method": "spqr", "bit": 3}, "unknown setting: bit"),
+        ({"bits": 3}, "has no method"),
+        ({"method": "awq"}, "'awq' is not a valid Method"),
+        ({"method": "spqr", "whole_rows": True}, "add that cell to the grid"),
+    ],
+)
+def test_a_wrong_grid_is_told(entry: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        cells([entry])
+
+
+@given(RESULTS)
+def test_nothing_is_as_small_and_better_than_the_front(results: list[dict[str, Any]]) -> None:
+    best = front(results)
+    sizes, perplexities = ([result[key] for result in best] for key in ("bits_per_weight", "perplexity"))
+    assert sizes == sorted(set(sizes))
+    assert perplexities == sorted(set(perplexities), reverse=True)
+    for result in results:
+        assert any(
+            b["bits_per_weight"] <= result["bits_per_weight"] and b["perplexity"] <= result["perplexity"] for b in best
+        )
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+    directory = tmp_path_factory.mktemp("sweep") / "results"
+    return directory, list(sweep.sweep(SOURCE, directory, GRID, CALIBRATION, WINDOWS))
+
+
+def test_cells_are_what_quantize_gives(swept: tuple[Path, list[dict[str, Any]]]) -> None:
+    original, *results = swept[1]
+    text = WINDOWS.reshape(-1)
+    assert original["perplexity"] == perplexity(MODEL, PARAMS, text, window=32)
+    for cell, result in zip(GRID, results, strict=True):
+        if cell.whole_rows:
+            continue
+        tokens = None if cell.method is Method.RTN else CALIBRATION
+        quantized, _ = quantize(PARAMS, tokens, model=MODEL, config=cell.config)
+        assert result["bits_per_weight"] == summarize(quantized).bits_per_weight
+        assert result["outlier_share"] == summarize(quantized).outlier_share
+        assert result["perplexity"] == pytest.approx(perplexity(MODEL, quantized, text, window=32), rel=1e-5)
+
+
+def test_whole_rows_have_the_share_of_single_weights(swept: tuple[Path, list[dict[str, Any]]]) -> None:
+    by_name = {result["name"]: result for result in swept[1]}
+    rows = by_name[GRID[-1].name]
+    single = by_name[dataclasses.replace(GRID[-1], whole_rows=False).name]
+    # Matrices have 16 to 48 rows: the share is rounded to one of them.
+    assert single["outlier_share"] > 0.02
+    assert abs(rows["outlier_share"] - single["outlier_share"]) < 1 / 32
+    assert rows["outlier_threshold"] == single["outlier_threshold"] == 0.1
+
+
+def test_every_result_is_a_file_and_no_checkpoint_stays(swept: tuple[Path, list[dict[str, Any]]]) -> None:
+    directory, results = swept
+    assert {path.name for path in directory.iterdir()} == {
+        "run.json",
+        *(f"{result['name']}.json" for result in results),
+    }
+    for result in results:
+        assert json.loads((directory / f"{result['name']}.json").read_text()) == result
+    assert {"device", "machine", "versions", "date", "seconds"} <= results[1].keys()
+
+
+def test_nothing_finished_is_done_again(
+    swept: tuple[Path, list[dict[str, Any]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory, results = swept
+    monkeypatch.setattr(sweep, "quantize_checkpoint", None)
+    monkeypatch.setattr(sweep, "token_losses", None)
+    assert list(sweep.sweep(SOURCE, directory, GRID, CALIBRATION, WINDOWS)) == results
+
+
+def test_results_of_another_text_are_refused(swept: tuple[Path, list[dict[str, Any]]]) -> None:
+    with pytest.raises(checkpoint.CheckpointError, match=r"text\.tokens"):
+        next(sweep.sweep(SOURCE, swept[0], GRID, CALIBRATION, WINDOWS + 1 - 1 * (WINDOWS > 50)))
+
+
+def test_a_cell_that_was_stopped_while_it_was_measured_is_not_quantized_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = sweep.sweep(SOURCE, tmp_path / "results", GRID[:1], CALIBRATION, WINDOWS)
+    next(steps)
+    with monkeypatch.context() as stopped:
+        stopped.setattr(sweep, "token_losses", lambda *_: iter([KeyboardInterrupt()]))
+        with pytest.raises(Exception):  # noqa: B017, PT011
+            next(steps)
+    assert (tmp_path / "results" / GRID[0].name).is_dir()
+    monkeypatch.setattr(sweep, "quantize_checkpoint", None)
+    _, result = sweep.sweep(SOURCE, tmp_path / "results", GRID[:1], CALIBRATION, WINDOWS)
+    assert result["seconds"] > 0
+    assert not (tmp_path / "results" / GRID[0].name).exists()
+
+
+def test_tables_and_figure(swept: tuple[Path, list[dict[str, Any]]], tmp_path: Path) -> None:
+    _, results = swept
+    lines = table(results).splitlines()
+    assert len(lines) == 2 + len(GRID)
+    best = {result["name"] for result in front(results[1:])}
+    assert {line.split("|")[1].strip(" *") for line in lines[2:] if "**" in line} == best
+    perplexity_figure(results, tmp_path / "figure.svg")
+    assert "<svg" in (tmp_path / "figure.svg").read_text()
+
+
+def test_an_ablation_changes_one_part() -> None:
+    grid = cells([{"method": "spqr", "bits": [3, 4], "stats_bits": [3, None]}, {"method": "spqr", "simplified": True}])
+    results = [
+        {**cell.settings, "bits_per_weight": 4.0, "outlier_share": 0.01, "perplexity": number}
+        for number, cell in enumerate(grid)
+    ]
+    found = ablations(results)
+    assert set(found) == {"", "bits 4", "stats_bits None", "simplified True"}
+    assert found[""]["perplexity"] == 0
+    assert ablation_table(results).splitlines()[2].startswith("| nothing | 4.00 | 1.00% | 0.00 |")
+
+
+LADDER = [dataclasses.replace(COMPACT, bits=bits) for bits in (2, 3, 5, 8)]
+
+
+@pytest.mark.parametrize(("limit", "expected"), [(1e-4, None), (1e9, 0)])
+def test_search_ends_at_what_is_within_the_limit(
+    limit: float, expected: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(near_lossless, "LARGEST_RISE", -0.5 if expected is None else limit)
+    found = smallest_near_lossless(SOURCE, tmp_path / "search", CALIBRATION, WINDOWS, settings=LADDER)
+    assert found.config == (None if expected is None else LADDER[expected])
+    assert found.original_perplexity == perplexity(MODEL, PARAMS, WINDOWS.reshape(-1), window=32)
+    assert len(found.tried) <= 3
+
+
+def test_search_agrees_with_trying_all(tmp_path: Path) -> None:
+    grid = [Cell(Method.SPQR, config) for config in LADDER]
+    original, *results = sweep.sweep(SOURCE, tmp_path / "search", grid, CALIBRATION, WINDOWS)
+    within = [result["perplexity"] < 1.01 * original["perplexity"] for result in results]
+    assert within == sorted(within), "larger settings of this test are not better"
+    found = smallest_near_lossless(SOURCE, tmp_path / "search", CALIBRATION, WINDOWS, settings=LADDER)
+    assert found.config == (LADDER[within.index(True)] if any(within) else None)
+
+
+def test_default_config_is_the_base() -> None:
+    assert Cell(Method.SPQR, SpqrConfig()).name == "spqr_3bit"
