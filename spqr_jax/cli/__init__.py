@@ -1,11 +1,19 @@
-"""The command line `spqr`: quantize, sweep, eval, compare, generate, inspect, export.
+"""The command line `spqr`: quantize, sweep, eval, compare, analyze, generate, inspect, export.
 
 Results go to standard output, progress to standard error. Exit status: 0 done, 1 an error told in one line, 2 wrong
 usage.
 """
 
 from spqr_jax import console
-from spqr_jax.cli import evaluating, exporting, generating, inspecting, quantizing, sweeping  # noqa: F401
+from spqr_jax.cli import (  # noqa: F401
+    analyzing,
+    evaluating,
+    exporting,
+    generating,
+    inspecting,
+    quantizing,
+    sweeping,
+)
 from spqr_jax.cli.app import app
 
 

@@ -1,0 +1,114 @@
+"""Pictures of sensitivities: maps of matrices, and measures by kind of matrix and depth. matplotlib draws them."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+CELLS = 1024
+"""Cells that a map has at most along each side."""
+
+
+def largest_of_cells(values: Float[np.ndarray, "out in"], cells: int = CELLS) -> Float[np.ndarray, "rows columns"]:
+    """The largest value of each cell of a grid of at most `cells` cells a side; those at the end may be smaller.
+
+    Of a matrix that is small enough each value is a cell. A single sensitive weight stays in sight in the largest.
+
+    Example:
+      >>> largest_of_cells(np.arange(12.0).reshape(2, 6), 3)
+      array([[ 1.,  3.,  5.],
+             [ 7.,  9., 11.]])
+    """
+    rows, columns = (np.arange(0, size, -(-size // cells)) for size in values.shape)
+    return np.maximum.reduceat(np.maximum.reduceat(values, rows, axis=0), columns, axis=1)
+
+
+def draw_map(values: Float[np.ndarray, "out in"], title: str) -> Any:
+    """A matplotlib figure of sensitivities, logarithmic, at most 1024 cells a side; zeros are left white.
+
+    Colours go from the first percentile of the cells to their largest.
+
+    Raises:
+      ValueError: matplotlib is not installed.
+
+    Example:
+      >>> draw_map(np.asarray(matrix.sensitivity.values), matrix.name).savefig("map.png")
+    """
+    figure = new_figure((8, 7))
+    from matplotlib.colors import LogNorm
+
+    cells = largest_of_cells(values)
+    positive = cells[cells > 0]
+    low, high = np.percentile(positive, [1, 100]) if positive.size else (1, 1)
+    axes = figure.subplots()
+    out, columns = values.shape
+    # A pixel for each cell at least: drawn smaller, single outliers would be left out.
+    shown = axes.imshow(
+        np.ma.masked_less_equal(cells, 0),
+        norm=LogNorm(low, high),
+        cmap="Blues",
+        aspect="auto",
+        interpolation="nearest",
+        extent=(0, columns, out, 0),
+    )
+    figure.colorbar(shown, label="sensitivity")
+    axes.set(title=title, xlabel="input feature", ylabel="output feature")
+    return figure
+
+
+def draw_by_depth(measures: Mapping[str, Mapping[str, Mapping[int, float]]]) -> Any:
+    """A matplotlib figure with a panel for each measure, of which a line for each kind of matrix shows it by depth.
+
+    Args:
+      measures: for each measure and kind, the value at each depth.
+
+    Raises:
+      ValueError: matplotlib is not installed.
+
+    Example:
+      >>> draw_by_depth({"row outliers": {"q_proj": {0: 0.2, 1: 0.1}}}).savefig("patterns.png")
+    """
+    columns = 3
+    rows = -(-len(measures) // columns)
+    figure = new_figure((4.5 * columns, 3.2 * rows))
+    for number, (measure, kinds) in enumerate(measures.items(), 1):
+        axes = figure.add_subplot(rows, columns, number, title=measure, xlabel="block")
+        for kind, values in kinds.items():
+            axes.plot(list(values), list(values.values()), marker=".", label=kind)
+        axes.legend(fontsize=7)
+    return figure
+
+
+def draw_errors(shares: Sequence[float], left: Mapping[str, Sequence[float]]) -> Any:
+    """A matplotlib figure of the error that is left against the share of weights that are kept, a line for each kind.
+
+    Raises:
+      ValueError: matplotlib is not installed.
+
+    Example:
+      >>> draw_errors([0, 0.01, 0.1], {"q_proj": [1, 0.8, 0.4]}).savefig("errors.png")
+    """
+    figure = new_figure((6, 4))
+    axes = figure.add_subplot(xlabel="weights kept exact", ylabel="error left")
+    for kind, values in left.items():
+        axes.plot(shares, values, marker=".", label=kind)
+    smallest = min((share for share in shares if share > 0), default=1)
+    axes.set_xscale("symlog", linthresh=smallest)
+    axes.set_xticks(shares, [f"{share:.1%}" for share in shares])
+    axes.set_ylim(0, None)
+    axes.legend(fontsize=8)
+    return figure
+
+
+def new_figure(size: tuple[float, float]) -> Any:
+    """An empty matplotlib figure, width and height in inches, which belongs to no window.
+
+    Raises:
+      ValueError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError:
+        raise ValueError("pictures are drawn by matplotlib, which is not installed: pip install matplotlib") from None
+    return Figure(figsize=size, dpi=150, layout="constrained")
