@@ -27,7 +27,7 @@ def largest_of_cells(values: Float[np.ndarray, "out in"], cells: int = CELLS) ->
 def draw_map(values: Float[np.ndarray, "out in"], title: str) -> Any:
     """A matplotlib figure of sensitivities, logarithmic, at most 1024 cells a side; zeros are left white.
 
-    Colours go from the first percentile of the cells to their largest.
+    Colours go from the fifth percentile of the cells to their largest.
 
     Raises:
       ValueError: matplotlib is not installed.
@@ -35,15 +35,15 @@ def draw_map(values: Float[np.ndarray, "out in"], title: str) -> Any:
     Example:
       >>> draw_map(np.asarray(matrix.sensitivity.values), matrix.name).savefig("map.png")
     """
-    figure = new_figure((8, 7))
+    # A pixel for each cell at least: drawn smaller, single weights would be left out.
+    figure = new_figure((11.5, 9.5))
     from matplotlib.colors import LogNorm
 
     cells = largest_of_cells(values)
     positive = cells[cells > 0]
-    low, high = np.percentile(positive, [1, 100]) if positive.size else (1, 1)
+    low, high = np.percentile(positive, [5, 100]) if positive.size else (1, 1)
     axes = figure.subplots()
     out, columns = values.shape
-    # A pixel for each cell at least: drawn smaller, single outliers would be left out.
     shown = axes.imshow(
         np.ma.masked_less_equal(cells, 0),
         norm=LogNorm(low, high),
@@ -69,14 +69,17 @@ def draw_by_depth(measures: Mapping[str, Mapping[str, Mapping[int, float]]]) -> 
     Example:
       >>> draw_by_depth({"row outliers": {"q_proj": {0: 0.2, 1: 0.1}}}).savefig("patterns.png")
     """
-    columns = 3
+    columns = 4
     rows = -(-len(measures) // columns)
-    figure = new_figure((4.5 * columns, 3.2 * rows))
+    every = dict.fromkeys(kind for kinds in measures.values() for kind in kinds)
+    colours = {kind: f"C{number}" for number, kind in enumerate(every)}
+    figure = new_figure((4 * columns, 3.2 * rows))
     for number, (measure, kinds) in enumerate(measures.items(), 1):
         axes = figure.add_subplot(rows, columns, number, title=measure, xlabel="block")
         for kind, values in kinds.items():
-            axes.plot(list(values), list(values.values()), marker=".", label=kind)
-        axes.legend(fontsize=7)
+            axes.plot(list(values), list(values.values()), marker=".", color=colours[kind], label=kind)
+    most = max(figure.axes, key=lambda axes: len(axes.lines))
+    figure.legend(handles=most.lines, loc="outside lower center", ncols=len(most.lines))
     return figure
 
 

@@ -27,14 +27,14 @@ class Patterns(NamedTuple):
       row_outliers, column_outliers: share of the outliers in rows, and in columns, that have more than chance allows,
         see `crowded`; an outlier where two such lines cross counts in both.
       unstructured: share of the outliers in none of these rows and columns.
-      head_stripes: see `head_stripes`; None without heads.
-      rotary_period: see `rotary_period`; None without heads.
+      head_stripes, head_contrast, rotary_period: see the functions of these names; None without heads.
     """
 
     row_outliers: float
     column_outliers: float
     unstructured: float
     head_stripes: float | None
+    head_contrast: float | None
     rotary_period: float | None
 
 
@@ -47,13 +47,16 @@ def find_patterns(sensitivity: Float[np.ndarray, "out in"], heads: Heads | None)
     mask = most_sensitive(sensitivity, OUTLIERS)
     rows, columns = crowded(mask), crowded(mask.T)
     total = max(mask.sum(), 1)
-    profile = None if heads is None else line_levels(sensitivity if heads.axis == 0 else sensitivity.T)
+    levels = None
+    if heads is not None:
+        levels = line_levels(sensitivity if heads.axis == 0 else sensitivity.T).reshape(-1, heads.width)
     return Patterns(
         row_outliers=float(mask[rows].sum() / total),
         column_outliers=float(mask[:, columns].sum() / total),
         unstructured=float(mask[~rows][:, ~columns].sum() / total),
-        head_stripes=None if heads is None else head_stripes(profile.reshape(-1, heads.width)),
-        rotary_period=None if heads is None else rotary_period(profile.reshape(-1, heads.width)),
+        head_stripes=None if levels is None else head_stripes(levels),
+        head_contrast=None if levels is None else head_contrast(levels),
+        rotary_period=None if levels is None else rotary_period(levels),
     )
 
 
@@ -74,7 +77,7 @@ def crowded(mask: Bool[np.ndarray, "lines length"]) -> Bool[np.ndarray, " lines"
 
     p is the share of outliers in the whole matrix: the null hypothesis is that they lie anywhere. Multiplied by the
     number of lines (Bonferroni), the probability is that of one such line or more in the matrix. In 1000 rows of 1000
-    weights with 1 % outliers, a row is crowded from 28 on; the mean is 10.
+    weights with 1 % outliers, a row is crowded from 27 on; the mean is 10.
 
     Example:
       >>> row_outliers, column_outliers = crowded(mask), crowded(mask.T)
@@ -93,9 +96,8 @@ def line_levels(sensitivity: Float[np.ndarray, "lines length"]) -> Float[np.ndar
 def head_stripes(levels: Float[np.ndarray, "heads width"]) -> float:
     """Share of the variance of line levels that lies between heads, adjusted: 1 − (S_within / (n − k)) / (S / (n − 1)).
 
-    S is the sum of squares around the mean of all n lines, S_within that around the mean of each of the k heads. 1 where
-    all lines of a head are alike and heads are not; 0 in the mean where heads mean nothing, and then by chance below 0
-    as often as above.
+    S is the sum of squares around the mean of all n lines, S_within that around the mean of each of the k heads. 1
+    where all lines of a head are alike and heads differ; 0 in the mean, and so at times below, where heads mean nothing.
 
     Source: the adjusted R² of a one-way analysis of variance.
 
@@ -110,12 +112,23 @@ def head_stripes(levels: Float[np.ndarray, "heads width"]) -> float:
     return float(1 - within / total)
 
 
+def head_contrast(levels: Float[np.ndarray, "heads width"]) -> float:
+    """How many times as sensitive the most sensitive head is as the least, in the geometric mean of their lines.
+
+    Beside `head_stripes`: where lines are much alike, small differences of heads are a large share of the variance.
+
+    Example:
+      >>> factor = head_contrast(line_levels(values).reshape(-1, 64))
+    """
+    return float(np.exp(np.ptp(levels.mean(axis=1))))
+
+
 def rotary_period(levels: Float[np.ndarray, "heads width"]) -> float:
     """Correlation of the levels of lines i and i + width/2 of a head, which the rotary embedding turns together.
 
     Σ a b / √(Σ a² Σ b²), a and b the levels in the first and in the second half of a head, each less its mean, summed
-    over all heads: so stripes of heads and of halves do not count. 1 where what is in one half repeats in the other, with
-    n lines 0 ± √(2/n) where it does not.
+    over all heads: so stripes of heads and of halves do not count. 1 where the second half repeats the first; with n
+    lines 0 ± √(2/n) where it has nothing to do with it.
 
     Example:
       >>> correlation = rotary_period(line_levels(values).reshape(-1, 64))

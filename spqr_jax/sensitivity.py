@@ -106,7 +106,10 @@ def sensitivities(
     block = source.model.new_block()
     heads = matrix_heads(block)
     tokens = np.asarray(calibration_tokens)
-    check_tokens(tokens, source.parts[layer_name(0)](), source.model)
+    first = source.parts[layer_name(0)]()
+    check_weights({layer_name(0): first}, source.model, config)
+    check_tokens(tokens, first, source.model)
+    del first
     hidden = embed(source.model, {"embed_tokens": source.parts["embed_tokens"]()}, tokens)
     streams = Streams({"hidden": hidden}, None)
     for depth in range(source.model.config.num_layers):

@@ -73,7 +73,7 @@ def result(*arguments: object) -> dict:
 
 
 def test_help_of_every_command_has_an_example() -> None:
-    for command in ("quantize", "eval", "compare", "generate", "inspect", "export"):
+    for command in ("quantize", "eval", "compare", "analyze", "generate", "inspect", "export"):
         done = spqr(command, "--help")
         assert done.returncode == 0
         assert f"Example: spqr {command} " in " ".join(done.stdout.split())
@@ -173,6 +173,35 @@ def test_generate_prints_text_as_it_says_in_json(quantized: Path) -> None:
     told = result("generate", quantized, "hello", "--max-new-tokens", 12)
     assert len(told["tokens"]) <= 12
     assert said.stdout.rstrip("\n") == told["text"].rstrip("\N{REPLACEMENT CHARACTER}").rstrip("\n")
+
+
+def test_analyze_writes_measures_and_pictures(plain: Path, tmp_path: Path) -> None:
+    sizes = ("--sequences", 4, "--sequence-length", 64)
+    told = result("analyze", plain, tmp_path / "out", *sizes, "--layers", "layers_0.q_proj, layers_1.*n_proj")
+    assert told.pop("destination") == str(tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "sensitivity.json").read_text()) == told
+    assert [told["config"][name] for name in ("bits", "group_size", "outlier_threshold")] == [3, 16, 0.2]
+    assert list(told["matrices"])[:4] == [f"layers_0.{kind}" for kind in ("q_proj", "k_proj", "v_proj", "o_proj")]
+    assert len(told["matrices"]) == 14
+    for name, matrix in told["matrices"].items():
+        assert name == f"layers_{matrix['depth']}.{matrix['kind']}"
+        assert matrix["mean"] > 0
+        assert matrix["error_left"][0] == 1 > matrix["error_left"][-1]
+        assert (matrix["rotary_period"] is None) == (matrix["kind"] in ("gate_proj", "up_proj", "down_proj"))
+    drawn = {path.stem for path in (tmp_path / "out").glob("*.png")}
+    assert drawn == {"layers_0.q_proj", "layers_1.down_proj", "patterns", "errors"}
+
+
+def test_analyze_shows_the_means_of_each_kind(plain: Path, tmp_path: Path) -> None:
+    done = spqr("analyze", plain, tmp_path / "out", "--sequences", 4, "--sequence-length", 64, "--bits", 4)
+    assert done.returncode == 0, done.stderr
+    told = json.loads((tmp_path / "out" / "sensitivity.json").read_text())
+    first, second = (told["matrices"][f"layers_{depth}.down_proj"]["unstructured"] for depth in (0, 1))
+    (line,) = [line.split() for line in done.stdout.splitlines() if line.split()[:1] == ["down_proj"]]
+    assert line[4] == f"{(first + second) / 2:.3f}"
+    # Without --layers, those of the middle block are drawn.
+    drawn = {path.stem for path in (tmp_path / "out").glob("layers_*.png")}
+    assert drawn == {name for name in told["matrices"] if name.startswith("layers_1.")}
 
 
 @pytest.mark.parametrize("form", ["hf", "hf-spqr", "spqr"])
@@ -278,6 +307,10 @@ def test_commands_take_other_forms(foreign: dict[str, Path], tmp_path: Path) -> 
         (("eval", "PLAIN", "--text", "missing.txt"), ["missing.txt"]),
         (("eval", "PLAIN", "--text", "TEXT", "--protocol", "ptb"), ["ptb", "not both"]),
         (("compare", "PLAIN", "OTHER"), ["are not the same model"]),
+        (("analyze", "PLAIN", "QUANTIZED"), ["exists"]),
+        (("analyze", "PLAIN", "NEW", "--layers", "layers_7.*"), ["layers_7.*", "layers_0.q_proj"]),
+        (("analyze", "PLAIN", "NEW", "--bits", 6, "--sequence-length", 64), ["bits is 6", "layers_0"]),
+        (("analyze", "QUANTIZED", "NEW", "--sequence-length", 64), ["quantized already"]),
         (("generate", "PLAIN", "hi", "--max-new-tokens", 0), ["max_new_tokens"]),
         (("export", "PLAIN", "NEW", "--format", "hf-spqr"), ["no packed matrix"]),
         (("export", "QUANTIZED", "PLAIN", "--format", "hf"), ["exists"]),

@@ -15,7 +15,7 @@ from spqr_jax.cli.models import open_model
 from spqr_jax.cli.quantizing import calibration_tokens
 
 KEPT = (0.0, 0.001, 0.003, 0.01, 0.03, 0.1)
-"""Shares of a matrix, its most sensitive weights, for which the error is told that is left when they are kept."""
+"""Shares of a matrix: its most sensitive weights, with the error that is left when they are kept."""
 
 MEASURES = {
     "outlier_share": "outliers",
@@ -23,6 +23,7 @@ MEASURES = {
     "column_outliers": "in columns",
     "unstructured": "elsewhere",
     "head_stripes": "heads",
+    "head_contrast": "contrast",
     "rotary_period": "rotary",
 }
 """Numbers of a matrix that are drawn and printed, with short names."""
