@@ -97,7 +97,7 @@ def head_stripes(levels: Float[np.ndarray, "heads width"]) -> float:
     """Share of the variance of line levels that lies between heads, adjusted: 1 − (S_within / (n − k)) / (S / (n − 1)).
 
     S is the sum of squares around the mean of all n lines, S_within that around the mean of each of the k heads. 1
-    where all lines of a head are alike and heads differ; 0 in the mean, and so at times below, where heads mean nothing.
+    where all lines of a head are alike and heads differ; 0 in the mean, at times below, where heads mean nothing.
 
     Source: the adjusted R² of a one-way analysis of variance.
 

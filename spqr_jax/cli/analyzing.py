@@ -94,7 +94,9 @@ def analyze(
     if as_json:
         console.emit({"destination": str(destination)} | content, as_json)
         return
-    Console().print(summary(matrices.values(), kinds))
+    terminal = Console()
+    # Where nobody looks, a file or a pipe, nothing is cut.
+    Console(width=None if terminal.is_terminal else 120).print(summary(matrices.values(), kinds))
 
 
 def chosen(patterns: str, names: Sequence[str]) -> set[str]:
@@ -152,8 +154,8 @@ def mean(values: Iterable[Any]) -> Any:
 
 
 def summary(matrices: Iterable[dict[str, Any]], kinds: Sequence[str]) -> Table:
-    """Means over all blocks, a line for each kind of matrix."""
-    table = Table(Column("matrix", no_wrap=True), *MEASURES.values(), "error left at 1%", box=None)
+    """Means over all blocks, a line for each kind of matrix; last, the error left when 1 % of the weights are kept."""
+    table = Table(Column("matrix", no_wrap=True), *MEASURES.values(), "left at 1%", box=None)
     for kind in kinds:
         own = of_kind(matrices, kind)
         cells = ["" if own[0][m] is None else f"{mean(matrix[m] for matrix in own):.3f}" for m in MEASURES]
