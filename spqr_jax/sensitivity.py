@@ -17,9 +17,9 @@ from spqr_jax.config import SpqrConfig
 from spqr_jax.lapack import in_one_thread
 from spqr_jax.models.decoder import Block, Params, layer_name
 from spqr_jax.pipeline import check_tokens, check_weights, place
-from spqr_jax.solver import Factor, check_matrix, factorize, outlier_threshold
+from spqr_jax.solver import Factor, check_matrix, factorize, fit_group, outlier_threshold
 from spqr_jax.sources import ModelSource
-from spqr_jax.statistics import decode, encode, min_max_fit, quantize_statistics, rounded
+from spqr_jax.statistics import decode, encode
 from spqr_jax.streams import Streams, advance, embed
 
 
@@ -29,8 +29,8 @@ class Sensitivity(NamedTuple):
     Attributes:
       values: s of every weight, see `sensitivity`; columns in the order of the input features.
       outlier_share: share of the weights that the solver's rule makes outliers, (w − ŵ)² / U_jj² > T with H⁻¹ = Uᵀ U
-        in quantization order and T of `outlier_threshold`; 0 without a threshold. The solver itself comes to another
-        share: there a weight carries the errors of earlier columns, and likely outliers do not take part in the fit.
+        in quantization order and T of `outlier_threshold`; 0 without a threshold. Groups are fitted as the solver fits
+        them, without likely outliers (unless `simplified`), but no weight carries the errors of earlier columns.
     """
 
     values: Float[Array, "out in"]
@@ -158,34 +158,32 @@ def _of_factored(weight: Float[Array, "out in"], factor: Factor, config: SpqrCon
     if factor.permutation is not None:
         weight = weight[:, factor.permutation]
     weight = jnp.where(factor.dead, 0, weight)
-    squared = jnp.where(factor.dead, 0, jnp.square(weight - round_to_nearest(weight, config)))
+    diagonal = jnp.diag(factor.inverse_factor)
     share = jnp.zeros(())
     if config.outlier_threshold is not None:
         threshold = outlier_threshold(weight, factor.inverse_factor, config.outlier_threshold)
-        share = jnp.mean(squared / jnp.square(jnp.diag(factor.inverse_factor)) > threshold)
-    values = squared / (2 * jnp.square(factor.inverse_factor).sum(axis=0))
+        errors = weight - _round(weight, diagonal, jnp.full(len(weight), threshold), config)
+        share = jnp.mean(jnp.where(factor.dead, 0, jnp.square(errors / diagonal)) > threshold)
+    errors = jnp.where(factor.dead, 0, weight - _round(weight, diagonal, None, config))
+    values = jnp.square(errors) / (2 * jnp.square(factor.inverse_factor).sum(axis=0))
     if factor.permutation is not None:
         values = values[:, jnp.argsort(factor.permutation)]
     return Sensitivity(values, share)
 
 
-def round_to_nearest(weight: Float[Array, "out in"], config: SpqrConfig) -> Float[Array, "out in"]:
-    """The values that a weight's codes and statistics stand for, each group fitted by its minimum and maximum.
+def _round(
+    weight: Float[Array, "out in"],
+    diagonal: Float[Array, " in"],
+    threshold: Float[Array, " out"] | None,
+    config: SpqrConfig,
+) -> Float[Array, "out in"]:
+    """What codes and statistics stand for, columns in quantization order; for the threshold see `fit_group`."""
+    size = config.group_size
 
-    Example:
-      >>> error = weight - round_to_nearest(weight, COMPACT)
-    """
-    out, columns = weight.shape
-
-    def store(values: Float[Array, " out"], bits: int | None) -> Float[Array, " out"]:
-        if bits is None:
-            return rounded(values, config.stats_dtype)
-        return quantize_statistics(values, bits, config.stats_group_size, config.stats_dtype)[1]
-
-    def of_group(group: Float[Array, "group out"]) -> Float[Array, "group out"]:
-        scale, zero = min_max_fit(group.min(axis=0), group.max(axis=0), config.bits)
-        scale, zero = store(scale, config.scale_bits), store(zero, config.zero_bits)
+    def of_group(inputs: tuple[Array, Array]) -> Float[Array, "group out"]:
+        group, own = inputs
+        scale, zero, _ = fit_group(group, own, threshold, config)
         return decode(encode(group, scale, zero, config.bits), scale, zero)
 
-    groups = weight.T.reshape(-1, config.group_size, out)
-    return jax.lax.map(of_group, groups).reshape(columns, out).T
+    groups = weight.T.reshape(-1, size, len(weight)), diagonal.reshape(-1, size)
+    return jax.lax.map(of_group, groups).reshape(weight.T.shape).T

@@ -296,7 +296,7 @@ def solve(
         group = jax.lax.dynamic_slice_in_dim(rest, start, size)
         factor_rows = jax.lax.dynamic_slice_in_dim(u, start, size)
         own = jax.lax.dynamic_slice_in_dim(factor_rows, start, size, axis=1)
-        scale, zero, statistics = _fit(group, jnp.diag(own), threshold, config)
+        scale, zero, statistics = fit_group(group, jnp.diag(own), threshold, config)
         codes, outliers, errors = _quantize_columns(group, own, scale, zero, threshold, config)
         rest = rest - jnp.matmul(factor_rows.T, errors, precision="highest")
         return rest, (codes, outliers, errors, statistics)
@@ -326,7 +326,7 @@ def in_order(weight: Float[Array, "out in"], factor: Factor) -> Float[Array, "ou
     return jnp.where(factor.dead, 0, weight)
 
 
-def _fit(
+def fit_group(
     group: Float[Array, "group out"],
     diagonal: Float[Array, " group"],
     threshold: Float[Array, " out"] | None,

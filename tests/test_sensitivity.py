@@ -14,10 +14,10 @@ from pallas_kernels import outlier_share, spqr_dequantize
 from spqr_jax import SpqrConfig, quantize_matrix
 from spqr_jax.models import Falcon, FalconConfig, RotaryConfig
 from spqr_jax.models.decoder import Decoder, make_context
-from spqr_jax.sensitivity import Heads, matrix_heads, round_to_nearest, sensitivities, sensitivity
+from spqr_jax.sensitivity import Heads, matrix_heads, sensitivities, sensitivity
 from spqr_jax.sources import ModelSource
 
-PLAIN = SpqrConfig(scale_bits=None, zero_bits=None, stats_dtype="float32")
+PLAIN = SpqrConfig(scale_bits=None, zero_bits=None, stats_dtype="float32", simplified=True)
 OUT, COLUMNS, TOKENS = 32, 48, 200
 
 
@@ -92,16 +92,16 @@ def test_it_is_half_the_least_error_that_other_weights_leave(weight, hessian):
 
 @pytest.mark.parametrize("stats", [None, 3])
 def test_weights_are_rounded_as_the_solver_does_it(weight, stats):
-    config = SpqrConfig(scale_bits=stats, zero_bits=stats, outlier_threshold=None)
-    packed = quantize_matrix(jnp.array(weight), None, config)
-    rounded = jax.jit(round_to_nearest, static_argnums=1)(jnp.array(weight), config)
-    # A multiply and an add are one instruction in one program and two in another.
-    np.testing.assert_allclose(rounded, spqr_dequantize(packed), rtol=1e-6, atol=1e-8)
+    config = SpqrConfig(scale_bits=stats, zero_bits=stats, outlier_threshold=None, permutation="identity", damping=0.0)
+    errors = weight - spqr_dequantize(quantize_matrix(jnp.array(weight), None, config))
+    found = sensitivity(jnp.array(weight), jnp.eye(COLUMNS), config)
+    np.testing.assert_allclose(found.values, errors**2 / 2, rtol=1e-3, atol=1e-9)
 
 
-def test_outliers_are_those_of_the_solver_where_nothing_is_corrected(weight):
-    """With H = I there are no corrections; with `simplified`, all weights take part in the fit."""
-    config = SpqrConfig(permutation="identity", simplified=True, damping=0.0, outlier_threshold=0.03)
+@pytest.mark.parametrize("simplified", [False, True])
+def test_outliers_are_those_of_the_solver_where_nothing_is_corrected(weight, simplified):
+    """With H = I there are no corrections."""
+    config = SpqrConfig(permutation="identity", simplified=simplified, damping=0.0, outlier_threshold=0.03)
     packed = quantize_matrix(jnp.array(weight), jnp.eye(COLUMNS), config)
     found = sensitivity(jnp.array(weight), jnp.eye(COLUMNS), config)
     assert float(found.outlier_share) == pytest.approx(float(outlier_share(packed)), abs=1e-6)
@@ -184,3 +184,13 @@ def test_a_quantized_model_is_refused():
     own["kernel"] = quantize_matrix(jnp.array(own["kernel"].T), None, PLAIN)
     with pytest.raises(ValueError, match=r"layers_0\.q_proj is quantized already"):
         next(sensitivities(source_of(MODEL, packed), np.zeros((4, 40), int), PLAIN))
+
+
+def test_a_falcon_is_followed_too():
+    model = Falcon(FalconConfig(61, 32, 64, 2, 4, 2, "parallel", RotaryConfig()))
+    params = model.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+    tokens = np.random.default_rng(3).integers(0, 61, (4, 40))
+    found = list(sensitivities(source_of(model, params), tokens, PLAIN))
+    kinds = ("query_key_value", "dense_h_to_4h", "dense", "dense_4h_to_h")
+    assert [matrix.name for matrix in found] == [f"layers_{depth}.{kind}" for depth in range(2) for kind in kinds]
+    assert all(matrix.sensitivity.values.max() > 0 for matrix in found)
