@@ -1,5 +1,6 @@
 """The command `spqr analyze`."""
 
+import fnmatch
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -50,7 +51,7 @@ def analyze(
 
     Writes sensitivity.json, a picture of each matrix in --layers, patterns.png and errors.png.
 
-    Example: spqr analyze HuggingFaceTB/SmolLM2-135M-Instruct sensitivity --layers layers_0.q_proj,layers_5.*
+    Example: spqr analyze HuggingFaceTB/SmolLM2-135M-Instruct sensitivity --layers "layers_0.q_proj,layers_5.*"
     """
     import dataclasses
 
@@ -105,8 +106,6 @@ def chosen(patterns: str, names: Sequence[str]) -> set[str]:
     Raises:
       ValueError: one of them matches no name.
     """
-    import fnmatch
-
     found: set[str] = set()
     for pattern in patterns.split(","):
         matching = fnmatch.filter(names, pattern.strip())
