@@ -186,7 +186,7 @@ def start(
       >>> state = extend(model, Policy(), params, state, tokens, mask)  # the first new token
       >>> state = decode(model, Policy(), params, state, 100)  # the others
     """
-    tokens, mask = _pad_left(prompts)
+    tokens, mask = pad_left(prompts)
     batch, length = tokens.shape
     capacity = _round_up(max_new_tokens)
     state = State(
@@ -256,9 +256,10 @@ def _choose(logits: Float[Array, "batch vocabulary"], policy: Policy, key: Key[A
     return jnp.take_along_axis(ids, rank[:, None], axis=-1)[:, 0].astype(jnp.int32)
 
 
-def _pad_left(
+def pad_left(
     prompts: Sequence[Sequence[int]],
 ) -> tuple[Int[np.ndarray, "batch tokens"], Bool[np.ndarray, "batch tokens"]]:
+    """Prompts in the last columns of one array, of one of few widths, and where in it they are."""
     length = _round_up(max(map(len, prompts)))
     tokens = np.zeros((len(prompts), length), np.int32)
     mask = np.zeros((len(prompts), length), bool)

@@ -1,0 +1,207 @@
+"""Checkpoints as a model of EleutherAI's lm-eval, which has the tasks.
+
+lm-eval knows its own models only, so it is started from here, with all of its arguments:
+
+    python -m spqr_jax.cli.harness run --model spqr --model_args pretrained=smollm2-3bit --tasks piqa --batch_size 8
+
+Source: github.com/EleutherAI/lm-evaluation-harness, version 0.4.13, of which `HFLM` is followed in what is asked of the
+model: the same tokens, cut in the same way where they are too many.
+"""
+
+import itertools
+from collections import defaultdict
+from typing import Any
+
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
+from lm_eval.models.utils import (
+    handle_stop_sequences,
+    has_bos_prefix,
+    normalize_gen_kwargs,
+    postprocess_generated_text,
+)
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from tqdm import tqdm
+
+from spqr_jax.cli.models import load_model, require
+from spqr_jax.generation import for_decoding, stream
+from spqr_jax.likelihood import likelihoods
+
+STOP_CHECK = 16
+"""Tokens that are written between two looks for the texts that end an answer."""
+
+OPTIONS = {"until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p"}
+"""What a task may ask of generated text."""
+
+
+@register_model("spqr")
+class SpqrLM(TemplateLM):
+    """A checkpoint, packed or dense, of any form that the commands read.
+
+    Args:
+      pretrained: the checkpoint.
+      batch_size: requests that are run at once.
+      max_length: most tokens of a request; None for as many as the model has positions for.
+      dtype: of dense parameters and of what is computed.
+      device, max_batch_size: what lm-eval says to PyTorch; JAX has its own devices.
+
+    Raises:
+      ValueError: the checkpoint has no tokenizer, or an argument is out of its range.
+
+    Example:
+      >>> lm_eval.simple_evaluate(SpqrLM("smollm2-3bit"), tasks=["piqa"])["results"]["piqa"]["acc,none"]
+      0.67
+    """
+
+    def __init__(
+        self,
+        pretrained: str,
+        batch_size: int | str = 8,
+        max_length: int | None = None,
+        dtype: str = "float32",
+        device: str | None = None,
+        max_batch_size: int | None = None,
+    ) -> None:
+        super().__init__()
+        if not str(batch_size).isdecimal() or int(batch_size) < 1:
+            raise ValueError(f"batch_size is {batch_size}, but must be a number of at least 1")
+        self.batch_size = int(batch_size)
+        self.model, params, self.tokenizer = load_model(pretrained, dtype)
+        require(self.tokenizer)
+        positions = self.model.config.max_positions
+        self.max_length = positions if max_length is None else max_length
+        if not 1 <= self.max_length <= positions:
+            raise ValueError(f"max_length is {max_length}, but must be at least 1 and at most the model's {positions}")
+        self.params = for_decoding(self.model, params)
+
+    @property
+    def eot_token_id(self) -> int | None:
+        return self.tokenizer.eos_token_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What stands before a text without a context."""
+        start = self.tokenizer.bos_token_id
+        first = self.eot_token_id if start is None else start
+        if first is None:
+            raise ValueError("the tokenizer has no token for the start or the end of a text, but the task needs one")
+        return first
+
+    @property
+    def tokenizer_name(self) -> str:
+        return self.tokenizer.name_or_path.replace("/", "__")
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        return self.tokenizer.apply_chat_template(
+            chat_history,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+        )
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        if add_special_tokens is None:
+            add_special_tokens = not has_bos_prefix(string, self.tokenizer.bos_token)
+        return self.tokenizer(string, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
+
+    def _loglikelihood_tokens(
+        self, requests: list[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
+    ) -> list[tuple[float, bool]]:
+        pairs = [self._shortened(context, continuation) for _, context, continuation in requests]
+        found = likelihoods(self.model, self.params, pairs, batch_size=self.batch_size)
+        answers: dict[int, tuple[float, bool]] = {}
+        for index, likelihood in tqdm(found, "loglikelihood", len(pairs), disable=disable_tqdm):
+            answers[index] = tuple(likelihood)
+            if (texts := requests[index][0]) is not None:
+                self.cache_hook.add_partial("loglikelihood", texts, answers[index])
+        return [answers[index] for index in range(len(pairs))]
+
+    def _shortened(self, context: list[int], continuation: list[int]) -> tuple[list[int], list[int]]:
+        """The context without as much of its start as is too long; the last token of all is never run."""
+        room = self.max_length + 1 - len(continuation)
+        if room < 1:
+            raise ValueError(
+                f"a continuation of {len(continuation)} tokens is too long for a max_length of {self.max_length}"
+            )
+        return context[-room:], continuation
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        windows: list[tuple[None, list[int], list[int]]] = []
+        owners: list[int] = []
+        for index, request in enumerate(requests):
+            (text,) = request.args
+            tokens = self.tok_encode(text)
+            cut = get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length, context_len=1)
+            for context, continuation in map(make_disjoint_window, cut):
+                windows.append((None, context, continuation))
+                owners.append(index)
+        totals = [0.0] * len(requests)
+        for owner, (log, _) in zip(owners, self._loglikelihood_tokens(windows, disable_tqdm), strict=True):
+            totals[owner] += log
+        return totals
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        alike = defaultdict(list)
+        for index, request in enumerate(requests):
+            alike[repr(request.args[1])].append(index)
+        answers: dict[int, str] = {}
+        seeds = itertools.count()
+        with tqdm(total=len(requests), desc="generate_until", disable=disable_tqdm) as progress:
+            for indices in alike.values():
+                options = requests[indices[0]].args[1]
+                prompts = {index: self.tok_encode(requests[index].args[0]) for index in indices}
+                indices.sort(key=lambda index: -len(prompts[index]))
+                size = min(self.batch_size, len(indices))
+                for start in range(0, len(indices), size):
+                    batch = indices[start : start + size]
+                    # All batches have one shape, so they share a compiled program.
+                    filled = batch + batch[-1:] * (size - len(batch))
+                    texts = self._write([prompts[index] for index in filled], options, next(seeds))
+                    for index, text in zip(batch, texts, strict=False):
+                        answers[index] = text
+                        self.cache_hook.add_partial("generate_until", requests[index].args, text)
+                    progress.update(len(batch))
+        return [answers[index] for index in range(len(requests))]
+
+    def _write(self, prompts: list[list[int]], options: dict[str, Any], seed: int) -> list[str]:
+        """What the model writes after each prompt, up to the first of the texts that end it."""
+        asked = normalize_gen_kwargs(options)
+        if unknown := asked.keys() - OPTIONS:
+            known = ", ".join(sorted(OPTIONS))
+            raise ValueError(f"a task asks for generation with {', '.join(sorted(unknown))}, but there is only {known}")
+        room = self.max_length - asked["max_gen_toks"]
+        if room < 1:
+            raise ValueError(
+                f"{asked['max_gen_toks']} new tokens (max_gen_toks) leave no room for a prompt in a max_length of "
+                f"{self.max_length}"
+            )
+        end = self.eot_token_id
+        until = handle_stop_sequences(asked["until"], None if end is None else self.tokenizer.decode([end]))
+        chunks = stream(
+            self.model,
+            self.params,
+            [prompt[-room:] for prompt in prompts],
+            max_new_tokens=asked["max_gen_toks"],
+            temperature=asked.get("temperature", 0.0),
+            top_k=asked.get("top_k"),
+            top_p=asked.get("top_p"),
+            seed=seed,
+            stop_tokens=() if end is None else (end,),
+            chunk=STOP_CHECK,
+        )
+        written: list[list[int]] = [[] for _ in prompts]
+        texts: list[str] = []
+        for chunk in chunks:
+            written = [tokens + new for tokens, new in zip(written, chunk, strict=True)]
+            texts = [self.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in written]
+            stopped = (len(new) < STOP_CHECK for new in chunk)
+            if all(over or any(stop in text for stop in until) for text, over in zip(texts, stopped, strict=True)):
+                break
+        return [postprocess_generated_text(text, until, think_end_token=None) for text in texts]
+
+
+if __name__ == "__main__":
+    from lm_eval.__main__ import cli_evaluate
+
+    cli_evaluate()
