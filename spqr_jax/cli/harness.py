@@ -12,6 +12,7 @@ import itertools
 from collections import defaultdict
 from typing import Any
 
+import jax.numpy as jnp
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
@@ -67,8 +68,10 @@ class SpqrLM(TemplateLM):
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
             raise ValueError(f"batch_size is {batch_size}, but must be a number of at least 1")
         self.batch_size = int(batch_size)
-        self.model, params, self.tokenizer = load_model(pretrained, dtype)
+        model, params, self.tokenizer = load_model(pretrained, dtype)
         require(self.tokenizer)
+        # A checkpoint of ours computes in its own type, if nothing else is said.
+        self.model = model.clone(dtype=jnp.dtype(dtype))
         positions = self.model.config.max_positions
         self.max_length = positions if max_length is None else max_length
         if not 1 <= self.max_length <= positions:
