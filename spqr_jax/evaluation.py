@@ -1,6 +1,7 @@
 """Perplexity of a language model on a text."""
 
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
@@ -18,6 +19,9 @@ from spqr_jax.vocabulary import check_vocabulary
 
 HEAD_POSITIONS = 256
 """Positions whose logits are in memory at once."""
+
+WINDOWS_AT_ONCE = 4
+"""Windows that are run together, as far as their number divides: packed matrices are unpacked once for all of them."""
 
 
 def perplexity(
@@ -155,11 +159,13 @@ def token_losses(
     params = jax.device_put(stack_blocks(params))
 
     def losses() -> Iterator[np.ndarray]:
-        for index, tokens in enumerate(windows):
-            loss = np.asarray(_losses(model, params, tokens))
-            if not np.isfinite(loss).all():
-                raise ValueError(f"the loss of window {index} is {loss.mean()}")
-            yield loss
+        at_once = math.gcd(len(windows), WINDOWS_AT_ONCE)
+        for start in range(0, len(windows), at_once):
+            batch = np.asarray(_losses(model, params, windows[start : start + at_once]))
+            for index, loss in enumerate(batch, start):
+                if not np.isfinite(loss).all():
+                    raise ValueError(f"the loss of window {index} is {loss.mean()}")
+                yield loss
 
     return losses()
 
@@ -173,9 +179,9 @@ def check_windows(model: Decoder, windows: Int[np.ndarray, "windows window"]) ->
 
 
 @partial(jax.jit, static_argnames="model")
-def _losses(model: Decoder, params: Params, tokens: Int[Array, " window"]) -> Float[Array, " window-1"]:
+def _losses(model: Decoder, params: Params, tokens: Int[Array, "batch window"]) -> Float[Array, "batch window-1"]:
     apply: Callable[..., Any] = partial(model.apply, {"params": params})
-    hidden, _ = apply(tokens[None], method="hidden_states")
+    hidden, _ = apply(tokens, method="hidden_states")
 
     def loss(position: tuple[Float[Array, " hidden"], Int[Array, ""]]) -> Float[Array, ""]:
         features, following = position
@@ -184,4 +190,5 @@ def _losses(model: Decoder, params: Params, tokens: Int[Array, " window"]) -> Fl
 
     # The logits of a whole window may be hundreds of megabytes; a part of them at a time is faster, too.
     # Nothing follows the last token: roll wraps around there, and that loss is dropped.
-    return jax.lax.map(loss, (hidden[0], jnp.roll(tokens, -1)), batch_size=HEAD_POSITIONS)[:-1]
+    positions = hidden.reshape(-1, hidden.shape[-1]), jnp.roll(tokens, -1, axis=1).reshape(-1)
+    return jax.lax.map(loss, positions, batch_size=HEAD_POSITIONS).reshape(tokens.shape)[:, :-1]
