@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 from spqr_jax.triangular import upper_cholesky, upper_inverse, upper_square
 
 REFIT_DAMPING = 0.1
-"""λ of the refit as a share of mean diag H; keeps the weights where the inputs say little."""
+"""Part of Λ of the refit as a share of mean diag H; keeps the weights where the inputs say little."""
 
 
 REFIT_BLOCK = 128
@@ -62,17 +62,18 @@ def _product(
     return jnp.einsum("bti,btj->ij", a, b, precision="highest", preferred_element_type=jnp.float32)
 
 
-def drift(hessian: Float[Array, "in in"], cross: Float[Array, "in in"]) -> Float[Array, "in in"]:
-    """(C − H)(H + λI)⁻¹ with λ = 0.1 · mean diag H; see `InputMoments`."""
-    ridge = REFIT_DAMPING * jnp.mean(jnp.diag(hessian))
-    inverse = upper_square(upper_inverse(upper_cholesky(hessian + ridge * jnp.eye(len(hessian)))))
+def drift(hessian: Float[Array, "in in"], cross: Float[Array, "in in"], shrinkage: float) -> Float[Array, "in in"]:
+    """(C − H)(H + Λ)⁻¹ with Λ = 0.1 · mean diag H + shrinkage · diag H; see `InputMoments`."""
+    diagonal = jnp.diag(hessian)
+    ridge = REFIT_DAMPING * jnp.mean(diagonal) + shrinkage * diagonal
+    inverse = upper_square(upper_inverse(upper_cholesky(hessian + jnp.diag(ridge))))
     return jnp.matmul(cross - hessian, _symmetric(inverse), precision="highest")
 
 
 def refit(weights: tuple[Float[Array, "_ in"], ...], drift: Float[Array, "in in"]) -> tuple[Float[Array, "_ in"], ...]:
-    """W + W (C − H)(H + λI)⁻¹: what best gives the original outputs W x₀ from the inputs x, held to W by λ.
+    """W + W (C − H)(H + Λ)⁻¹: what best gives the original outputs W x₀ from the inputs x, held to W by Λ.
 
-    Minimizes Σ ‖W x₀ − W' x‖² + λ ‖W' − W‖².
+    Minimizes Σ ‖W x₀ − W' x‖² + ‖(W' − W) Λ^½‖².
     """
     kernel = jnp.concatenate(weights).T
     features = len(kernel)

@@ -27,7 +27,7 @@ from spqr_jax.mesh import along, by_rows, flat, put, to_host
 from spqr_jax.models.decoder import Block, Decoder, Params, layer_name
 from spqr_jax.models.stacking import unstack_blocks
 from spqr_jax.solver import BLOCK_ROWS, check_finite, check_matrix, quantize_shared
-from spqr_jax.streams import Allocate, Streams, advance, check_shares, embed, is_traced, split
+from spqr_jax.streams import Allocate, Streams, advance, check_shares, embed, is_traced, start
 from spqr_jax.vocabulary import check_vocabulary
 
 LARGE_HESSIAN = 2048**2
@@ -115,11 +115,11 @@ def quantize_blocks(
     params = unstack_blocks(params)
     block = model.new_block()
     check_weights(params, model, config)
-    streams: tuple[Streams, ...] = ()
+    streams = None
     if calibration_tokens is not None:
         check_tokens(calibration_tokens, params[layer_name(0)], model)
-        check_shares(len(jnp.asarray(calibration_tokens)), config, mesh)
-        streams = split(embed(model, params, calibration_tokens), config)
+        check_shares(len(jnp.asarray(calibration_tokens)), mesh)
+        streams = start(embed(model, params, calibration_tokens), config)
     for index in range(model.config.num_layers):
         name = layer_name(index)
         finished, streams = quantize_block(block, name, params[name], streams, config, mesh=mesh)
@@ -130,18 +130,18 @@ def quantize_block(
     block: Block,
     name: str,
     params: Params,
-    streams: tuple[Streams, ...],
+    streams: Streams | None,
     config: SpqrConfig,
     allocate: Allocate = np.empty,
     mesh: Mesh | None = None,
-) -> tuple[QuantizedBlock, tuple[Streams, ...]]:
+) -> tuple[QuantizedBlock, Streams | None]:
     """Quantizes one block, and carries the hidden states of the calibration sequences to its output.
 
     Args:
       block: the block, see `Decoder.new_block`.
       name: its name in messages and reports.
       params: its parameters, dense.
-      streams: hidden states before it, see `split`; none gives round-to-nearest.
+      streams: hidden states before it, see `streams.start`; None gives round-to-nearest.
       config: what to quantize to.
       allocate: `allocate(shape, dtype)` makes the arrays of hidden states.
       mesh: devices that share the work.
@@ -150,13 +150,13 @@ def quantize_block(
       ValueError: hidden states or Hessians are not finite.
 
     Example:
-      >>> streams = split(embed(model, params, tokens), config)
+      >>> streams = start(embed(model, params, tokens), config)
       >>> block, streams = quantize_block(model.new_block(), "layers_0", params["layers_0"], streams, config)
     """
     # Once here, not at each use.
     dense = jax.tree.map(partial(place, mesh=mesh), params)
     solved: dict[str, _Solved] = {}
-    if streams:
+    if streams is not None:
         streams, solved = _quantize_in_stages(block, dense, streams, config, name, allocate, mesh)
         _check_hidden(streams, name)
     else:
@@ -231,37 +231,32 @@ def place(leaf: Float[Any, "..."], mesh: Mesh | None) -> Float[Array, "..."]:
 def _quantize_in_stages(
     block: Block,
     params: Params,
-    streams: tuple[Streams, ...],
+    streams: Streams,
     config: SpqrConfig,
     name: str,
     allocate: Allocate,
     mesh: Mesh | None,
-) -> tuple[tuple[Streams, ...], dict[str, _Solved]]:
-    """Solves a block's matrices stage by stage and carries all streams to its output."""
-
-    def run(streams: tuple[Streams, ...], number: int, running: Params) -> tuple[Any, ...]:
-        parts = (advance(block, number, running, original, part, allocate, mesh) for part in streams)
-        return tuple(zip(*parts, strict=True))
-
-    dtype = streams[0].quantized["hidden"].dtype
+) -> tuple[Streams, dict[str, _Solved]]:
+    """Solves a block's matrices stage by stage and carries the streams to its output."""
+    dtype = streams.quantized["hidden"].dtype
     # Once here, not for every batch.
     original = _with_kernels(params, {matrix: params[matrix]["kernel"].astype(dtype) for matrix in block.matrices()})
     solved: dict[str, _Solved] = {}
     kernels: dict[str, Array] = {}
-    running, before = original, () if config.sequential else streams
+    running, before = original, None if config.sequential else streams
     for number, stage in enumerate(block.stages):
-        streams, moments = run(streams, number, running)
+        streams, moments = advance(block, number, running, original, streams, allocate, mesh)
         for feed, matrices in stage.feeds.items():
-            found, weights = _solve(matrices, params, [part.pop(feed) for part in moments], config, name, mesh)
+            found, weights = _solve(matrices, params, [moments.pop(feed)], config, name, mesh)
             solved |= found
             kernels |= {matrix: _as_kernel(weights.pop(matrix), dtype) for matrix in matrices}
         if config.sequential:
             running = _with_kernels(original, kernels)
-    if not config.sequential:
+    if before is not None:
         running = _with_kernels(original, kernels)
         streams = before
         for number in range(len(block.stages)):
-            streams, _ = run(streams, number, running)
+            streams, _ = advance(block, number, running, original, streams, allocate, mesh)
     return streams, solved
 
 
@@ -275,8 +270,8 @@ def _solve(
 ) -> tuple[dict[str, _Solved], dict[str, Float[Array, "_ in"]]]:
     """Quantizes matrices that share an input, and reports on each; also returns the weights that they stand for.
 
-    The moments of their input, over each part of the sequences, may be many times as large as the matrices: they are
-    taken out of the list, and freed as soon as they are used.
+    The moments of their input (none: round-to-nearest) may be many times as large as the matrices: they are taken out
+    of the list, and freed as soon as they are used.
     """
     # JAX runs ahead of Python: what is still being computed is not the solver's time.
     jax.block_until_ready(moments)
@@ -285,12 +280,8 @@ def _solve(
         release_freed()
     started = time.perf_counter()
     kernels = tuple(params[matrix]["kernel"] for matrix in matrices)
-    weights = in_one_thread(_refit, kernels, moments[0] if moments else None, mesh)
-    hessians: Any = [part.hessian for part in moments]
-    moments.clear()
-    hessian = hessians.pop() if hessians else None
-    while hessians:
-        hessian = hessian + hessians.pop()
+    weights = in_one_thread(_refit, kernels, moments[0] if moments else None, config.shrinkage, mesh)
+    hessian = moments.pop().hessian if moments else None
     packed, dense, finite = quantize_shared(weights, hessian, config, mesh)
     errors = _relative_errors(weights, dense, hessian)
     seconds = float("nan")
@@ -338,15 +329,15 @@ def _first(array: Shaped[Array, "parts _"], count: int) -> Shaped[Array, "parts 
     return array[:, :count]
 
 
-@partial(jax.jit, static_argnames="mesh")
+@partial(jax.jit, static_argnames=("shrinkage", "mesh"))
 def _refit(
-    kernels: tuple[Float[Array, "in _"], ...], moments: InputMoments | None, mesh: Mesh | None
+    kernels: tuple[Float[Array, "in _"], ...], moments: InputMoments | None, shrinkage: float, mesh: Mesh | None
 ) -> tuple[Float[Array, "_ in"], ...]:
     """The weights to be quantized."""
     weights = tuple(kernel.T for kernel in kernels)
     if moments is None or moments.cross is None:
         return weights
-    refitted = by_rows(refit, mesh, weights, drift(moments.hessian, moments.cross), unit=BLOCK_ROWS)
+    refitted = by_rows(refit, mesh, weights, drift(moments.hessian, moments.cross, shrinkage), unit=BLOCK_ROWS)
     return tuple(r[: len(w)] for r, w in zip(refitted, weights, strict=True))
 
 
@@ -370,7 +361,7 @@ def _with_kernels(params: Params, kernels: dict[str, Any]) -> Params:
     return params | {name: params[name] | {"kernel": kernel} for name, kernel in kernels.items()}
 
 
-def _check_hidden(streams: tuple[Streams, ...], name: str) -> None:
+def _check_hidden(streams: Streams, name: str) -> None:
     for hidden in jax.tree.leaves(streams):
         if not is_traced(hidden) and not all(np.isfinite(sequence).all() for sequence in hidden):
             raise ValueError(f"{name}: its output has values that are NaN or infinite on the calibration tokens")

@@ -123,7 +123,9 @@ class Solution(NamedTuple):
 
 @partial(jax.jit, static_argnames="config")
 def factorize(hessian: Float[Array, "in in"], config: SpqrConfig) -> Factor:
-    """Damps and inverts a Hessian: U with (H + damping · mean|diag H|)⁻¹ = Uᵀ U, features in quantization order.
+    """Damps and inverts a Hessian: U with (H + damping · mean|diag H| + shrinkage · diag H)⁻¹ = Uᵀ U.
+
+    Features are in quantization order.
 
     Where the factorization fails, damps ten times more, up to three times; U is NaN if that does not help.
     """
@@ -138,7 +140,7 @@ def factorize(hessian: Float[Array, "in in"], config: SpqrConfig) -> Factor:
     scale = jnp.mean(jnp.abs(diagonal))
 
     def inverse_factor(damping: Float[Array, ""]) -> Float[Array, "in in"]:
-        damped = hessian + jnp.diag(jnp.where(dead, 1, damping * scale))
+        damped = hessian + jnp.diag(jnp.where(dead, 1, damping * scale + config.shrinkage * diagonal))
         # One factorization of the reversed H would do, but loses a digit: its pivots then come smallest first.
         return upper_cholesky(upper_square(upper_inverse(upper_cholesky(damped))))
 

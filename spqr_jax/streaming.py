@@ -27,7 +27,7 @@ from spqr_jax.pipeline import check_tokens, check_weights, place, quantize_block
 from spqr_jax.processes import agree, is_first
 from spqr_jax.record import BlockReport, new_record
 from spqr_jax.sources import ModelSource
-from spqr_jax.streams import Allocate, check_shares, embed, split
+from spqr_jax.streams import Allocate, check_shares, embed, start
 from spqr_jax.unfinished import (
     State,
     allocate_in_file,
@@ -136,7 +136,7 @@ def _survey(
         check_weights({name: part}, source.model, config)
         if name == blocks[0] and tokens is not None:
             check_tokens(tokens, part, source.model)
-            check_shares(len(tokens), config, mesh)
+            check_shares(len(tokens), mesh)
         digests[name] = digest(part)
         size += sum(leaf.nbytes for leaf in jax.tree.leaves(part))
     parent = existing_parent(directory)
@@ -171,7 +171,7 @@ def _states(
 ) -> Iterator[State]:
     """Quantizes the blocks that are not finished; a state after each of them, when it is on the disk."""
     blocks = _blocks(source)
-    structure: Any = jax.tree.structure(() if tokens is None else split(tokens, config))
+    structure: Any = jax.tree.structure(None if tokens is None else start(tokens, config))
     if not state.blocks:
         state = _start(source, tokens, config, directory, allocate)
     started = time.perf_counter()
@@ -206,7 +206,7 @@ def _start(
     if tokens is None:
         return State(ends, [], [])
     hidden = embed(source.model, {"embed_tokens": source.parts["embed_tokens"]()}, tokens, allocate)
-    return State(ends, [], jax.tree.leaves(split(hidden, config)))
+    return State(ends, [], jax.tree.leaves(start(hidden, config)))
 
 
 def _blocks(source: ModelSource) -> list[str]:

@@ -50,26 +50,18 @@ def embed(
     return scan_batches(step, None, np.asarray(tokens), allocate)[1]
 
 
-def split(hidden: Float[Any, "sequences tokens hidden"], config: SpqrConfig) -> tuple[Streams, ...]:
-    """The sequences with which the original model is followed, for the refit, and those without.
-
-    Half of the sequences say nearly as well as all where inputs drifted to, and following them costs as much again.
-    """
+def start(hidden: Float[Any, "sequences tokens hidden"], config: SpqrConfig) -> Streams:
+    """States before the first block; the original model is followed where weights are refitted."""
     # In one pass for the whole block, a later matrix would make up again for what an earlier one has made up for.
-    if not (config.refit and config.sequential):
-        return (Streams({"hidden": hidden}, None),)
-    half = -(-len(hidden) // 2)
-    paired = Streams({"hidden": hidden[:half]}, {"hidden": hidden[:half]})
-    return (paired, Streams({"hidden": hidden[half:]}, None)) if len(hidden) > half else (paired,)
+    return Streams({"hidden": hidden}, {"hidden": hidden} if config.refit and config.sequential else None)
 
 
-def check_shares(sequences: int, config: SpqrConfig, mesh: Mesh | None) -> None:
-    """Raises a ValueError where the devices of a mesh cannot have equally many sequences of each part."""
-    parts = [len(part.quantized["hidden"]) for part in split(np.empty((sequences, 0, 0)), config)]
-    if any(part % shares(mesh) for part in parts):
+def check_shares(sequences: int, mesh: Mesh | None) -> None:
+    """Raises a ValueError where the devices of a mesh cannot have equally many sequences."""
+    if sequences % shares(mesh):
         raise ValueError(
-            f"{sequences} calibration sequences go through the model in parts of {' and '.join(map(str, parts))}, "
-            f"which {shares(mesh)} devices cannot share evenly: give a multiple of {len(parts) * shares(mesh)}"
+            f"{sequences} calibration sequences cannot be shared evenly by {shares(mesh)} devices: give a multiple of "
+            f"{shares(mesh)}"
         )
 
 

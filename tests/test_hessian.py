@@ -7,6 +7,8 @@ from spqr_jax.hessian import REFIT_DAMPING, complete, drift, input_moments, refi
 
 IN = 40
 
+SHRINKAGE = 0.2
+
 
 @pytest.fixture(scope="module")
 def inputs():
@@ -53,17 +55,22 @@ def test_moments_add_up_over_batches(inputs, moments):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-2), total, moments)
 
 
+def ridge(x: np.ndarray) -> np.ndarray:
+    """The diagonal of Λ."""
+    diagonal = (x**2).sum(axis=0)
+    return REFIT_DAMPING * diagonal.mean() + SHRINKAGE * diagonal
+
+
 def refit_loss(new: np.ndarray, weight: np.ndarray, x: np.ndarray, original: np.ndarray) -> float:
-    ridge = REFIT_DAMPING * np.mean((x**2).sum(axis=0))
-    return ((original @ weight.T - x @ new.T) ** 2).sum() + ridge * ((new - weight) ** 2).sum()
+    return ((original @ weight.T - x @ new.T) ** 2).sum() + (ridge(x) * (new - weight) ** 2).sum()
 
 
 def test_refit_minimizes_its_loss(inputs, moments, weight):
     x, original = map(flat, inputs)
-    (new,) = jax.jit(lambda weights, moments: refit(weights, drift(*moments)))((weight,), moments)
-    ridge = REFIT_DAMPING * np.mean((x**2).sum(axis=0)) * np.eye(IN)
-    # The normal equations W' (H + λI) = W (C + λI).
-    solution = np.linalg.solve(x.T @ x + ridge, (weight @ (original.T @ x + ridge)).T).T
+    (new,) = jax.jit(lambda weights, moments: refit(weights, drift(*moments, SHRINKAGE)))((weight,), moments)
+    held = np.diag(ridge(x))
+    # The normal equations W' (H + Λ) = W (C + Λ).
+    solution = np.linalg.solve(x.T @ x + held, (weight @ (original.T @ x + held)).T).T
     np.testing.assert_allclose(new, solution, rtol=1e-3, atol=1e-3)
     best = refit_loss(np.asarray(new, np.float64), weight, x, original)
     assert best < 0.99 * refit_loss(weight, weight, x, original)
@@ -73,14 +80,14 @@ def test_refit_minimizes_its_loss(inputs, moments, weight):
 
 
 def test_refit_of_several_matrices_is_that_of_each(moments, weight):
-    change = drift(*moments)
+    change = drift(*moments, SHRINKAGE)
     together = refit((weight, 2 * weight[:8]), change)
     for new, alone in zip(together, (weight, 2 * weight[:8]), strict=True):
         np.testing.assert_allclose(new, refit((alone,), change)[0], rtol=1e-5, atol=1e-5)
 
 
 def test_refit_leaves_weights_where_there_is_nothing_to_refit(moments, weight):
-    np.testing.assert_array_equal(refit((weight,), drift(moments.hessian, moments.hessian))[0], weight)
+    np.testing.assert_array_equal(refit((weight,), drift(moments.hessian, moments.hessian, SHRINKAGE))[0], weight)
 
 
 def test_relative_error(inputs, moments, weight):

@@ -134,11 +134,9 @@ def expected_errors(quantized: dict[str, Any], config: SpqrConfig) -> dict[str, 
             x, x0 = flat(inputs[matrix]), flat(original_inputs[matrix])
             weight = np.asarray(PARAMS[name][matrix]["kernel"], np.float64).T
             if config.refit and config.sequential:
-                # The drift is measured on the first half of the sequences.
-                half = TOKENS.size // 2
-                hessian, cross = x[:half].T @ x[:half], x0[:half].T @ x[:half]
-                ridge = 0.1 * np.mean(np.diag(hessian)) * np.eye(len(hessian))
-                weight = weight + weight @ (cross - hessian) @ np.linalg.inv(hessian + ridge)
+                hessian, cross = x.T @ x, x0.T @ x
+                held = np.diag(0.1 * np.diag(hessian).mean() + config.shrinkage * np.diag(hessian))
+                weight = weight + weight @ (cross - hessian) @ np.linalg.inv(hessian + held)
             error = weight - np.asarray(solved[matrix]["kernel"], np.float64).T
             errors[f"{name}.{matrix}"] = ((x @ error.T) ** 2).sum() / ((x @ weight.T) ** 2).sum()
         hidden, _ = run_block(solved, hidden)

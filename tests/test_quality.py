@@ -9,8 +9,8 @@ from spqr_jax import SpqrConfig, perplexity, quantize, summarize
 
 # Two bits, because models as small as these lose next to nothing at three. GPTQ and round-to-nearest spend on 16-bit
 # statistics what SpQR spends on outliers, so that all have about three bits per weight, and SpQR the fewest. They are
-# the paper's methods, with the damping of its code: the refit helps GPTQ as well and draws them together.
-SPQR = SpqrConfig(bits=2, group_size=32, outlier_threshold=0.5, damping=1.0, refit=False)
+# the paper's methods, with its code's damping and no shrinkage: the refit helps GPTQ as well and draws them together.
+SPQR = SpqrConfig(bits=2, group_size=32, outlier_threshold=0.5, damping=1.0, shrinkage=0.0, refit=False)
 GPTQ = replace(SPQR, outlier_threshold=None, scale_bits=None, zero_bits=None)
 
 

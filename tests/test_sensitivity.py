@@ -17,6 +17,7 @@ from spqr_jax.models.decoder import Decoder, make_context
 from spqr_jax.sensitivity import Heads, matrix_heads, sensitivities, sensitivity
 from spqr_jax.sources import ModelSource
 
+UNDAMPED = SpqrConfig(permutation="identity", damping=0.0, shrinkage=0.0)
 PLAIN = SpqrConfig(scale_bits=None, zero_bits=None, stats_dtype="float32", simplified=True)
 OUT, COLUMNS, TOKENS = 32, 48, 200
 
@@ -51,7 +52,8 @@ def reference(weight: np.ndarray, hessian: np.ndarray, config: SpqrConfig) -> tu
         order = np.argsort(-np.diag(hessian), kind="stable")
     errors = np.empty(weight.shape)
     errors[:, order] = rounding_errors(weight[:, order], config)
-    damped = hessian + config.damping * np.diag(hessian).mean() * np.eye(len(hessian))
+    diagonal = np.diag(hessian)
+    damped = hessian + np.diag(config.damping * diagonal.mean() + config.shrinkage * diagonal)
     values = errors**2 / (2 * np.diag(np.linalg.inv(damped)))
     # U_jj² is what is left of [H⁻¹]_jj when the features before j are given: one over the first pivot of the rest.
     remaining = [np.linalg.inv(damped[np.ix_(order[j:], order[j:])])[0, 0] for j in range(len(order))]
@@ -72,14 +74,14 @@ def test_against_float64(weight, hessian, permutation, bits, group_size, thresho
 
 
 def test_with_the_identity_it_is_half_the_squared_error(weight):
-    config = replace(PLAIN, damping=0.0)
+    config = replace(PLAIN, damping=0.0, shrinkage=0.0)
     found = sensitivity(jnp.array(weight), jnp.eye(COLUMNS), config)
     np.testing.assert_allclose(found.values, rounding_errors(weight, config) ** 2 / 2, rtol=1e-3, atol=1e-9)
 
 
 def test_it_is_half_the_least_error_that_other_weights_leave(weight, hessian):
     """The definition: the other weights of the row are solved for, in float64."""
-    config = replace(PLAIN, damping=0.0, permutation="identity")
+    config = replace(PLAIN, damping=0.0, shrinkage=0.0, permutation="identity")
     row, column = 3, 7
     error = -rounding_errors(weight, config)[row, column]
     others = np.arange(COLUMNS) != column
@@ -92,7 +94,7 @@ def test_it_is_half_the_least_error_that_other_weights_leave(weight, hessian):
 
 @pytest.mark.parametrize("stats", [None, 3])
 def test_weights_are_rounded_as_the_solver_does_it(weight, stats):
-    config = SpqrConfig(scale_bits=stats, zero_bits=stats, outlier_threshold=None, permutation="identity", damping=0.0)
+    config = replace(UNDAMPED, scale_bits=stats, zero_bits=stats, outlier_threshold=None)
     errors = weight - spqr_dequantize(quantize_matrix(jnp.array(weight), None, config))
     found = sensitivity(jnp.array(weight), jnp.eye(COLUMNS), config)
     np.testing.assert_allclose(found.values, errors**2 / 2, rtol=1e-3, atol=1e-9)
@@ -101,7 +103,7 @@ def test_weights_are_rounded_as_the_solver_does_it(weight, stats):
 @pytest.mark.parametrize("simplified", [False, True])
 def test_outliers_are_those_of_the_solver_where_nothing_is_corrected(weight, simplified):
     """With H = I there are no corrections."""
-    config = SpqrConfig(permutation="identity", simplified=simplified, damping=0.0, outlier_threshold=0.03)
+    config = replace(UNDAMPED, simplified=simplified, outlier_threshold=0.03)
     packed = quantize_matrix(jnp.array(weight), jnp.eye(COLUMNS), config)
     found = sensitivity(jnp.array(weight), jnp.eye(COLUMNS), config)
     assert float(found.outlier_share) == pytest.approx(float(outlier_share(packed)), abs=1e-6)

@@ -63,8 +63,8 @@ def load_official(name: str) -> tuple[dict[str, np.ndarray], SpqrConfig]:
         arrays = dict(file)
     settings = json.loads(str(arrays.pop("config")))
     renamed = {"stat_group_size": "stats_group_size", "percdamp": "damping"}
-    config = SpqrConfig(**{renamed.get(key, key): value for key, value in settings.items()}, stats_dtype="float32")
-    return arrays, config
+    given = {renamed.get(key, key): value for key, value in settings.items()}
+    return arrays, SpqrConfig(**given, shrinkage=0.0, stats_dtype="float32")
 
 
 def official_weight(official: dict[str, np.ndarray], config: SpqrConfig) -> np.ndarray:
@@ -155,6 +155,7 @@ def reference_solve(
             order = np.argsort(-np.diag(hessian), kind="stable")
         damping = config.damping * np.mean(np.abs(np.diag(hessian)))
         damped = hessian.astype(np.float64)[np.ix_(order, order)] + damping * np.eye(columns)
+        damped += config.shrinkage * np.diag(np.diag(hessian)[order])
         factor = np.linalg.cholesky(np.linalg.inv(damped)).T
     w = weight.astype(np.float64)[:, order]
     diagonal = np.diag(factor)
@@ -339,7 +340,7 @@ def indefinite(hessian: np.ndarray) -> np.ndarray:
 def test_a_hessian_that_cannot_be_factorized_is_damped_more(spoil):
     weight, hessian = random_matrix(0)
     hessian = spoil(hessian)
-    packed = quantize_matrix(weight, hessian, replace(SMALL, damping=0.0))
+    packed = quantize_matrix(weight, hessian, replace(SMALL, damping=0.0, shrinkage=0.0))
     assert np.isfinite(DEQUANTIZE(packed)).all()
     assert weighted_loss(weight, DEQUANTIZE(packed), np.eye(64)) < 0.5 * weighted_loss(weight, 0, np.eye(64))
 
