@@ -73,7 +73,8 @@ def result(*arguments: object) -> dict:
 
 
 def test_help_of_every_command_has_an_example() -> None:
-    for command in ("quantize", "sweep", "eval", "compare", "analyze", "tasks", "generate", "inspect", "export"):
+    commands = "quantize", "sweep", "eval", "compare", "analyze", "tasks", "generate", "inspect", "report", "export"
+    for command in commands:
         done = spqr(command, "--help")
         assert done.returncode == 0
         assert f"Example: spqr {command} " in " ".join(done.stdout.split())

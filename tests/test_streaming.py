@@ -2,8 +2,10 @@
 
 import dataclasses
 import errno
+import json
 import os
 import random
+import re
 import resource
 import signal
 import subprocess
@@ -23,9 +25,9 @@ from tiny_models import random_tensors, tiny_config, write_checkpoint, write_ggu
 
 from converters import from_pretrained, open_pretrained
 from spqr_jax import CheckpointError, SpqrConfig, load, quantize, save, unfinished
-from spqr_jax.checkpoint import open_checkpoint
+from spqr_jax.checkpoint import RECORD, open_checkpoint
 from spqr_jax.directories import remove_directory
-from spqr_jax.record import BlockReport
+from spqr_jax.record import BlockReport, read_record
 from spqr_jax.sources import ModelSource
 from spqr_jax.streaming import quantize_checkpoint
 
@@ -116,6 +118,24 @@ def test_the_checkpoint_is_that_of_the_run_in_memory(source, expected, tmp_path,
     assert [block.number for block in reports] == [1, 2, 3]
     told = {name: matrix._replace(seconds=0) for block in reports for name, matrix in block.matrices.items()}
     assert told == {name: matrix._replace(seconds=0) for name, matrix in report.items()}
+    record = read_record(tmp_path / "out")
+    assert record is not None
+    assert (record.config, record.calibration, record.blocks, record.devices) == (CONFIG, TOKENS.shape, reports, 1)
+
+
+def test_a_run_that_was_stopped_leaves_the_record_of_one_that_was_not(source, tmp_path):
+    quantize_checkpoint(source, tmp_path / "whole", TOKENS, config=CONFIG)
+    stopped(source, tmp_path / "out", number=2)
+    quantize_checkpoint(source, tmp_path / "out", TOKENS, config=CONFIG)
+
+    def timeless(name: str) -> dict[str, Any]:
+        content = json.loads((tmp_path / name / RECORD).read_text())
+        assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", content.pop("date"))
+        for block in content["blocks"]:
+            assert block.pop("seconds") > sum(matrix.pop("seconds") for matrix in block["matrices"].values()) > 0
+        return content
+
+    assert timeless("out") == timeless("whole")
 
 
 FAST, SLOW = ["gguf", "falcon 40B"], ["falcon RW", "checkpoint", "bfloat16"]

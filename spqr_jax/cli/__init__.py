@@ -1,4 +1,4 @@
-"""The command line `spqr`: quantize, sweep, eval, compare, analyze, tasks, generate, inspect, export.
+"""The command line `spqr`: quantize, sweep, eval, compare, analyze, tasks, generate, inspect, report, export.
 
 Results go to standard output, progress to standard error. Exit status: 0 done, 1 an error told in one line, 2 wrong
 usage.
@@ -12,6 +12,7 @@ from spqr_jax.cli import (  # noqa: F401
     generating,
     inspecting,
     quantizing,
+    reporting,
     sweeping,
     tasks,
 )
