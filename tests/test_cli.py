@@ -14,6 +14,7 @@ from unittest import mock
 import huggingface_hub
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from byte_tokenizer import byte_tokenizer
 from rich.console import Console
@@ -22,7 +23,7 @@ from tiny_models import random_tensors, tiny_config, write_checkpoint, write_ggu
 from spqr_jax import console, save, streaming
 from spqr_jax.cli import main
 from spqr_jax.models import Llama, LlamaConfig, RotaryConfig
-from spqr_jax.record import BlockReport
+from spqr_jax.record import BlockReport, read_record
 
 CONFIG = LlamaConfig(257, 64, 128, 2, 4, 2, 16, RotaryConfig())
 
@@ -352,3 +353,67 @@ def test_a_process_of_its_own_says_the_same(quantized: Path) -> None:
 def test_wrong_usage_is_exit_status_2() -> None:
     assert spqr("quantize").returncode == 2
     assert spqr("eval", "somewhere", "--no-such-option").returncode == 2
+
+
+def test_sweep_writes_a_table_and_a_figure(plain: Path, tmp_path: Path) -> None:
+    grid = tmp_path / "grid.json"
+    grid.write_text('[{"method": "spqr", "bits": [3, 4]}, {"method": "rtn"}]')
+    options = "--grid", grid, "--sequences", 4, "--sequence-length", 64, "--window", 64, "--windows", 3
+    found = result("sweep", plain, tmp_path / "results", *options)
+    assert [cell["name"] for cell in found["results"]][:3] == ["original", "spqr_3bit", "spqr_4bit"]
+    sizes = [cell["bits_per_weight"] for cell in found["results"]]
+    assert sizes[1] < sizes[2] < sizes[0] == 16
+    assert "spqr_4bit" in (tmp_path / "results" / "table.md").read_text()
+    assert "| nothing |" in (tmp_path / "results" / "ablation.md").read_text()
+    assert "<svg" in (tmp_path / "results" / "perplexity.svg").read_text()
+    assert result("sweep", plain, tmp_path / "results", *options) == found
+
+
+def test_token_ids_of_a_file_are_calibrated_on(plain: Path, tmp_path: Path) -> None:
+    np.save(tmp_path / "tokens.npy", np.arange(256, dtype=np.uint16).reshape(4, 64))
+    done = spqr("quantize", plain, tmp_path / "out", "--calibration", tmp_path / "tokens.npy")
+    assert done.returncode == 0
+    assert read_record(tmp_path / "out").calibration == (4, 64)  # type: ignore[union-attr]
+
+
+def test_size_is_met(plain: Path, tmp_path: Path) -> None:
+    options = "--sequences", 4, "--sequence-length", 64
+    found = result("quantize", plain, tmp_path / "out", "--target-bits", 4.4, *options)
+    assert abs(found["bits_per_weight"] - 4.4) <= 0.02
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert "from 4.30 to" in spqr("quantize", plain, tmp_path / "small", "--target-bits", 3, *options).stderr
+
+
+@pytest.mark.slow
+def test_smallest_near_lossless_settings_are_found_or_told_missing(
+    plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from spqr_jax import near_lossless
+
+    options = "--near-lossless", "--sequences", 4, "--sequence-length", 64
+    monkeypatch.setattr(near_lossless, "LARGEST_RISE", 1)
+    found = result("quantize", plain, tmp_path / "out", *options)
+    assert read_record(tmp_path / "out").config == near_lossless.SETTINGS[0]  # type: ignore[union-attr]
+    assert found["bits_per_weight"] < 4.5
+    monkeypatch.setattr(near_lossless, "LARGEST_RISE", -1)
+    done = spqr("quantize", plain, tmp_path / "none", *options)
+    assert done.returncode == 1
+    assert "no settings under 5 bits are near-lossless here" in done.stderr
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--target-bits", 4, "--method", "gptq"), "leave out --method, --outlier-threshold"),
+        (("--target-bits", 4, "--outlier-threshold", 0.3), "leave out --method, --outlier-threshold"),
+        (("--near-lossless", "--bits", 4), "--near-lossless chooses all settings"),
+        (("--near-lossless", "--target-bits", 4), "--near-lossless chooses all settings"),
+    ],
+)
+def test_options_that_contradict_each_other_are_told(
+    options: tuple[object, ...], message: str, plain: Path, tmp_path: Path
+) -> None:
+    done = spqr("quantize", plain, tmp_path / "out", *options)
+    assert done.returncode == 1
+    assert message in done.stderr
