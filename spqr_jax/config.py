@@ -47,7 +47,7 @@ class SpqrConfig:
     outlier_rows: float | None = None
     permutation: Literal["act_order", "identity"] = "act_order"
     damping: float = 0.1
-    shrinkage: float = 0.3
+    shrinkage: float = 0.1
     simplified: bool = False
     sequential: bool = True
     refit: bool = True
