@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from spqr_jax.drawings import new_figure
 from spqr_jax.sweep import ablations, front
 
 LABELS = {"spqr": "SpQR", "gptq": "GPTQ", "rtn": "round-to-nearest"}
@@ -50,12 +51,8 @@ def perplexity_figure(results: Sequence[Mapping[str, Any]], path: Path) -> None:
     Raises:
       ValueError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ValueError("drawing needs the package matplotlib: pip install 'spqr-jax[plots]'") from None
     original, *found = results
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    figure = new_figure((8, 4.5))
     axis = figure.subplots()
     for method, label in LABELS.items():
         own = [result for result in found if result["method"] == method]

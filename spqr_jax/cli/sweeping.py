@@ -36,10 +36,12 @@ def sweep(
     """
     import jax
 
+    from spqr_jax.drawings import new_figure
     from spqr_jax.evaluation import cut_windows
     from spqr_jax.sweep import PAPER_GRID, cells, sweep
     from spqr_jax.sweep_figures import ablation_table, perplexity_figure, table
 
+    new_figure((1, 1))  # before long work, where there is nothing to draw with
     chosen = cells(PAPER_GRID if grid is None else json.loads(grid.read_text()))
     opened = open_model(source, "float16")
     tokens = calibration_tokens(opened.tokenizer, calibration, sequences, sequence_length, seed)
