@@ -24,7 +24,7 @@ class SpqrConfig:
       permutation: order in which input features are quantized: `act_order` by falling diag(H), or `identity`.
       damping: share of mean |diag H| added to diag H.
       shrinkage: share of each H_jj added to it, too, here and in the refit: correlations that few tokens show count
-        for less (Schäfer and Strimmer 2005, target D).
+        for less (Schäfer and Strimmer 2005, target D). It helps where calibration text is little and of many kinds.
       simplified: do not leave likely outliers out when scales and zeros are fitted.
       sequential: solve each matrix on inputs computed with the already quantized matrices of its own block, not only
         of the blocks before (the official `--true-sequential`).
@@ -47,7 +47,7 @@ class SpqrConfig:
     outlier_rows: float | None = None
     permutation: Literal["act_order", "identity"] = "act_order"
     damping: float = 0.1
-    shrinkage: float = 0.1
+    shrinkage: float = 0.0
     simplified: bool = False
     sequential: bool = True
     refit: bool = True

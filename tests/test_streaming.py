@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import itertools
 import json
 import os
 import random
@@ -390,8 +391,8 @@ def test_a_run_killed_at_random_moments_again_and_again_ends_with_the_same_bits(
     whole = time.monotonic() - started
     moments = random.Random(0)
     kills = 0
-    while kills < 6:
-        destination = tmp_path / f"out-{kills}"
+    for attempt in itertools.count():
+        destination = tmp_path / f"out-{attempt}"
         while not destination.exists() or destination.with_name(f"{destination.name}.partial").exists():
             process = run(llama, destination)
             try:
@@ -401,3 +402,5 @@ def test_a_run_killed_at_random_moments_again_and_again_ends_with_the_same_bits(
                 process.communicate()
                 kills += 1
         assert_identical(load(destination).params, expected[0])
+        if kills >= 6:
+            break

@@ -48,6 +48,7 @@ def quantize(
     outlier_threshold: Annotated[float | None, typer.Option(help="The paper's τ; lower keeps more outliers.")] = None,
     permutation: Annotated[Order | None, typer.Option(help="Order in which input features are quantized.")] = None,
     damping: Annotated[float | None, typer.Option(help="Share of mean diag H added to it.")] = None,
+    shrinkage: Annotated[float | None, typer.Option(help="Share of each entry of diag H added to it.")] = None,
     target_bits: Annotated[
         float | None, typer.Option(help="Bits per weight to be met, to 0.02, by the right threshold.")
     ] = None,
@@ -97,6 +98,7 @@ def quantize(
         "outlier_threshold": outlier_threshold,
         "permutation": None if permutation is None else permutation.value,
         "damping": damping,
+        "shrinkage": shrinkage,
     }
     config = replace(config, **{name: value for name, value in chosen.items() if value is not None})  # type: ignore[arg-type]
     if stats_bits is not None:
