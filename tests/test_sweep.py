@@ -4,6 +4,7 @@ import dataclasses
 import json
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -187,13 +188,20 @@ def test_search_ends_at_what_is_within_the_limit(
     assert len(found.tried) <= 3
 
 
-def test_search_agrees_with_trying_all(tmp_path: Path) -> None:
-    grid = [Cell(Method.SPQR, config) for config in LADDER]
-    original, *results = sweep.sweep(SOURCE, tmp_path / "search", grid, CALIBRATION, WINDOWS)
-    within = [result["perplexity"] < 1.01 * original["perplexity"] for result in results]
-    assert within == sorted(within), "larger settings of this test are not better"
-    found = smallest_near_lossless(SOURCE, tmp_path / "search", CALIBRATION, WINDOWS, settings=LADDER)
-    assert found.config == (LADDER[within.index(True)] if any(within) else None)
+@given(st.lists(st.floats(-0.01, 0.1), max_size=12))
+def test_search_agrees_with_trying_all(rises: list[float]) -> None:
+    rises.sort(reverse=True)
+    settings = [dataclasses.replace(COMPACT, damping=float(place)) for place in range(len(rises))]
+
+    def fake(_source: Any, _directory: Any, grid: list[Cell], *_: Any, mesh: None) -> Any:
+        rise = rises[int(grid[0].config.damping)]
+        return iter([{"perplexity": 10.0}, {"perplexity": 10 * (1 + rise)}])
+
+    with mock.patch.object(near_lossless, "sweep", fake):
+        found = smallest_near_lossless(SOURCE, Path("unused"), CALIBRATION, WINDOWS, settings=settings)
+    within = [10 * (1 + rise) < 1.01 * 10 for rise in rises]
+    assert found.config == (settings[within.index(True)] if any(within) else None)
+    assert len(found.tried) <= len(rises).bit_length()
 
 
 def test_default_config_is_the_base() -> None:
