@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 from scipy.interpolate import PchipInterpolator
 
-from spqr_jax.checkpoint import describe, read_json
+from spqr_jax.checkpoint import check_destination, describe, read_json
 from spqr_jax.config import SpqrConfig
 from spqr_jax.directories import write_text
 from spqr_jax.lapack import in_one_thread
@@ -180,6 +180,7 @@ def quantize_to_bits(
     if begun:
         curve, tried = Curve(*found["curve"]), found["tried"]
     else:
+        check_destination(destination, overwrite=overwrite)  # before long work
         curve, tried = outlier_curve(source, calibration_tokens, config), []
     while len(tried) < MOST_RUNS:
         threshold = threshold_for(curve, target_bits, tried[-1] if tried else None)

@@ -381,6 +381,7 @@ def test_size_is_met(plain: Path, tmp_path: Path) -> None:
     found = result("quantize", plain, tmp_path / "out", "--target-bits", 4.4, *options)
     assert abs(found["bits_per_weight"] - 4.4) <= 0.02
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert "exists already" in spqr("quantize", plain, tmp_path / "out", "--target-bits", 4.4, *options).stderr
     assert "from 4.30 to" in spqr("quantize", plain, tmp_path / "small", "--target-bits", 3, *options).stderr
 
 
