@@ -44,9 +44,12 @@ def new_directory(destination: Path) -> Iterator[Path]:
 def write_text(path: Path, text: str) -> None:
     """Writes a file at once: who reads it finds the old content or the new one."""
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    synchronize(partial)
-    partial.replace(path)
+    try:
+        partial.write_text(text, encoding="utf-8")
+        synchronize(partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def remove_leftovers(directory: Path) -> None:

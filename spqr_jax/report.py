@@ -18,6 +18,7 @@ from markupsafe import Markup
 
 from spqr_jax.checkpoint import describe
 from spqr_jax.console import bytes_on_disk
+from spqr_jax.directories import write_text
 from spqr_jax.pipeline import MatrixReport
 from spqr_jax.record import Record, read_record
 from spqr_jax.report_plots import bars, lines
@@ -82,12 +83,7 @@ def write_report(directory: str | PathLike[str], output: str | PathLike[str] | N
         raise ValueError(f"{path} cannot be written, because {path.parent} is not a directory")
     if path.resolve().is_relative_to(root.resolve()):
         raise ValueError(f"{path} is in the checkpoint, which stays as it is: choose a place outside of {root}")
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_text(page, encoding="utf-8")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_text(path, page)
     return path
 
 

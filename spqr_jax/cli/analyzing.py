@@ -13,7 +13,7 @@ from rich.table import Column, Table
 from spqr_jax import console
 from spqr_jax.cli.app import Json, Model, app
 from spqr_jax.cli.models import open_model
-from spqr_jax.cli.quantizing import calibration_tokens
+from spqr_jax.cli.quantizing import Calibration, Seed, SequenceLength, Sequences, calibration_tokens
 
 KEPT = (0.0, 0.001, 0.003, 0.01, 0.03, 0.1)
 """Shares of a matrix: its most sensitive weights, with the error that is left when they are kept."""
@@ -41,10 +41,10 @@ def analyze(
     bits: Annotated[int, typer.Option(help="Width of a weight code: 2, 3, 4, 5 or 8.")] = 3,
     group_size: Annotated[int, typer.Option(help="Weights that share a scale: 8, 16, 32, 64 or 128.")] = 16,
     outlier_threshold: Annotated[float, typer.Option(help="The paper's τ.")] = 0.2,
-    calibration: Annotated[Path | None, typer.Option(help="Text file; default: WikiText-2's validation text.")] = None,
-    sequences: Annotated[int, typer.Option(help="Calibration sequences.")] = 32,
-    sequence_length: Annotated[int, typer.Option(help="Tokens per calibration sequence.")] = 512,
-    seed: Annotated[int, typer.Option(help="Seed of the places where sequences are cut.")] = 0,
+    calibration: Calibration = None,
+    sequences: Sequences = 32,
+    sequence_length: SequenceLength = 512,
+    seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
     """Measure how sensitive each weight is to rounding, and where the sensitive ones lie.
