@@ -410,6 +410,7 @@ def test_smallest_near_lossless_settings_are_found_or_told_missing(
         (("--target-bits", 4, "--outlier-threshold", 0.3), "leave out --method, --outlier-threshold"),
         (("--near-lossless", "--bits", 4), "--near-lossless chooses all settings"),
         (("--near-lossless", "--target-bits", 4), "--near-lossless chooses all settings"),
+        (("--near-lossless", "--calibration", "ids.npy"), "ids.npy has token ids: give text"),
     ],
 )
 def test_options_that_contradict_each_other_are_told(

@@ -115,7 +115,7 @@ def quantize(
 
     opened = open_model(source, "float16")
     tokens = None
-    if method is not Method.RTN:
+    if method is not Method.RTN and not near_lossless:
         tokens = calibration_tokens(opened.tokenizer, calibration, sequences, sequence_length, seed)
 
     started = time.perf_counter()
@@ -162,7 +162,7 @@ def search(
     """The smallest near-lossless settings and the calibration tokens; results stay in DESTINATION.search.
 
     Raises:
-      ValueError: none of the settings is near-lossless; or the text is too short to hold a part of it out.
+      ValueError: none of the settings is near-lossless; or the text is no text, or too short to hold a part of it out.
     """
     import numpy as np
 
@@ -170,6 +170,10 @@ def search(
     from spqr_jax.evaluation import cut_windows
     from spqr_jax.near_lossless import LARGEST_RISE, smallest_near_lossless
 
+    if text is not None and text.suffix == ".npy":
+        raise ValueError(
+            f"--near-lossless holds a part of the calibration text out, but {text} has token ids: give text"
+        )
     ids = np.array(encode_text(source.tokenizer, text, "valid"))
     window = min(1024, source.model.config.max_positions)
     held_out = min(HELD_OUT, len(ids) // (4 * window))
