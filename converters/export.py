@@ -54,7 +54,7 @@ def export_huggingface(
         a weight overflows `dtype`.
 
     Example:
-      >>> model, params, tokenizer = load("smollm2-3bit")
+      >>> model, params, tokenizer = load("smollm2-spqr")
       >>> export_huggingface("smollm2-dequantized", model, params, tokenizer=tokenizer, dtype="bfloat16")
     """
     config = family_of(model).to_huggingface(model.config) | {"torch_dtype": dtype}
@@ -87,7 +87,7 @@ def export_hf_spqr(
         lacks.
 
     Example:
-      >>> model, params, tokenizer = load("smollm2-3bit")
+      >>> model, params, tokenizer = load("smollm2-spqr")
       >>> export_hf_spqr("smollm2-hf-spqr", model, params, tokenizer=tokenizer)
     """
     weights = dict(_weights(model, params))

@@ -21,22 +21,30 @@ from jaxtyping import Array, Float, Int
 from scipy.interpolate import PchipInterpolator
 
 from spqr_jax.checkpoint import check_destination, describe, read_json
-from spqr_jax.config import SpqrConfig
+from spqr_jax.config import COMPACT, NEAR_LOSSLESS, SpqrConfig
 from spqr_jax.directories import write_text
 from spqr_jax.lapack import in_one_thread
 from spqr_jax.models.decoder import layer_name
-from spqr_jax.pipeline import check_tokens, place
+from spqr_jax.pipeline import check_tokens, in_type, place
 from spqr_jax.record import BlockReport
 from spqr_jax.solver import Factor, factorize, in_order, outlier_threshold, quantize_matrix, solve
 from spqr_jax.sources import ModelSource
 from spqr_jax.streaming import digest, quantize_checkpoint
 from spqr_jax.streams import Streams, advance, embed
+from spqr_jax.summary import summarize_described
 
 THRESHOLDS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 """Thresholds with which every matrix is solved in the pass."""
 
 BITS_PER_OUTLIER = 32
 """16 of its value and 16 of its column."""
+
+SETTINGS: tuple[SpqrConfig, ...] = (
+    *(SpqrConfig(group_size=size, fit="error") for size in (64, 32)),
+    COMPACT,
+    NEAR_LOSSLESS,
+)
+"""From small to large; where two give a size, each with its threshold, the later one is better."""
 
 TOLERANCE = 0.02
 """How far measured bits per weight may be from what is wanted."""
@@ -90,11 +98,13 @@ def outlier_curve(
         params = jax.tree.map(partial(place, mesh=None), source.parts[layer_name(index)]())
         if index == 0:
             check_tokens(calibration_tokens, params, source.model)
+        running = in_type(params, block, hidden.dtype)
         for number, stage in enumerate(block.stages):
-            streams, moments = advance(block, number, params, params, streams)
+            streams, moments = advance(block, number, running, running, streams)
             for feed, matrices in stage.feeds.items():
                 kernels = tuple(params[matrix]["kernel"] for matrix in matrices)
-                factor = in_one_thread(factorize, moments.pop(feed).hessian, config)
+                found = moments.pop(feed)
+                factor = in_one_thread(factorize, found.hessian, config, config.shrinkage * found.chance)
                 counts += np.asarray(outlier_counts(kernels, factor, jnp.asarray(thresholds), config))
                 weights += sum(kernel.size for kernel in kernels)
                 size += sum(_bytes_without_outliers(kernel.shape, config) for kernel in kernels)
@@ -137,6 +147,26 @@ def threshold_for(curve: Curve, target_bits: float, measured: tuple[float, float
         )
     wanted = math.log((target_bits - curve.bits_without_outliers) / BITS_PER_OUTLIER) - shift
     return math.exp(min(interpolate.solve(wanted, extrapolate=False), key=abs))
+
+
+def settings_for(source: ModelSource, target_bits: float) -> SpqrConfig:
+    """The last of `SETTINGS` with which the model, without outliers, has no more bits per weight than that.
+
+    Groups divide the model's features; where nothing is small enough, the smallest.
+
+    Example:
+      >>> settings_for(source, 4.3) == COMPACT
+      True
+    """
+    params, matrices = source.parts[layer_name(0)](), source.model.new_block().matrices()
+    shapes = [params[matrix]["kernel"].shape for matrix in matrices]
+
+    def fits(config: SpqrConfig) -> bool:
+        size = sum(_bytes_without_outliers(shape, config) for shape in shapes)
+        return 8 * size <= target_bits * sum(map(math.prod, shapes))
+
+    possible = [c for c in SETTINGS if all(shape[0] % c.group_size == 0 for shape in shapes)] or SETTINGS[:1]
+    return next(filter(fits, reversed(possible)), possible[0])
 
 
 def quantize_to_bits(
@@ -194,9 +224,7 @@ def quantize_to_bits(
             overwrite=overwrite or begun,
             **options,
         )
-        matrices = describe(destination)["matrices"].values()
-        weights = sum(math.prod(matrix["shape"]) for matrix in matrices)
-        bits = 8 * sum(matrix["bytes"] for matrix in matrices) / weights
+        bits = summarize_described(describe(destination)).bits_per_weight
         if abs(bits - target_bits) <= TOLERANCE:
             notes.unlink()
             return blocks

@@ -85,7 +85,7 @@ def save(
         it was.
 
     Example:
-      >>> save("smollm2-3bit", model, quantized, tokenizer=tokenizer)
+      >>> save("smollm2-spqr", model, quantized, tokenizer=tokenizer)
     """
     destination = Path(directory).resolve()
     check_destination(destination, overwrite=overwrite)
@@ -113,7 +113,7 @@ def load(directory: str | PathLike[str]) -> Checkpoint:
       CheckpointError: there is no checkpoint, it is of another version or family, or a file is missing or damaged.
 
     Example:
-      >>> model, params, tokenizer = load("smollm2-3bit")
+      >>> model, params, tokenizer = load("smollm2-spqr")
       >>> logits = model.apply({"params": jax.device_put(params)}, jnp.array([tokenizer.encode("The sky is")]))
     """
     source = open_checkpoint(directory)
@@ -127,7 +127,7 @@ def open_checkpoint(directory: str | PathLike[str]) -> ModelSource:
       CheckpointError: as for `load`.
 
     Example:
-      >>> block = open_checkpoint("smollm2-3bit").parts["layers_0"]()
+      >>> block = open_checkpoint("smollm2-spqr").parts["layers_0"]()
     """
     root = Path(directory).resolve()
     header = describe(root)
@@ -166,7 +166,7 @@ def describe(directory: str | PathLike[str]) -> dict[str, Any]:
       CheckpointError: there is no checkpoint, it is of another version, or its `spqr.json` is damaged.
 
     Example:
-      >>> sum(matrix["bytes"] for matrix in describe("smollm2-3bit")["matrices"].values())
+      >>> sum(matrix["bytes"] for matrix in describe("smollm2-spqr")["matrices"].values())
     """
     root = Path(directory).resolve()
     if not root.is_dir():
@@ -198,7 +198,7 @@ def check_destination(directory: str | PathLike[str], *, overwrite: bool = False
     A path that exists needs `overwrite`, and must then be empty or hold a checkpoint and nothing else.
 
     Example:
-      >>> check_destination("smollm2-3bit")
+      >>> check_destination("smollm2-spqr")
     """
     destination = Path(directory).resolve()
     if not destination.exists():

@@ -1,16 +1,17 @@
-"""What to quantize to: the frozen configuration, the paper's two presets, and the methods that it compares."""
+"""What to quantize to: the frozen configuration, two presets, and the methods that it compares."""
 
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import Literal
+from typing import Literal, get_args
 
 
 @dataclass(frozen=True)
 class SpqrConfig:
     """Settings of the solver and of the format; SpQR, GPTQ and round-to-nearest are settings of one algorithm.
 
-    The defaults are SpQR's at 3 bits, with the order, damping and sequence that measured best. `outlier_threshold=None`
-    gives GPTQ; quantizing without a Hessian (or without calibration tokens) gives round-to-nearest.
+    The defaults are the paper's SpQR at 3 bits, with the order, damping and sequence that measured best; the presets
+    `COMPACT` and `NEAR_LOSSLESS` are better at their sizes. `outlier_threshold=None` gives GPTQ; quantizing without a
+    Hessian (or without calibration tokens) gives round-to-nearest.
 
     Attributes:
       bits: width of a weight code: 2, 3, 4, 5 or 8.
@@ -23,8 +24,10 @@ class SpqrConfig:
         Σ_j (w_j − ŵ_j)² / U_jj² when rounded to nearest. The paper's ablation; `outlier_threshold` must be None.
       permutation: order in which input features are quantized: `act_order` by falling diag(H), or `identity`.
       damping: share of mean |diag H| added to diag H.
-      shrinkage: share of each H_jj added to it, too, here and in the refit: correlations that few tokens show count
-        for less (Schäfer and Strimmer 2005, target D). It helps where calibration text is little and of many kinds.
+      shrinkage: multiple of ρ, the part of the correlations between input features that is chance, as far as the
+        calibration text shows, by which each H_jj is increased, here and in the refit; see `hessian.chance`. More than
+        1, because H⁻¹ suffers more from chance than H does.
+      fit: whether scales and zeros are those of a group's whole range, or of that part of it with the least error.
       simplified: do not leave likely outliers out when scales and zeros are fitted.
       sequential: solve each matrix on inputs computed with the already quantized matrices of its own block, not only
         of the blocks before (the official `--true-sequential`).
@@ -32,7 +35,10 @@ class SpqrConfig:
         that the quantized model will have; only in sequential runs, where those inputs are known.
       stats_dtype: type of unquantized and of second-level statistics; float32 only to compare with the official code.
 
-    Source: Dettmers et al. 2023 (arXiv 2306.03078), Algorithm 1; `refit` is this project's.
+    Raises:
+      ValueError: permutation, fit or stats_dtype is none of its values; sizes are checked where there is a matrix.
+
+    Source: Dettmers et al. 2023 (arXiv 2306.03078), Algorithm 1; `refit` and `shrinkage` are this project's.
 
     Example:
       >>> config = dataclasses.replace(COMPACT, outlier_threshold=0.3)
@@ -47,18 +53,26 @@ class SpqrConfig:
     outlier_rows: float | None = None
     permutation: Literal["act_order", "identity"] = "act_order"
     damping: float = 0.1
-    shrinkage: float = 0.0
+    shrinkage: float = 4.0
+    fit: Literal["min_max", "error"] = "min_max"
     simplified: bool = False
     sequential: bool = True
     refit: bool = True
     stats_dtype: Literal["float16", "float32"] = "float16"
 
+    def __post_init__(self) -> None:
+        for name in ("permutation", "fit", "stats_dtype"):
+            allowed = get_args(type(self).__annotations__[name])
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} is {getattr(self, name)!r}, but can only be {' or '.join(allowed)}")
 
-COMPACT = SpqrConfig(bits=3)
-"""About 4.2 bits per weight: the paper's smallest setting that keeps most of a model's quality."""
 
-NEAR_LOSSLESS = SpqrConfig(bits=4)
-"""About 4.7 bits per weight: the paper's setting that stays within about 1 % of a model's perplexity."""
+COMPACT = SpqrConfig(bits=4, group_size=64, outlier_threshold=1.2, fit="error")
+"""About 4.2 bits per weight, as the paper's 3 bits in groups of 16 have, but better: wider codes in larger groups leave
+fewer outliers to keep, and lose less."""
+
+NEAR_LOSSLESS = SpqrConfig(bits=4, group_size=32, outlier_threshold=0.1, fit="error")
+"""About 4.65 bits per weight."""
 
 
 class Method(StrEnum):

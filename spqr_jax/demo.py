@@ -19,7 +19,7 @@ from rich.table import Table
 from converters import find_smollm2, from_pretrained
 from spqr_jax import checkpoint, console
 from spqr_jax.cli.models import encode
-from spqr_jax.config import COMPACT
+from spqr_jax.config import SpqrConfig
 from spqr_jax.corpus import REFERENCE_STARTS, wikitext2, windows_at
 from spqr_jax.evaluation import cut_windows, window_losses
 from spqr_jax.pipeline import quantize_blocks
@@ -43,7 +43,7 @@ def main() -> None:
     text = np.array(encode(tokenizer, wikitext2("valid")))
     calibration = windows_at(text, np.array(REFERENCE_STARTS), 512)
     quantized = dict(params)
-    blocks = quantize_blocks(params, calibration, model=model, config=COMPACT)
+    blocks = quantize_blocks(params, calibration, model=model, config=SpqrConfig())
     for block in console.track(blocks, model.config.num_layers, "quantizing blocks"):
         quantized[block.name] = block.params
     quantizing = time.perf_counter() - started

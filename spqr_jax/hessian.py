@@ -1,10 +1,12 @@
 """What calibration says of a matrix's input: Hessians, and the refit of weights to a quantized model's inputs."""
 
+from functools import reduce
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from spqr_jax.triangular import upper_cholesky, upper_inverse, upper_square
@@ -26,26 +28,75 @@ class InputMoments(NamedTuple):
     Attributes:
       hessian: H = Σ x xᵀ, with the input that the quantized model gives.
       cross: C = Σ x₀ xᵀ, x₀ being the original model's input; None where nothing is refitted.
+      chance: the part of the squared correlations in H that is chance, see `chance`.
     """
 
     hessian: Float[Array, "in in"]
     cross: Float[Array, "in in"] | None
+    chance: Float[Array, ""]
 
 
-def input_moments(x: Float[Array, "batch tokens in"], original: Float[Array, "batch tokens in"] | None) -> InputMoments:
-    """Moments of one batch of inputs; of the symmetric H only the upper triangle of blocks, see `complete`."""
+class MomentSums(NamedTuple):
+    """What is summed over sequences to get `InputMoments`.
+
+    Attributes:
+      hessian: Σ x xᵀ; of this symmetric matrix only the upper triangle of blocks.
+      cross: Σ x₀ xᵀ.
+      correlations: of each feature i, Σ_{j>i} r_ij², summed over the sequences, r = h_ij / √(h_ii h_jj) being the
+        correlations in one sequence.
+    """
+
+    hessian: Float[Array, "in in"]
+    cross: Float[Array, "in in"] | None
+    correlations: Float[Array, "in 1"]
+
+
+def moment_sums(x: Float[Array, "batch tokens in"], original: Float[Array, "batch tokens in"] | None) -> MomentSums:
+    """The sums over one batch of sequences."""
+    hessians = [_upper_hessian(sequence[None]) for sequence in x]
+    cross = None if original is None else _product(original, x)
+    return MomentSums(reduce(jnp.add, hessians), cross, reduce(jnp.add, map(_squared_correlations, hessians)))
+
+
+def complete(sums: MomentSums, sequences: int) -> InputMoments:
+    """The moments, from the sums over so many sequences."""
+    return InputMoments(_symmetric(sums.hessian), sums.cross, chance(sums, sequences))
+
+
+def chance(sums: MomentSums, sequences: int) -> Float[Array, ""]:
+    """ρ = Σ_{i≠j} Var(r_ij) / Σ_{i≠j} r_ij², r being the correlations that H shows; 0 for a single sequence.
+
+    The variance of a mean over sequences, from how the sequences differ:
+    Σ Var(r_ij) = (mean over sequences of Σ r_ij² − Σ r_ij²) / (sequences − 1).
+
+    With correlations times 1 − ρ, the expected squared error of all is least.
+
+    Source: Schäfer and Strimmer 2005, A shrinkage approach to large-scale covariance matrix estimation, target D; a
+    sequence is one observation, because its tokens are not independent.
+    """
+    if sequences == 1:
+        return jnp.zeros(())
+    whole = jnp.sum(_squared_correlations(sums.hessian))
+    single = jnp.sum(sums.correlations) / sequences
+    share = (single - whole) / (sequences - 1) / jnp.where(whole == 0, 1, whole)
+    # Of few digits: sums in another order, as on several devices, are not to give other codes.
+    return jnp.clip(share, 0, 1).astype(jnp.bfloat16).astype(jnp.float32)
+
+
+def _upper_hessian(x: Float[Array, "batch tokens in"]) -> Float[Array, "in in"]:
     panel = x.shape[-1] // PANELS
-    hessian = [
+    panels = [
         jnp.pad(_product(x[..., start : start + panel], x[..., start:]), ((0, 0), (start, 0)))
         for start in range(0, panel * PANELS, panel)
     ]
-    cross = None if original is None else _product(original, x)
-    return InputMoments(jnp.concatenate(hessian), cross)
+    return jnp.concatenate(panels)
 
 
-def complete(moments: InputMoments) -> InputMoments:
-    """The same with the lower triangle of H filled in."""
-    return moments._replace(hessian=_symmetric(moments.hessian))
+def _squared_correlations(hessian: Float[Array, "in in"]) -> Float[Array, "in 1"]:
+    """Σ_{j>i} r_ij² of each feature i; features that never occur have no correlations."""
+    diagonal = jnp.diag(hessian)
+    norm = jnp.where(diagonal > 0, jax.lax.rsqrt(diagonal), 0)
+    return jnp.sum(jnp.triu(jnp.square(hessian * norm[:, None] * norm), 1), axis=1, keepdims=True)
 
 
 def _symmetric(matrix: Float[Array, "n n"]) -> Float[Array, "n n"]:
@@ -62,7 +113,9 @@ def _product(
     return jnp.einsum("bti,btj->ij", a, b, precision="highest", preferred_element_type=jnp.float32)
 
 
-def drift(hessian: Float[Array, "in in"], cross: Float[Array, "in in"], shrinkage: float) -> Float[Array, "in in"]:
+def drift(
+    hessian: Float[Array, "in in"], cross: Float[Array, "in in"], shrinkage: Float[ArrayLike, ""]
+) -> Float[Array, "in in"]:
     """(C − H)(H + Λ)⁻¹ with Λ = 0.1 · mean diag H + shrinkage · diag H; see `InputMoments`."""
     diagonal = jnp.diag(hessian)
     ridge = REFIT_DAMPING * jnp.mean(diagonal) + shrinkage * diagonal

@@ -17,11 +17,11 @@ LARGEST_RISE = 0.01
 """Of perplexity: what the paper calls near-lossless."""
 
 SETTINGS: tuple[SpqrConfig, ...] = (
-    *(replace(COMPACT, outlier_threshold=threshold) for threshold in (0.8, 0.4, 0.25, 0.15)),
-    *(replace(NEAR_LOSSLESS, group_size=64, outlier_threshold=threshold) for threshold in (0.4, 0.1)),
+    *(SpqrConfig(group_size=32, outlier_threshold=threshold, fit="error") for threshold in (0.8, 0.4, 0.2)),
+    *(replace(COMPACT, outlier_threshold=threshold) for threshold in (1.2, 0.2)),
     *(replace(NEAR_LOSSLESS, outlier_threshold=threshold) for threshold in (0.4, 0.1, 0.05, 0.03)),
 )
-"""What is tried, by size: from 3.7 to 5 bits per weight."""
+"""What is tried, by size: from 3.5 to 5 bits per weight."""
 
 
 class Search(NamedTuple):

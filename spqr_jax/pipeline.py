@@ -228,6 +228,11 @@ def place(leaf: Float[Any, "..."], mesh: Mesh | None) -> Float[Array, "..."]:
     return put(leaf.astype(np.float32), along(mesh, axis))
 
 
+def in_type(params: Params, block: Block, dtype: DTypeLike) -> Params:
+    """A block's parameters with kernels of the type of the hidden states, once here, not for every batch."""
+    return _with_kernels(params, {matrix: params[matrix]["kernel"].astype(dtype) for matrix in block.matrices()})
+
+
 def _quantize_in_stages(
     block: Block,
     params: Params,
@@ -239,8 +244,7 @@ def _quantize_in_stages(
 ) -> tuple[Streams, dict[str, _Solved]]:
     """Solves a block's matrices stage by stage and carries the streams to its output."""
     dtype = streams.quantized["hidden"].dtype
-    # Once here, not for every batch.
-    original = _with_kernels(params, {matrix: params[matrix]["kernel"].astype(dtype) for matrix in block.matrices()})
+    original = in_type(params, block, dtype)
     solved: dict[str, _Solved] = {}
     kernels: dict[str, Array] = {}
     running, before = original, None if config.sequential else streams
@@ -280,9 +284,10 @@ def _solve(
         release_freed()
     started = time.perf_counter()
     kernels = tuple(params[matrix]["kernel"] for matrix in matrices)
-    weights = in_one_thread(_refit, kernels, moments[0] if moments else None, config.shrinkage, mesh)
+    shrinkage = config.shrinkage * moments[0].chance if moments else 0.0
+    weights = in_one_thread(_refit, kernels, moments[0] if moments else None, shrinkage, mesh)
     hessian = moments.pop().hessian if moments else None
-    packed, dense, finite = quantize_shared(weights, hessian, config, mesh)
+    packed, dense, finite = quantize_shared(weights, hessian, config, mesh, shrinkage)
     errors = _relative_errors(weights, dense, hessian)
     seconds = float("nan")
     if not is_traced(finite):
@@ -329,9 +334,12 @@ def _first(array: Shaped[Array, "parts _"], count: int) -> Shaped[Array, "parts 
     return array[:, :count]
 
 
-@partial(jax.jit, static_argnames=("shrinkage", "mesh"))
+@partial(jax.jit, static_argnames="mesh")
 def _refit(
-    kernels: tuple[Float[Array, "in _"], ...], moments: InputMoments | None, shrinkage: float, mesh: Mesh | None
+    kernels: tuple[Float[Array, "in _"], ...],
+    moments: InputMoments | None,
+    shrinkage: Float[ArrayLike, ""],
+    mesh: Mesh | None,
 ) -> tuple[Float[Array, "_ in"], ...]:
     """The weights to be quantized."""
     weights = tuple(kernel.T for kernel in kernels)

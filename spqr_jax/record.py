@@ -93,7 +93,7 @@ def read_record(directory: str | PathLike[str]) -> Record | None:
       CheckpointError: the record is missing or damaged, or a later release wrote it.
 
     Example:
-      >>> read_record("smollm2-3bit").config.bits
+      >>> read_record("smollm2-spqr").config.bits
       3
     """
     root = Path(directory).resolve()

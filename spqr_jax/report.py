@@ -71,8 +71,8 @@ def write_report(directory: str | PathLike[str], output: str | PathLike[str] | N
         in none, or is in the checkpoint.
 
     Example:
-      >>> write_report("smollm2-3bit")
-      PosixPath('/home/someone/smollm2-3bit.html')
+      >>> write_report("smollm2-spqr")
+      PosixPath('/home/someone/smollm2-spqr.html')
     """
     root = Path(os.path.abspath(directory))
     page = report_page(root)

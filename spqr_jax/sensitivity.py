@@ -5,7 +5,7 @@ Source: Dettmers et al. 2023 (arXiv 2306.03078), section 3, formula 2.
 
 from collections.abc import Iterator
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +15,8 @@ from jaxtyping import Array, Float, Int
 
 from spqr_jax.config import SpqrConfig
 from spqr_jax.lapack import in_one_thread
-from spqr_jax.models.decoder import Block, Params, layer_name
-from spqr_jax.pipeline import check_tokens, check_weights, place
+from spqr_jax.models.decoder import Block, layer_name
+from spqr_jax.pipeline import check_tokens, check_weights, in_type, place
 from spqr_jax.solver import Factor, check_matrix, factorize, fit_group, outlier_threshold
 from spqr_jax.sources import ModelSource
 from spqr_jax.statistics import decode, encode
@@ -117,7 +117,7 @@ def sensitivities(
         part = source.parts[name]()
         check_weights({name: part}, source.model, config)
         params = jax.tree.map(partial(place, mesh=None), part)
-        running = _in_type(params, block, hidden.dtype)
+        running = in_type(params, block, hidden.dtype)
         for number, stage in enumerate(block.stages):
             streams, moments = advance(block, number, running, running, streams)
             for feed, kinds in stage.feeds.items():
@@ -138,12 +138,6 @@ def matrix_heads(block: Block) -> dict[str, Heads]:
     width = block.config.head_dim
     rows = dict.fromkeys(block.heads(), Heads(0, width))
     return rows | dict.fromkeys(block.feeds()["attention_output"], Heads(1, width))
-
-
-def _in_type(params: Params, block: Block, dtype: Any) -> Params:
-    """A block's parameters with kernels of the type of the hidden states, once here, not for every batch."""
-    kernels = {name: params[name] | {"kernel": params[name]["kernel"].astype(dtype)} for name in block.matrices()}
-    return params | kernels
 
 
 def _factor(name: str, hessian: Float[Array, "in in"], config: SpqrConfig) -> Factor:

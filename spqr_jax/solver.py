@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from pallas_kernels import QuantizedStatistics, SpqrTensor, check_format, pack, trim
@@ -18,7 +19,15 @@ from pallas_kernels.tensor import Statistics
 from spqr_jax.config import SpqrConfig
 from spqr_jax.lapack import in_one_thread
 from spqr_jax.mesh import by_rows, gather
-from spqr_jax.statistics import decode, encode, leave_one_out_gain, min_max_fit, quantize_statistics, rounded
+from spqr_jax.statistics import (
+    decode,
+    encode,
+    least_error_fit,
+    leave_one_out_gain,
+    min_max_fit,
+    quantize_statistics,
+    rounded,
+)
 from spqr_jax.triangular import upper_cholesky, upper_inverse, upper_square
 
 BLOCK_COLUMNS = 128
@@ -122,7 +131,7 @@ class Solution(NamedTuple):
 
 
 @partial(jax.jit, static_argnames="config")
-def factorize(hessian: Float[Array, "in in"], config: SpqrConfig) -> Factor:
+def factorize(hessian: Float[Array, "in in"], config: SpqrConfig, shrinkage: Float[ArrayLike, ""] = 0.0) -> Factor:
     """Damps and inverts a Hessian: U with (H + damping · mean|diag H| + shrinkage · diag H)⁻¹ = Uᵀ U.
 
     Features are in quantization order.
@@ -140,7 +149,7 @@ def factorize(hessian: Float[Array, "in in"], config: SpqrConfig) -> Factor:
     scale = jnp.mean(jnp.abs(diagonal))
 
     def inverse_factor(damping: Float[Array, ""]) -> Float[Array, "in in"]:
-        damped = hessian + jnp.diag(jnp.where(dead, 1, damping * scale + config.shrinkage * diagonal))
+        damped = hessian + jnp.diag(jnp.where(dead, 1, damping * scale + shrinkage * diagonal))
         # One factorization of the reversed H would do, but loses a digit: its pivots then come smallest first.
         return upper_cholesky(upper_square(upper_inverse(upper_cholesky(damped))))
 
@@ -162,6 +171,7 @@ def quantize_shared(
     hessian: Float[Array, "in in"] | None,
     config: SpqrConfig,
     mesh: Mesh | None = None,
+    shrinkage: Float[ArrayLike, ""] = 0.0,
 ) -> tuple[tuple[SpqrTensor, ...], tuple[Float[Array, "_ in"], ...], Bool[Array, ""]]:
     """Quantizes matrices that share an input, in one solve over all their rows.
 
@@ -170,6 +180,7 @@ def quantize_shared(
       hessian: H of their input, or None.
       config: what to quantize to.
       mesh: devices that share the rows of each matrix, whole statistics groups each.
+      shrinkage: share of diag H added to it, see `factorize`.
 
     Returns:
       The packed matrices, outliers not trimmed; on a mesh, each as the stack of its devices' parts, see
@@ -178,7 +189,7 @@ def quantize_shared(
       Whether the Hessian could be factorized.
     """
     # Programs of their own: different matrices have inputs of one size, and the memory of one is free for the other.
-    factor = None if hessian is None else in_one_thread(factorize, hessian, config)
+    factor = None if hessian is None else in_one_thread(factorize, hessian, config, shrinkage)
     return _quantize_factored(weights, factor, config, mesh)
 
 
@@ -336,8 +347,9 @@ def fit_group(
 ) -> tuple[Array, Array, tuple[Statistics, Statistics]]:
     """Scale and zero of a group in each row, as they will be stored; likely outliers do not take part."""
     low, high = group.min(axis=0), group.max(axis=0)
+    costs = jnp.broadcast_to(1 / jnp.square(diagonal)[:, None], group.shape)
     if threshold is not None and not config.simplified:
-        gain = leave_one_out_gain(group, 1 / jnp.square(diagonal), config.bits)
+        gain = leave_one_out_gain(group, costs[:, 0], config.bits)
         # A row that is kept whole has statistics like the others: they are quantized together.
         likely = (gain > threshold) & (threshold >= 0)
         kept_low = jnp.where(likely, jnp.inf, group).min(axis=0)
@@ -345,7 +357,13 @@ def fit_group(
         # Where fewer than two values are left to fit, the official code's range.
         unfit = (kept_low >= kept_high) & (low < high)
         low, high = jnp.where(unfit, -1, kept_low), jnp.where(unfit, 1, kept_high)
-    scale, zero = min_max_fit(low, high, config.bits)
+        costs = jnp.where(likely, 0, costs)
+    if config.fit == "error":
+        # What would cost more than T becomes an outlier.
+        most = jnp.full_like(low, jnp.inf) if threshold is None else jnp.where(threshold < 0, jnp.inf, threshold)
+        scale, zero = least_error_fit(group, low, high, costs, most, config.bits)
+    else:
+        scale, zero = min_max_fit(low, high, config.bits)
 
     def store(values: Array, bits: int | None) -> tuple[Statistics, Array]:
         if bits is not None:

@@ -85,8 +85,8 @@ def quantize_checkpoint(
     Example:
       >>> source = open_pretrained("HuggingFaceTB/SmolLM2-135M")
       >>> calibration = random_windows(source.tokenizer.encode(wikitext2("valid")), sequences=32, length=512)
-      >>> quantize_checkpoint(source, "smollm2-3bit", calibration, config=COMPACT)
-      >>> model, params, tokenizer = load("smollm2-3bit")
+      >>> quantize_checkpoint(source, "smollm2-spqr", calibration, config=COMPACT)
+      >>> model, params, tokenizer = load("smollm2-spqr")
     """
     mesh = flat(mesh)
     destination = Path(destination).resolve()

@@ -14,7 +14,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, PyTree
 
 from spqr_jax.config import SpqrConfig
-from spqr_jax.hessian import InputMoments, complete, input_moments
+from spqr_jax.hessian import InputMoments, MomentSums, complete, moment_sums
 from spqr_jax.mesh import AXIS, along, gather, put, shares, to_host
 from spqr_jax.models.decoder import Block, Decoder, Params, State, make_context
 
@@ -89,11 +89,18 @@ def advance(
     for feed, names in block.stages[stage_index].feeds.items():
         features = original[names[0]]["kernel"].shape[0]
         rows = -(-features // shares(mesh)) * shares(mesh)
-        zeros = partial(jnp.zeros, (rows, features), device=along(mesh, 0))
-        total[feed] = InputMoments(zeros(), None if streams.original is None else zeros())
+
+        def zeros(columns: int, rows: int = rows) -> Float[Array, "rows columns"]:
+            return jnp.zeros((rows, columns), device=along(mesh, 0))
+
+        cross = None if streams.original is None else zeros(features)
+        total[feed] = MomentSums(zeros(features), cross, zeros(1))
     step = partial(_step, block, stage_index, mesh, running, original)
     total, streams = scan_batches(step, total, streams, allocate, mesh)
-    return streams, {feed: _whole(mesh, moments) for feed, moments in total.items()}
+    sequences = len(streams.quantized["hidden"])
+    return streams, {
+        feed: _whole(mesh, sequences, (sums.hessian, sums.cross), sums.correlations) for feed, sums in total.items()
+    }
 
 
 def scan_batches(
@@ -143,9 +150,9 @@ def _step(
     mesh: Mesh | None,
     running: Params,
     original: Params,
-    total: dict[str, InputMoments],
+    total: dict[str, MomentSums],
     streams: Streams,
-) -> tuple[dict[str, InputMoments], Streams]:
+) -> tuple[dict[str, MomentSums], Streams]:
     """Takes a batch of sequences through one stage, and adds the moments of the inputs that it makes."""
     if mesh is None:
         return _local_step(block, stage_index, jnp.add, running, original, total, streams)
@@ -162,9 +169,9 @@ def _local_step(
     add: Callable[[Array, Array], Array],
     running: Params,
     original: Params,
-    total: dict[str, InputMoments],
+    total: dict[str, MomentSums],
     streams: Streams,
-) -> tuple[dict[str, InputMoments], Streams]:
+) -> tuple[dict[str, MomentSums], Streams]:
     """The same with the sequences of one device."""
     stage = block.stages[stage_index]
     context, _ = make_context(jnp.ones(streams.quantized["hidden"].shape[:2], bool))
@@ -174,23 +181,30 @@ def _local_step(
 
     state = run(running, streams.quantized)
     reference = None if streams.original is None else run(original, streams.original)
-    moments = {feed: input_moments(state[feed], reference and reference[feed]) for feed in stage.feeds}
-    return jax.tree.map(add, total, moments), Streams(state, reference)
+    sums = {feed: moment_sums(state[feed], reference and reference[feed]) for feed in stage.feeds}
+    return jax.tree.map(add, total, sums), Streams(state, reference)
 
 
-def _add_of_all_devices(total: Float[Array, "rows in"], moments: Float[Array, "in in"]) -> Float[Array, "rows in"]:
+def _add_of_all_devices(total: Float[Array, "rows _"], sums: Float[Array, "in _"]) -> Float[Array, "rows _"]:
     """Adds what all devices have summed over their sequences to the rows of the total that are this device's.
 
     One after the other, in the order in which a single device adds them: another order would round otherwise, and
     sooner or later that gives another order of features, and other codes.
     """
-    rows, features = total.shape
+    rows, columns = total.shape
     devices = jax.lax.axis_size(AXIS)
-    padded = jnp.pad(moments, ((0, devices * rows - features), (0, 0))).reshape(devices, rows, features)
+    padded = jnp.pad(sums, ((0, devices * rows - len(sums)), (0, 0))).reshape(devices, rows, columns)
     return jax.lax.scan(lambda t, m: (t + m, None), total, jax.lax.all_to_all(padded, AXIS, 0, 0))[0]
 
 
-@partial(jax.jit, static_argnums=0, donate_argnums=1)
-def _whole(mesh: Mesh | None, total: InputMoments) -> InputMoments:
-    """The moments over all sequences; every device gets all of them."""
-    return complete(gather(jax.tree.map(lambda m: m[: m.shape[1]], total), mesh))
+@partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
+def _whole(
+    mesh: Mesh | None,
+    sequences: int,
+    moments: tuple[Float[Array, "rows in"], Float[Array, "rows in"] | None],
+    correlations: Float[Array, "rows 1"],
+) -> InputMoments:
+    """The moments over all sequences; every device gets all of them. The large sums are donated."""
+    sums = MomentSums(*moments, correlations)
+    features = sums.hessian.shape[1]
+    return complete(gather(jax.tree.map(lambda m: m[:features], sums), mesh), sequences)

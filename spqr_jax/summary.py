@@ -1,7 +1,8 @@
 """A quantized model in a few numbers."""
 
 import math
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -37,4 +38,18 @@ def summarize(params: PyTree) -> Summary:
     size = sum(tensor.nbytes for tensor in packed)
     offsets = [np.asarray(tensor.row_offsets) for tensor in packed if tensor.row_offsets is not None]
     outliers = sum(int(per_row[..., -1].sum()) for per_row in offsets)
+    return Summary(weights, 8 * size / max(weights, 1), outliers / max(weights, 1))
+
+
+def summarize_described(header: Mapping[str, Any]) -> Summary:
+    """The same of a checkpoint that is not loaded, from what `checkpoint.describe` says of it.
+
+    Example:
+      >>> summarize_described(describe("smollm2-spqr")).bits_per_weight
+      4.23
+    """
+    matrices = header["matrices"].values()
+    weights = sum(math.prod(matrix["shape"]) for matrix in matrices)
+    size = sum(matrix["bytes"] for matrix in matrices)
+    outliers = sum(matrix["outliers"] or 0 for matrix in matrices)
     return Summary(weights, 8 * size / max(weights, 1), outliers / max(weights, 1))

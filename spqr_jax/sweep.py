@@ -20,30 +20,37 @@ from spqr_jax.checkpoint import describe_model, is_checkpoint, load, read_json
 from spqr_jax.config import Method, SpqrConfig
 from spqr_jax.directories import remove_directory, write_text
 from spqr_jax.evaluation import counted_perplexity, token_losses
-from spqr_jax.models.decoder import Decoder, Params
+from spqr_jax.models.decoder import Decoder, Params, layer_name
+from spqr_jax.pipeline import check_weights
 from spqr_jax.record import Record, new_record, read_record
 from spqr_jax.sources import ModelSource
 from spqr_jax.streaming import digest, quantize_checkpoint
 from spqr_jax.summary import summarize
 from spqr_jax.unfinished import claim
 
-PAPER_GRID: tuple[Mapping[str, Any], ...] = (
-    {"method": "rtn", "bits": [3, 4], "stats_bits": [3, None]},
-    {"method": "gptq", "bits": 3, "stats_bits": [3, None]},
-    {"method": "gptq", "bits": [3, 4], "group_size": [16, 32]},
-    {"method": "spqr", "bits": 3, "outlier_threshold": [0.1, 0.2, 0.4, 0.8]},
-    {"method": "spqr", "bits": 3, "group_size": [32, 64], "outlier_threshold": [0.2, 0.4, 0.8]},
-    {"method": "spqr", "bits": 4, "group_size": [16, 32, 64]},
-    # The ablation: the default with one part changed.
+DEFAULT_GRID: tuple[Mapping[str, Any], ...] = (
+    {"method": "rtn", "stats_bits": 3},
+    {"method": "rtn", "bits": 4, "group_size": 64, "stats_bits": None},
+    {"method": "gptq", "group_size": [16, 32, 64]},
+    {"method": "gptq", "bits": 4, "group_size": [32, 64]},
+    {"method": "spqr", "group_size": 64, "outlier_threshold": [0.4, 1.2], "fit": "error"},
+    {"method": "spqr", "group_size": 32, "outlier_threshold": [0.3, 0.6], "fit": "error"},
+    {"method": "spqr", "bits": 4, "group_size": 64, "outlier_threshold": [0.3, 1.2], "fit": "error"},
+    {"method": "spqr", "bits": 4, "group_size": 64, "outlier_threshold": 1.2},
+    {"method": "spqr", "bits": 4, "group_size": 32, "outlier_threshold": 0.1, "fit": ["min_max", "error"]},
+    # The ablation: the paper's setting with one part changed.
+    {"method": "spqr"},
     {"method": "spqr", "stats_bits": None},
     {"method": "spqr", "permutation": "identity"},
     {"method": "spqr", "simplified": True},
     {"method": "spqr", "whole_rows": True},
+    {"method": "spqr", "fit": "error"},
+    {"method": "spqr", "damping": 1.0},
+    {"method": "spqr", "shrinkage": 0.0},
     {"method": "spqr", "refit": False},
     {"method": "spqr", "sequential": False},
-    {"method": "spqr", "damping": 1.0},
 )
-"""Entries of a grid: settings by name, a list standing for each of its values; see `cells`."""
+"""Settings by name, a list standing for each of its values; see `cells`. Sizes are from 3.2 to 5 bits."""
 
 
 @dataclass(frozen=True)
@@ -151,7 +158,7 @@ def sweep(
       ValueError: what `quantize_checkpoint` and `token_losses` raise.
 
     Example:
-      >>> for result in sweep(source, Path("results"), cells(PAPER_GRID), calibration, windows):
+      >>> for result in sweep(source, Path("results"), cells(DEFAULT_GRID), calibration, windows):
       ...     print(result["name"], result["bits_per_weight"], result["perplexity"])
     """
     description = {
@@ -159,6 +166,10 @@ def sweep(
         "calibration": {"shape": list(calibration_tokens.shape), "tokens": digest(calibration_tokens)},
         "text": {"shape": list(windows.shape), "tokens": digest(windows)},
     }
+    first = {layer_name(0): source.parts[layer_name(0)]()}
+    for planned in grid:  # before long work
+        check_weights(first, source.model, planned.config)
+    del first
     directory = directory.resolve()
     directory.parent.mkdir(parents=True, exist_ok=True)
     with claim(directory, description):
@@ -230,17 +241,19 @@ def front(results: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 
 
 def ablations(results: Iterable[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
-    """The results in which at most one part of the default is changed, by what is changed; nothing is "".
-
-    Both widths of statistics count as one part.
-    """
+    """The results in which at most one part of the default is changed, by what is changed; nothing is ""."""
     found: dict[str, Mapping[str, Any]] = {}
     for result in results:
-        changed = {
-            "stats_bits" if name in ("scale_bits", "zero_bits") else name: result[name]
-            for name, value in _DEFAULTS.items()
-            if name in result and result[name] != value
-        }
+        changed = changes(result)
         if result["method"] == Method.SPQR and len(changed) <= 1:
             found[" ".join(f"{part} {value}" for part, value in changed.items())] = result
     return dict(sorted(found.items()))
+
+
+def changes(result: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a result that are not the default; both widths of statistics are one."""
+    return {
+        "stats_bits" if name in ("scale_bits", "zero_bits") else name: result[name]
+        for name, value in _DEFAULTS.items()
+        if name in result and name != "method" and result[name] != value
+    }

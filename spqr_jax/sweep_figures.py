@@ -5,10 +5,26 @@ from pathlib import Path
 from typing import Any
 
 from spqr_jax.drawings import new_figure
-from spqr_jax.sweep import ablations, front
+from spqr_jax.sweep import ablations, changes, front
 
 LABELS = {"spqr": "SpQR", "gptq": "GPTQ", "rtn": "round-to-nearest"}
 """Methods as the paper writes them."""
+
+
+def label(result: Mapping[str, Any]) -> str:
+    """A cell in words: the method, the width of a code, and what is not the default.
+
+    Example:
+      >>> label(result)
+      'SpQR, 4 bits, group size 64, τ 1.2'
+    """
+    changed = changes(result)
+    changed.pop("bits", None)
+    if result["method"] != "spqr":
+        del changed["outlier_threshold"]
+    others = [f"{name.replace('_', ' ')} {value}" for name, value in changed.items()]
+    words = [LABELS[result["method"]], f"{result['bits']} bits", *others]
+    return ", ".join(words).replace("outlier threshold", "τ").replace("stats bits None", "16-bit statistics")
 
 
 def table(results: Sequence[Mapping[str, Any]]) -> str:
@@ -22,7 +38,7 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
     for result in sorted(found, key=lambda r: r["bits_per_weight"]):
         mark = "**" if result in best else ""
         lines.append(
-            f"| {mark}{result['name']}{mark} | {result['bits_per_weight']:.2f} | {result['outlier_share']:.2%} "
+            f"| {mark}{label(result)}{mark} | {result['bits_per_weight']:.2f} | {result['outlier_share']:.2%} "
             f"| {mark}{result['perplexity']:.2f}{mark} | {result['perplexity'] / original['perplexity'] - 1:.1%} "
             f"| {result['seconds']:.0f} |"
         )

@@ -1,6 +1,6 @@
 """Thresholds for a wanted size: the measured size is the wanted one, and what cannot be is told."""
 
-import dataclasses
+from functools import partial
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,8 +11,8 @@ from tiny_llama import CONFIG, MODEL, tiny_params
 from trained_models import MODELS, calibration_tokens, trained
 
 from pallas_kernels import SpqrTensor
-from spqr_jax import COMPACT, quantize, summarize
-from spqr_jax.budget import Curve, outlier_counts, outlier_curve, threshold_for
+from spqr_jax import NEAR_LOSSLESS, SpqrConfig, quantize, summarize
+from spqr_jax.budget import Curve, outlier_counts, outlier_curve, settings_for, threshold_for
 from spqr_jax.solver import factorize, quantize_matrix
 from spqr_jax.sources import ModelSource
 
@@ -47,16 +47,16 @@ def test_a_matrix_has_as_many_outliers_as_are_counted() -> None:
     weight, x = rng.normal(size=(32, 48)), rng.normal(size=(200, 48)) * np.exp(rng.normal(size=48))
     hessian = jnp.asarray(x.T @ x, jnp.float32)
     kernel = jnp.asarray(weight.T, jnp.float32)
-    counts = outlier_counts((kernel,), factorize(hessian, COMPACT), jnp.array([0.1, 0.5]), COMPACT)
+    counts = outlier_counts((kernel,), factorize(hessian, SpqrConfig()), jnp.array([0.1, 0.5]), SpqrConfig())
     for threshold, count in zip((0.1, 0.5), counts, strict=True):
-        packed = quantize_matrix(kernel.T, hessian, dataclasses.replace(COMPACT, outlier_threshold=threshold))
+        packed = quantize_matrix(kernel.T, hessian, SpqrConfig(outlier_threshold=threshold))
         assert packed.row_offsets is not None
         assert int(packed.row_offsets[-1]) == int(count)
 
 
 def test_bits_without_outliers_are_those_of_the_packed_arrays() -> None:
-    curve = outlier_curve(SOURCE, TOKENS, COMPACT)
-    quantized, _ = quantize(PARAMS, TOKENS, model=MODEL, config=COMPACT)
+    curve = outlier_curve(SOURCE, TOKENS, SpqrConfig())
+    quantized, _ = quantize(PARAMS, TOKENS, model=MODEL, config=SpqrConfig())
     totals = summarize(quantized)
     expected = totals.bits_per_weight - 32 * totals.outlier_share
     assert curve.bits_without_outliers == pytest.approx(expected, rel=1e-6)
@@ -69,13 +69,22 @@ def test_bits_without_outliers_are_those_of_the_packed_arrays() -> None:
 def test_the_size_is_met_after_one_correction(name: str, above: float) -> None:
     model, params = trained(name)
     source = ModelSource(model, {key: lambda part=part: part for key, part in params.items()}, None)
-    curve = outlier_curve(source, calibration_tokens(), COMPACT)
+    curve = outlier_curve(source, calibration_tokens(), SpqrConfig())
     target, measured = curve.bits_without_outliers + above, None
     for _ in range(2):
         threshold = threshold_for(curve, target, measured)
-        config = dataclasses.replace(COMPACT, outlier_threshold=threshold)
+        config = SpqrConfig(outlier_threshold=threshold)
         quantized, _ = quantize(params, calibration_tokens(), model=model, config=config)
         measured = threshold, summarize(quantized).bits_per_weight
     assert measured is not None
     assert abs(measured[1] - target) < 0.02
     assert isinstance(quantized["layers_0"][model.new_block().matrices()[0]]["kernel"], SpqrTensor)
+
+
+def test_settings_are_the_last_that_fit() -> None:
+    """Groups of 64 do not divide 160 features; 4-bit codes in groups of 32 take 4.4 bits without outliers."""
+    model, params = trained("llama")
+    source = ModelSource(model, {name: partial(params.__getitem__, name) for name in params}, None)
+    groups_of_32 = SpqrConfig(group_size=32, fit="error")
+    found = [settings_for(source, target) for target in (3.0, 3.9, 4.3, 4.6, 9.0)]
+    assert found == [groups_of_32, groups_of_32, groups_of_32, NEAR_LOSSLESS, NEAR_LOSSLESS]

@@ -40,7 +40,8 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def quantized(plain: Path) -> Path:
     directory = plain.parent / "quantized"
-    assert spqr("quantize", plain, directory, "--sequences", 4, "--sequence-length", 64).returncode == 0
+    options = "--preset", "paper", "--sequences", 4, "--sequence-length", 64
+    assert spqr("quantize", plain, directory, *options).returncode == 0
     return directory
 
 
@@ -85,8 +86,8 @@ def test_quantize_reports_and_saves(plain: Path, tmp_path: Path) -> None:
     arguments = ("--sequences", 4, "--sequence-length", 64, "--bits", 4, "--method", "gptq")
     report = result("quantize", plain, tmp_path / "out", *arguments)
     assert report["outlier_share"] == 0
-    # 4 bits, 6/16 of first-level and 4·16/256 of second-level statistics, and the permutations.
-    assert 4.625 < report["bits_per_weight"] < 4.625 + 16 / 32 + 0.01
+    # 4 bits, 6/64 of first-level and 4·16/1024 of second-level statistics, and the permutations.
+    assert 4.156 < report["bits_per_weight"] < 4.156 + 16 / 32 + 0.01
     assert report["bytes_on_disk"] == sum(p.stat().st_size for p in (tmp_path / "out").rglob("*") if p.is_file())
     assert set(report["matrices"]["layers_1.v_proj"]) == {
         "bits_per_weight",
@@ -129,17 +130,17 @@ def test_a_stopped_command_goes_on_where_it_was(plain: Path, tmp_path: Path, mon
         done = spqr(*arguments)
     assert done.returncode == 1
     assert "2 blocks are finished: make room, and the same command goes on" in done.stderr
-    refused = spqr(*arguments, "--bits", 4)
+    refused = spqr(*arguments, "--bits", 3)
     assert refused.returncode == 1
-    assert "unfinished run with config.bits 3, not 4" in refused.stderr
+    assert "unfinished run with config.bits 4, not 3" in refused.stderr
     done = spqr(*arguments)
     assert (done.returncode, done.stderr) == (0, "")
-    assert result("inspect", tmp_path / "out")["matrices"]["layers_1.v_proj.kernel"]["bits"] == 3
+    assert result("inspect", tmp_path / "out")["matrices"]["layers_1.v_proj.kernel"]["bits"] == 4
 
 
 def test_round_to_nearest_needs_no_text(plain: Path, tmp_path: Path) -> None:
     report = result("quantize", plain, tmp_path / "out", "--method", "rtn", "--stats-bits", 0)
-    assert report["bits_per_weight"] == 3 + 32 / 16
+    assert report["bits_per_weight"] == 4 + 32 / 64
 
 
 def test_eval_reads_plain_and_quantized_models(plain: Path, quantized: Path, tmp_path: Path) -> None:
@@ -380,9 +381,10 @@ def test_size_is_met(plain: Path, tmp_path: Path) -> None:
     options = "--sequences", 4, "--sequence-length", 64
     found = result("quantize", plain, tmp_path / "out", "--target-bits", 4.4, *options)
     assert abs(found["bits_per_weight"] - 4.4) <= 0.02
+    assert read_record(tmp_path / "out").config.bits == 3  # type: ignore[union-attr]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert "exists already" in spqr("quantize", plain, tmp_path / "out", "--target-bits", 4.4, *options).stderr
-    assert "from 4.30 to" in spqr("quantize", plain, tmp_path / "small", "--target-bits", 3, *options).stderr
+    assert "from 3.83 to" in spqr("quantize", plain, tmp_path / "small", "--target-bits", 3, *options).stderr
 
 
 @pytest.mark.slow

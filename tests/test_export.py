@@ -19,7 +19,7 @@ from tiny_models import random_tensors, tiny_config, write_checkpoint
 
 from converters import ConversionError, Pretrained, export, export_hf_spqr, export_huggingface, from_pretrained
 from pallas_kernels import SpqrTensor, spqr_dequantize
-from spqr_jax import COMPACT, SpqrConfig, perplexity, quantize
+from spqr_jax import SpqrConfig, perplexity, quantize
 
 TOKENS = np.random.default_rng(1).integers(0, 96, (8, 64)).astype(np.int32)
 DEQUANTIZE = jax.jit(spqr_dequantize)
@@ -42,7 +42,7 @@ def quantized(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     model, params, _ = from_pretrained(
         write_checkpoint(tmp_path_factory.mktemp("original"), config, tensors(config)), dtype=np.float32
     )
-    return Pretrained(model, quantize(params, TOKENS, model=model, config=COMPACT)[0], byte_tokenizer())
+    return Pretrained(model, quantize(params, TOKENS, model=model, config=SpqrConfig())[0], byte_tokenizer())
 
 
 @pytest.fixture(scope="module")

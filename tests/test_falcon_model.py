@@ -12,7 +12,7 @@ from tiny_models import write_checkpoint
 
 from converters import Pretrained, from_pretrained
 from pallas_kernels import SpqrTensor, spqr_dequantize
-from spqr_jax import COMPACT, generate, load, perplexity, quantize, save
+from spqr_jax import SpqrConfig, generate, load, perplexity, quantize, save
 from spqr_jax.models import make_context
 from spqr_jax.models.layers import Linear
 from spqr_jax.models.stacking import stack_blocks
@@ -40,7 +40,7 @@ def falcon(directory: Any) -> Pretrained:
 
 @pytest.fixture(scope="module")
 def quantized(falcon: Pretrained) -> tuple[dict[str, Any], dict[str, Any]]:
-    return quantize(falcon.params, TOKENS, model=falcon.model, config=COMPACT)
+    return quantize(falcon.params, TOKENS, model=falcon.model, config=SpqrConfig())
 
 
 @pytest.mark.parametrize("stacked", [False, True])

@@ -10,7 +10,7 @@ import pytest
 
 from converters import ConversionError, export_hf_spqr, export_huggingface
 from pallas_kernels import SpqrTensor, pack, trim
-from spqr_jax import COMPACT, generate, load, perplexity, quantize, save
+from spqr_jax import SpqrConfig, generate, load, perplexity, quantize, save
 from spqr_jax.models import (
     Decoder,
     Falcon,
@@ -217,7 +217,7 @@ def test_blocks_are_fused_alike(change: str) -> None:
 
 def test_a_fused_model_is_not_quantized_again(model: Decoder, params: Any) -> None:
     with pytest.raises(ValueError, match=r"layers_0\..* is quantized already; start from the original weights"):
-        quantize(fuse_projections(params, model), TOKENS, model=model, config=COMPACT)
+        quantize(fuse_projections(params, model), TOKENS, model=model, config=SpqrConfig())
 
 
 def test_a_fused_model_is_saved_as_it_is(model: Decoder, params: Any, tmp_path: Any) -> None:

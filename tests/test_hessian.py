@@ -2,8 +2,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from chance import reference_chance
 
-from spqr_jax.hessian import REFIT_DAMPING, complete, drift, input_moments, refit, relative_error
+from spqr_jax.hessian import REFIT_DAMPING, complete, drift, moment_sums, refit, relative_error
 
 IN = 40
 
@@ -21,7 +22,7 @@ def inputs():
 
 @pytest.fixture(scope="module")
 def moments(inputs):
-    return complete(jax.jit(input_moments)(*inputs))
+    return complete(jax.jit(moment_sums)(*inputs), len(inputs[0]))
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +43,7 @@ def test_moments(inputs, moments):
 
 def test_moments_of_low_precision_inputs_are_summed_in_float32(inputs):
     x = jnp.array(inputs[0], jnp.bfloat16)
-    moments = complete(input_moments(x, None))
+    moments = complete(moment_sums(x, None), len(x))
     assert moments.cross is None
     assert moments.hessian.dtype == jnp.float32
     exact = flat(np.asarray(x)).T @ flat(np.asarray(x))
@@ -50,9 +51,46 @@ def test_moments_of_low_precision_inputs_are_summed_in_float32(inputs):
 
 
 def test_moments_add_up_over_batches(inputs, moments):
-    parts = [input_moments(x[None], original[None]) for x, original in zip(*inputs, strict=True)]
-    total = complete(jax.tree.map(lambda *m: sum(m), *parts))
+    parts = [moment_sums(x[None], original[None]) for x, original in zip(*inputs, strict=True)]
+    total = complete(jax.tree.map(lambda *m: sum(m), *parts), len(parts))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-2), total, moments)
+
+
+def test_chance_is_what_the_differences_of_sequences_show(inputs, moments):
+    assert 0.01 < moments.chance < 0.9
+    assert moments.chance == pytest.approx(reference_chance(inputs[0]), rel=2**-8)
+
+
+def random_sequences(sequences: int, tokens: int, mix: np.ndarray, seed: int) -> jax.Array:
+    x = np.random.default_rng(seed).standard_normal((sequences, tokens, IN)) @ mix
+    return jnp.asarray(x, jnp.float32)
+
+
+def test_chance_is_all_there_is_between_independent_features():
+    sums = [moment_sums(random_sequences(32, 100, np.eye(IN), seed), None) for seed in range(4)]
+    assert np.mean([complete(s, 32).chance for s in sums]) == pytest.approx(1, abs=0.05)
+
+
+def test_shrinking_by_chance_brings_correlations_nearest_to_the_true_ones():
+    """On average over texts, no other factor of the correlations off the diagonal has a smaller error."""
+    mix = np.linalg.cholesky(0.1 + 0.9 * np.eye(IN)).T
+    factors = np.linspace(0, 1, 101)
+    errors, chances = np.zeros(len(factors)), []
+    for seed in range(20):
+        moments = complete(moment_sums(random_sequences(8, 64, mix, seed), None), 8)
+        norms = np.sqrt(np.diag(moments.hessian))
+        found = (moments.hessian / np.outer(norms, norms))[~np.eye(IN, dtype=bool)]
+        errors += [((factor * found - 0.1) ** 2).sum() for factor in factors]
+        chances.append(float(moments.chance))
+    assert 1 - factors[errors.argmin()] == pytest.approx(np.mean(chances), abs=0.03)
+
+
+def test_one_sequence_and_features_that_never_occur_say_nothing_of_chance(inputs):
+    x = inputs[0]
+    assert complete(moment_sums(x[:1], None), 1).chance == 0
+    alive = np.arange(IN) < IN // 2
+    assert complete(moment_sums(x * alive, None), 3).chance == pytest.approx(reference_chance(x[..., alive]), rel=2**-8)
+    assert complete(moment_sums(jnp.zeros_like(x), None), 3).chance == 0
 
 
 def ridge(x: np.ndarray) -> np.ndarray:
@@ -67,7 +105,9 @@ def refit_loss(new: np.ndarray, weight: np.ndarray, x: np.ndarray, original: np.
 
 def test_refit_minimizes_its_loss(inputs, moments, weight):
     x, original = map(flat, inputs)
-    (new,) = jax.jit(lambda weights, moments: refit(weights, drift(*moments, SHRINKAGE)))((weight,), moments)
+    (new,) = jax.jit(lambda weights, moments: refit(weights, drift(moments.hessian, moments.cross, SHRINKAGE)))(
+        (weight,), moments
+    )
     held = np.diag(ridge(x))
     # The normal equations W' (H + Λ) = W (C + Λ).
     solution = np.linalg.solve(x.T @ x + held, (weight @ (original.T @ x + held)).T).T
@@ -80,7 +120,7 @@ def test_refit_minimizes_its_loss(inputs, moments, weight):
 
 
 def test_refit_of_several_matrices_is_that_of_each(moments, weight):
-    change = drift(*moments, SHRINKAGE)
+    change = drift(moments.hessian, moments.cross, SHRINKAGE)
     together = refit((weight, 2 * weight[:8]), change)
     for new, alone in zip(together, (weight, 2 * weight[:8]), strict=True):
         np.testing.assert_allclose(new, refit((alone,), change)[0], rtol=1e-5, atol=1e-5)

@@ -24,7 +24,7 @@ from virtual_devices import environment
 from converters import open_pretrained
 from pallas_kernels.packing import unpack_codes
 from spqr_jax import SpqrConfig, load, perplexity, quantize
-from spqr_jax.hessian import input_moments
+from spqr_jax.hessian import moment_sums
 from spqr_jax.mesh import along, flat
 from spqr_jax.models import Falcon, FalconConfig, Llama, LlamaConfig, RotaryConfig
 from spqr_jax.pipeline import place
@@ -167,7 +167,7 @@ def test_the_sum_over_sequences_is_in_the_order_of_one_device(mesh: Mesh) -> Non
     after, eight = advance(block, 0, shared, shared, streams, mesh=mesh)
     jax.tree.map(np.testing.assert_array_equal, eight, one)
     x = after.quantized["attention_input"].reshape(1, -1, 256)
-    hessian = np.triu(input_moments(x, None).hessian)
+    hessian = np.triu(moment_sums(x, None).hessian)
     np.testing.assert_allclose(np.triu(eight["attention_input"].hessian), hessian, rtol=1e-4, atol=1e-3)
 
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from chance import reference_chance
 
 from pallas_kernels import SpqrTensor, bits_per_weight, outlier_share, spqr_dequantize, trim
 from pallas_kernels.packing import unpack_codes
@@ -135,7 +136,8 @@ def expected_errors(quantized: dict[str, Any], config: SpqrConfig) -> dict[str, 
             weight = np.asarray(PARAMS[name][matrix]["kernel"], np.float64).T
             if config.refit and config.sequential:
                 hessian, cross = x.T @ x, x0.T @ x
-                held = np.diag(0.1 * np.diag(hessian).mean() + config.shrinkage * np.diag(hessian))
+                shrinkage = config.shrinkage * reference_chance(inputs[matrix])
+                held = np.diag(0.1 * np.diag(hessian).mean() + shrinkage * np.diag(hessian))
                 weight = weight + weight @ (cross - hessian) @ np.linalg.inv(hessian + held)
             error = weight - np.asarray(solved[matrix]["kernel"], np.float64).T
             errors[f"{name}.{matrix}"] = ((x @ error.T) ** 2).sum() / ((x @ weight.T) ** 2).sum()
@@ -207,7 +209,7 @@ def test_the_whole_can_be_jitted(config, calibrated):
 
 
 def test_first_matrix_is_solved_on_the_hessian_of_its_inputs():
-    quantized, _ = quantized_model(PLAIN)
+    quantized, _ = quantized_model(replace(PLAIN, shrinkage=0.0))
     x = flat(run_block(PARAMS["layers_0"], embedded())[1]["q_proj"])
     alone = quantize_matrix(PARAMS["layers_0"]["q_proj"]["kernel"].T, (x.T @ x).astype(np.float32), PLAIN)
     packed = quantized["layers_0"]["q_proj"]["kernel"]

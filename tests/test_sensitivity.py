@@ -17,7 +17,7 @@ from spqr_jax.models.decoder import Decoder, make_context
 from spqr_jax.sensitivity import Heads, matrix_heads, sensitivities, sensitivity
 from spqr_jax.sources import ModelSource
 
-UNDAMPED = SpqrConfig(permutation="identity", damping=0.0, shrinkage=0.0)
+UNDAMPED = SpqrConfig(permutation="identity", damping=0.0)
 PLAIN = SpqrConfig(scale_bits=None, zero_bits=None, stats_dtype="float32", simplified=True)
 OUT, COLUMNS, TOKENS = 32, 48, 200
 
@@ -53,7 +53,7 @@ def reference(weight: np.ndarray, hessian: np.ndarray, config: SpqrConfig) -> tu
     errors = np.empty(weight.shape)
     errors[:, order] = rounding_errors(weight[:, order], config)
     diagonal = np.diag(hessian)
-    damped = hessian + np.diag(config.damping * diagonal.mean() + config.shrinkage * diagonal)
+    damped = hessian + config.damping * diagonal.mean() * np.eye(len(hessian))
     values = errors**2 / (2 * np.diag(np.linalg.inv(damped)))
     # U_jj² is what is left of [H⁻¹]_jj when the features before j are given: one over the first pivot of the rest.
     remaining = [np.linalg.inv(damped[np.ix_(order[j:], order[j:])])[0, 0] for j in range(len(order))]
@@ -74,14 +74,14 @@ def test_against_float64(weight, hessian, permutation, bits, group_size, thresho
 
 
 def test_with_the_identity_it_is_half_the_squared_error(weight):
-    config = replace(PLAIN, damping=0.0, shrinkage=0.0)
+    config = replace(PLAIN, damping=0.0)
     found = sensitivity(jnp.array(weight), jnp.eye(COLUMNS), config)
     np.testing.assert_allclose(found.values, rounding_errors(weight, config) ** 2 / 2, rtol=1e-3, atol=1e-9)
 
 
 def test_it_is_half_the_least_error_that_other_weights_leave(weight, hessian):
     """The definition: the other weights of the row are solved for, in float64."""
-    config = replace(PLAIN, damping=0.0, shrinkage=0.0, permutation="identity")
+    config = replace(PLAIN, damping=0.0, permutation="identity")
     row, column = 3, 7
     error = -rounding_errors(weight, config)[row, column]
     others = np.arange(COLUMNS) != column

@@ -1,5 +1,6 @@
 """The solver against the official SpQR code's results, against a plain NumPy implementation, and its properties."""
 
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 from pallas_kernels import SpqrTensor, outlier_share, spqr_dequantize, trim
 from pallas_kernels.packing import unpack_codes, unpack_planes
 from spqr_jax.config import SpqrConfig
-from spqr_jax.solver import quantize_matrix, quantize_shared
+from spqr_jax.solver import factorize, quantize_matrix, quantize_shared
 
 GOLDENS = Path(__file__).parent / "goldens"
 DEQUANTIZE = jax.jit(spqr_dequantize)
@@ -64,7 +65,7 @@ def load_official(name: str) -> tuple[dict[str, np.ndarray], SpqrConfig]:
     settings = json.loads(str(arrays.pop("config")))
     renamed = {"stat_group_size": "stats_group_size", "percdamp": "damping"}
     given = {renamed.get(key, key): value for key, value in settings.items()}
-    return arrays, SpqrConfig(**given, shrinkage=0.0, stats_dtype="float32")
+    return arrays, SpqrConfig(**given, stats_dtype="float32")
 
 
 def official_weight(official: dict[str, np.ndarray], config: SpqrConfig) -> np.ndarray:
@@ -155,7 +156,6 @@ def reference_solve(
             order = np.argsort(-np.diag(hessian), kind="stable")
         damping = config.damping * np.mean(np.abs(np.diag(hessian)))
         damped = hessian.astype(np.float64)[np.ix_(order, order)] + damping * np.eye(columns)
-        damped += config.shrinkage * np.diag(np.diag(hessian)[order])
         factor = np.linalg.cholesky(np.linalg.inv(damped)).T
     w = weight.astype(np.float64)[:, order]
     diagonal = np.diag(factor)
@@ -179,6 +179,14 @@ def reference_solve(
     def gain(values, sensitivity, k):
         return loss(values, sensitivity) - loss(np.delete(values, k), np.delete(sensitivity, k))
 
+    def least_error(values, sensitivity):
+        low, high = (values.min(), values.max()) if len(values) else (0, 0)
+        low, high = (low, high) if low < high else (-1, 1)
+        cuts = itertools.product((0, 0.1, 0.2), repeat=2)
+        ranges = [np.array([low + a * (high - low), high - b * (high - low)]) for a, b in cuts]
+        errors = [sensitivity * (values - quantize(values, *min_max(ends))[1]) ** 2 for ends in ranges]
+        return min_max(ranges[np.argmin([np.minimum(e, threshold).sum() for e in errors])])
+
     def stored(values, bits):
         dtype = np.dtype(config.stats_dtype)
         if bits is None:
@@ -194,12 +202,13 @@ def reference_solve(
     for start in range(0, columns, size):
         group = slice(start, start + size)
         statistics = []
+        sensitivity = 1 / diagonal[group] ** 2
         for values in w[:, group]:
-            kept = values
+            kept = np.full(size, True)
             if threshold < np.inf and not config.simplified:
-                sensitivity = 1 / diagonal[group] ** 2
-                kept = values[[gain(values, sensitivity, k) <= threshold for k in range(size)]]
-            statistics.append(min_max(kept))
+                kept = np.array([gain(values, sensitivity, k) <= threshold for k in range(size)])
+            least = config.fit == "error"
+            statistics.append(least_error(values[kept], sensitivity[kept]) if least else min_max(values[kept]))
         scale, zero = np.array(statistics).T
         scale, zero = stored(scale, config.scale_bits), stored(zero, config.zero_bits)
         for j in range(start, start + size):
@@ -230,6 +239,8 @@ def random_matrix(seed: int, out: int = 32, columns: int = 64) -> tuple[np.ndarr
         ),
         pytest.param(replace(SMALL, simplified=True, stats_dtype="float32"), True, id="simplified", marks=SLOW),
         pytest.param(replace(GPTQ, bits=4, stats_group_size=32, stats_dtype="float32"), True, id="gptq"),
+        pytest.param(replace(SMALL, fit="error"), True, id="fitted by error"),
+        pytest.param(replace(GPTQ, fit="error"), True, id="gptq, fitted by error", marks=SLOW),
         pytest.param(SMALL, False, id="round-to-nearest"),
     ],
 )
@@ -328,6 +339,14 @@ def test_jitted_is_the_same_as_eager():
     assert_same(trim(jitted), quantize_matrix(weight, hessian, SMALL))
 
 
+def test_shrinkage_adds_a_share_of_each_diagonal_entry():
+    _, hessian = random_matrix(0)
+    config = replace(SMALL, damping=0.0)
+    shrunk, added = factorize(hessian, config, 0.3), factorize(hessian + 0.3 * np.diag(np.diag(hessian)), config)
+    np.testing.assert_allclose(shrunk.inverse_factor, added.inverse_factor, rtol=1e-3, atol=1e-5)
+    assert np.abs(shrunk.inverse_factor - factorize(hessian, config).inverse_factor).max() > 0.01
+
+
 def rank_deficient(hessian: np.ndarray) -> np.ndarray:
     return np.outer(hessian[0], hessian[0]) / hessian[0, 0]
 
@@ -340,7 +359,7 @@ def indefinite(hessian: np.ndarray) -> np.ndarray:
 def test_a_hessian_that_cannot_be_factorized_is_damped_more(spoil):
     weight, hessian = random_matrix(0)
     hessian = spoil(hessian)
-    packed = quantize_matrix(weight, hessian, replace(SMALL, damping=0.0, shrinkage=0.0))
+    packed = quantize_matrix(weight, hessian, replace(SMALL, damping=0.0))
     assert np.isfinite(DEQUANTIZE(packed)).all()
     assert weighted_loss(weight, DEQUANTIZE(packed), np.eye(64)) < 0.5 * weighted_loss(weight, 0, np.eye(64))
 

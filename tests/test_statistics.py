@@ -5,13 +5,22 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from spqr_jax.statistics import MAX_ZERO, decode, encode, leave_one_out_gain, min_max_fit, quantize_statistics
+from spqr_jax.statistics import (
+    MAX_ZERO,
+    decode,
+    encode,
+    least_error_fit,
+    leave_one_out_gain,
+    min_max_fit,
+    quantize_statistics,
+)
 
 BITS = 3
 # XLA takes subnormal numbers for 0, among them the step of a range smaller than this.
 SUBNORMAL_RANGE = (2**BITS - 1) * float(np.finfo(np.float32).tiny)
 FIT = jax.jit(min_max_fit, static_argnames="bits")
 GAIN = jax.jit(leave_one_out_gain, static_argnames="bits")
+LEAST_ERROR_FIT = jax.jit(least_error_fit, static_argnames="bits")
 
 
 @jax.jit
@@ -125,3 +134,22 @@ def test_leave_one_out_gain_is_that_of_as_many_fits_as_weights(values, seed):
     weights = np.random.default_rng(seed).uniform(0.5, 2, 8)
     gain = GAIN(group[:, None].astype(np.float32), weights.astype(np.float32), bits=BITS)
     np.testing.assert_allclose(gain[:, 0], brute_force_gain(group, weights), rtol=1e-4, atol=1e-5)
+
+
+@given(group_values, st.integers(0, 2**32 - 1))
+@example([1.0] * 8, 0)
+@example([0.0] * 7 + [2.0], 0)
+def test_a_fit_by_error_is_no_worse_than_that_of_the_whole_range(values, seed):
+    group = as_float32(values)[:, None]
+    costs = np.random.default_rng(seed).uniform(0, 2, group.shape).astype(np.float32)
+    low, high = group.min(axis=0), group.max(axis=0)
+    most = np.full(1, np.inf if seed % 2 else (high - low)[0] ** 2 / 100, np.float32)
+
+    def loss(scale, zero):
+        errors = costs * (group - decode(encode(group, scale, zero, BITS), scale, zero)) ** 2
+        return float(np.minimum(errors, most).sum())
+
+    fitted, whole = LEAST_ERROR_FIT(group, low, high, costs, most, bits=BITS), min_max_fit(low, high, BITS)
+    rounding = 1e-10 * float(np.abs(group).max()) ** 2
+    assert loss(*fitted) <= loss(*whole) * 1.00001 + rounding
+    assert 0.59 * float(whole[0][0]) <= float(fitted[0][0]) <= 1.0001 * float(whole[0][0])

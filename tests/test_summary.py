@@ -1,12 +1,20 @@
 """Totals over packed matrices, counted from their parts."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 from test_rows import random_packed
 
-from pallas_kernels import bits_per_weight, split_rows
+from pallas_kernels import SpqrTensor, bits_per_weight, split_rows
 from pallas_kernels.stacks import stack
 from spqr_jax import summarize
+from spqr_jax.summary import summarize_described
+
+
+def described(packed: SpqrTensor) -> dict[str, Any]:
+    outliers = None if packed.outlier_values is None else len(packed.outlier_values)
+    return {"shape": packed.shape, "bytes": packed.nbytes, "outliers": outliers}
 
 
 def test_totals_over_matrices_with_and_without_outliers() -> None:
@@ -17,6 +25,8 @@ def test_totals_over_matrices_with_and_without_outliers() -> None:
     bits = (bits_per_weight(some) * 64 * 64 + bits_per_weight(none) * 32 * 128) / totals.weights
     assert totals.bits_per_weight == pytest.approx(bits)
     assert totals.outlier_share == len(some.outlier_values) / totals.weights
+    header = {"matrices": {"a": described(some), "b": described(none)}}
+    assert summarize_described(header) == pytest.approx(totals)
 
 
 def test_stacks_count_as_their_matrices() -> None:

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from tiny_llama import CONFIG, MODEL, tiny_params
 
 from spqr_jax import checkpoint, near_lossless, perplexity, quantize, summarize, sweep
-from spqr_jax.config import COMPACT, Method, SpqrConfig
+from spqr_jax.config import Method, SpqrConfig
 from spqr_jax.near_lossless import smallest_near_lossless
 from spqr_jax.sources import ModelSource
-from spqr_jax.sweep import PAPER_GRID, Cell, ablations, cells, front
-from spqr_jax.sweep_figures import ablation_table, perplexity_figure, table
+from spqr_jax.sweep import DEFAULT_GRID, Cell, ablations, cells, front
+from spqr_jax.sweep_figures import ablation_table, label, perplexity_figure, table
 
 PARAMS = tiny_params(0)
 SOURCE = ModelSource(MODEL, {name: lambda part=part: part for name, part in PARAMS.items()}, None)
@@ -41,7 +41,7 @@ def test_a_list_stands_for_each_of_its_values() -> None:
     found = cells([{"method": "spqr", "bits": [3, 4], "stats_bits": [3, None]}])
     settings = [(cell.config.bits, cell.config.scale_bits, cell.config.zero_bits) for cell in found]
     assert settings == [(3, 3, 3), (3, None, None), (4, 3, 3), (4, None, None)]
-    assert all(cell.config.outlier_threshold == COMPACT.outlier_threshold for cell in found)
+    assert all(cell.config.outlier_threshold == SpqrConfig().outlier_threshold for cell in found)
 
 
 def test_equal_cells_are_one_and_whole_rows_come_last() -> None:
@@ -50,7 +50,7 @@ def test_equal_cells_are_one_and_whole_rows_come_last() -> None:
 
 
 def test_names_tell_cells_of_the_papers_grid_apart() -> None:
-    found = cells(PAPER_GRID)
+    found = cells(DEFAULT_GRID)
     assert len({cell.name for cell in found}) == len(found) >= 16
     assert {cell.method for cell in found} == set(Method)
 
@@ -60,6 +60,7 @@ def test_names_tell_cells_of_the_papers_grid_apart() -> None:
     [
         ({"method": "spqr", "bit": 3}, "unknown setting: bit"),
         ({"bits": 3}, "has no method"),
+        ({"method": "spqr", "fit": ["error", "errors"]}, "fit is 'errors', but can only be min_max or error"),
         ({"method": "awq"}, "'awq' is not a valid Method"),
         ({"method": "spqr", "whole_rows": True}, "add that cell to the grid"),
     ],
@@ -152,11 +153,18 @@ def test_a_cell_that_was_stopped_while_it_was_measured_is_not_quantized_again(
     assert not (tmp_path / "results" / GRID[0].name).exists()
 
 
+def test_a_cell_that_does_not_fit_the_model_is_told_before_long_work(tmp_path: Path) -> None:
+    grid = cells([{"method": "rtn", "group_size": [16, 128]}])
+    with pytest.raises(ValueError, match="do not divide into groups of 128"):
+        next(sweep.sweep(SOURCE, tmp_path / "results", grid, CALIBRATION, WINDOWS))
+    assert not (tmp_path / "results").exists()
+
+
 def test_tables_and_figure(swept: tuple[Path, list[dict[str, Any]]], tmp_path: Path) -> None:
     _, results = swept
     lines = table(results).splitlines()
     assert len(lines) == 2 + len(GRID)
-    best = {result["name"] for result in front(results[1:])}
+    best = {label(result) for result in front(results[1:])}
     assert {line.split("|")[1].strip(" *") for line in lines[2:] if "**" in line} == best
     perplexity_figure(results, tmp_path / "figure.svg")
     assert "<svg" in (tmp_path / "figure.svg").read_text()
@@ -174,7 +182,36 @@ def test_an_ablation_changes_one_part() -> None:
     assert ablation_table(results).splitlines()[2].startswith("| nothing | 4.00 | 1.00% | 0.00 |")
 
 
-LADDER = [dataclasses.replace(COMPACT, bits=bits) for bits in (2, 3, 5, 8)]
+# What the README says of SmolLM2
+
+RESULTS_FILE = Path(__file__).parent.parent / "notebooks" / "results" / "sweep-smollm2.json"
+
+
+@pytest.fixture(scope="module")
+def smollm2() -> list[dict[str, Any]]:
+    return json.loads(RESULTS_FILE.read_text())
+
+
+def test_spqr_is_the_front_from_3_3_to_4_8_bits(smollm2: list[dict[str, Any]]) -> None:
+    """No other method's point lies under the line through SpQR's points."""
+    spqr = front(result for result in smollm2 if result["method"] == "spqr")
+    sizes, perplexities = ([result[key] for result in spqr] for key in ("bits_per_weight", "perplexity"))
+    assert sizes[0] < 3.3
+    assert sizes[-1] > 4.6
+    others = [r for r in smollm2 if r["method"] in ("gptq", "rtn") and 3.3 <= r["bits_per_weight"] <= 4.8]
+    assert len(others) >= 4
+    for result in others:
+        assert result["perplexity"] > np.interp(result["bits_per_weight"], sizes, perplexities), label(result)
+
+
+def test_the_readme_has_the_tables_of_the_file(smollm2: list[dict[str, Any]]) -> None:
+    readme = (RESULTS_FILE.parents[2] / "README.md").read_text()
+    assert len(smollm2) > 16
+    assert table(smollm2) in readme
+    assert ablation_table(smollm2) in readme
+
+
+LADDER = [SpqrConfig(bits=bits) for bits in (2, 3, 5, 8)]
 
 
 @pytest.mark.parametrize(("limit", "expected"), [(1e-4, None), (1e9, 0)])
@@ -191,7 +228,7 @@ def test_search_ends_at_what_is_within_the_limit(
 @given(st.lists(st.floats(-0.01, 0.1), max_size=12))
 def test_search_agrees_with_trying_all(rises: list[float]) -> None:
     rises.sort(reverse=True)
-    settings = [dataclasses.replace(COMPACT, damping=float(place)) for place in range(len(rises))]
+    settings = [SpqrConfig(damping=float(place)) for place in range(len(rises))]
 
     def fake(_source: Any, _directory: Any, grid: list[Cell], *_: Any, mesh: None) -> Any:
         rise = rises[int(grid[0].config.damping)]

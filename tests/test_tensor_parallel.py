@@ -31,7 +31,7 @@ from pallas_kernels import (
 from pallas_kernels.packing import unpack_codes
 from pallas_kernels.rows import ROW_FIELDS
 from pallas_kernels.stacks import element, pad, stack
-from spqr_jax import COMPACT, CheckpointError, fuse_projections, generate, perplexity, quantize, save, shard_params
+from spqr_jax import CheckpointError, SpqrConfig, fuse_projections, generate, perplexity, quantize, save, shard_params
 from spqr_jax.generation import Policy, extend, for_decoding, start
 from spqr_jax.models import Decoder, Falcon, FalconConfig, Llama, LlamaConfig, RotaryConfig
 from spqr_jax.models.stacking import level_blocks, stack_blocks, unstack_blocks
@@ -168,7 +168,7 @@ def test_split_parameters_are_not_saved_exported_or_quantized(spread: tuple[Deco
             export(tmp_path / "exported", model, sharded)
     assert not list(tmp_path.iterdir())
     with pytest.raises(ValueError, match="is quantized already"):
-        quantize(sharded, TOKENS, model=model, config=COMPACT)
+        quantize(sharded, TOKENS, model=model, config=SpqrConfig())
 
 
 def test_features_that_do_not_fit(spread: tuple[Decoder, Any]) -> None:

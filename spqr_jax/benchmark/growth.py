@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from spqr_jax.benchmark.random_model import fused_shapes
-from spqr_jax.config import COMPACT
+from spqr_jax.config import SpqrConfig
 from spqr_jax.models import Decoder, Llama, LlamaConfig, RotaryConfig
 from spqr_jax.pipeline import quantize
 
@@ -62,7 +62,7 @@ def growths(solver_seconds: Callable[[tuple[int, int]], float], timed: Callable[
         params = model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
         tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, (sequences, TOKENS))
         # The first one compiles.
-        return min(timed(lambda: quantize(params, tokens, model=model, config=COMPACT)) for _ in range(3))
+        return min(timed(lambda: quantize(params, tokens, model=model, config=SpqrConfig())) for _ in range(3))
 
     def model_operations(blocks: int, sequences: int) -> float:
         return blocks * sum(

@@ -20,7 +20,7 @@ from converters import find_smollm2, from_pretrained
 from spqr_jax import console
 from spqr_jax.benchmark.growth import Growth, growths
 from spqr_jax.cli.models import encode
-from spqr_jax.config import COMPACT
+from spqr_jax.config import SpqrConfig
 from spqr_jax.corpus import REFERENCE_STARTS, wikitext2, windows_at
 from spqr_jax.pipeline import quantize_blocks
 from spqr_jax.solver import quantize_shared
@@ -55,7 +55,7 @@ def solver_seconds(shape: tuple[int, int]) -> tuple[float, float]:
     hessian = jnp.asarray(inputs.T @ inputs, jnp.float32)
 
     def solve() -> Any:
-        return jax.block_until_ready(quantize_shared((weight,), hessian, COMPACT))
+        return jax.block_until_ready(quantize_shared((weight,), hessian, SpqrConfig()))
 
     first = timed(solve)
     return float(np.median([timed(solve) for _ in range(REPETITIONS)])), first
@@ -75,7 +75,7 @@ def whole_model() -> dict[str, float]:
     tokens = windows_at(ids, np.array(REFERENCE_STARTS), 512)
     blocks, solver_seconds = dict(params), 0.0
     started = time.perf_counter()
-    steps = quantize_blocks(params, tokens, model=model, config=COMPACT)
+    steps = quantize_blocks(params, tokens, model=model, config=SpqrConfig())
     for block in console.track(steps, model.config.num_layers, "quantizing blocks"):
         blocks[block.name] = block.params
         solver_seconds += sum(matrix.seconds for matrix in block.report.values())

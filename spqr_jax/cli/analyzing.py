@@ -59,12 +59,12 @@ def analyze(
 
     from spqr_jax import drawings
     from spqr_jax.checkpoint import check_destination, describe_model
-    from spqr_jax.config import COMPACT
+    from spqr_jax.config import SpqrConfig
     from spqr_jax.directories import new_directory
     from spqr_jax.models.decoder import layer_name
     from spqr_jax.sensitivity import sensitivities
 
-    config = dataclasses.replace(COMPACT, bits=bits, group_size=group_size, outlier_threshold=outlier_threshold)
+    config = SpqrConfig(bits=bits, group_size=group_size, outlier_threshold=outlier_threshold)
     destination = destination.resolve()
     check_destination(destination)
     drawings.new_figure((1, 1))  # before long work, where there is nothing to draw with

@@ -29,7 +29,7 @@ def evaluate(
 ) -> None:
     """Measure perplexity on a text.
 
-    Example: spqr eval smollm2-3bit --windows 20
+    Example: spqr eval smollm2-spqr --windows 20
     """
     from spqr_jax.evaluation import counted_perplexity, counted_windows, token_losses
     from spqr_jax.summary import summarize
@@ -64,7 +64,7 @@ def compare(
 ) -> None:
     """Measure how far a quantized model is from its original, by its predictions and by the text that it writes.
 
-    Example: spqr compare HuggingFaceTB/SmolLM2-135M-Instruct smollm2-3bit --windows 20
+    Example: spqr compare HuggingFaceTB/SmolLM2-135M-Instruct smollm2-spqr --windows 20
     """
     import numpy as np
 

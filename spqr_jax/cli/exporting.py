@@ -43,7 +43,7 @@ def export(
 ) -> None:
     """Write a checkpoint in another form.
 
-    Example: spqr export smollm2-3bit smollm2-hf-spqr --format hf-spqr
+    Example: spqr export smollm2-spqr smollm2-hf --format hf
     """
     from converters import export_hf_spqr, export_huggingface
     from spqr_jax import checkpoint

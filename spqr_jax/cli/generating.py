@@ -24,7 +24,7 @@ def generate(
 ) -> None:
     """Generate text.
 
-    Example: spqr generate smollm2-3bit "Why is the sky blue?" --temperature 0.7
+    Example: spqr generate smollm2-spqr "Why is the sky blue?" --temperature 0.7
     """
     from spqr_jax.generation import chat_prompt, stream
 

@@ -2,7 +2,7 @@
 
 lm-eval knows its own models only, so it is started from here, with all of its arguments:
 
-    python -m spqr_jax.cli.harness run --model spqr --model_args pretrained=smollm2-3bit --tasks piqa --batch_size 8
+    python -m spqr_jax.cli.harness run --model spqr --model_args pretrained=smollm2-spqr --tasks piqa --batch_size 8
 
 Source: github.com/EleutherAI/lm-evaluation-harness, version 0.4.13, of which `HFLM` is followed in what is asked of the
 model: the same tokens, cut in the same way where they are too many.
@@ -51,7 +51,7 @@ class SpqrLM(TemplateLM):
       ValueError: the checkpoint has no tokenizer, or an argument is out of its range.
 
     Example:
-      >>> results = lm_eval.simple_evaluate(SpqrLM("smollm2-3bit"), tasks=["piqa"])["results"]
+      >>> results = lm_eval.simple_evaluate(SpqrLM("smollm2-spqr"), tasks=["piqa"])["results"]
       >>> results["piqa"]["acc,none"]
     """
 

@@ -15,7 +15,7 @@ from spqr_jax.cli.app import Json, Model, app
 def inspect(source: Model, as_json: Json = False) -> None:
     """Show what is in a checkpoint, tensor by tensor, without reading the tensors.
 
-    Example: spqr inspect smollm2-3bit
+    Example: spqr inspect smollm2-spqr
     """
     from spqr_jax import checkpoint
 

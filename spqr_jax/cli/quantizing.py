@@ -15,10 +15,11 @@ from spqr_jax.config import Method
 
 
 class Preset(StrEnum):
-    """The paper's two settings."""
+    """Settings with names."""
 
     COMPACT = "compact"
     NEAR_LOSSLESS = "near-lossless"
+    PAPER = "paper"
 
 
 class Order(StrEnum):
@@ -40,7 +41,13 @@ Seed = Annotated[int, typer.Option(help="Seed of the places where sequences are 
 def quantize(
     source: Model,
     destination: Annotated[Path, typer.Argument(help="Directory to write.")],
-    preset: Annotated[Preset, typer.Option(help="compact: 3 bits; near-lossless: 4 bits.")] = Preset.COMPACT,
+    preset: Annotated[
+        Preset | None,
+        typer.Option(
+            help="compact (default): about 4.2 bits per weight; near-lossless: 4.65; paper: 3-bit codes in groups of "
+            "16, as in the official format."
+        ),
+    ] = None,
     method: Annotated[Method, typer.Option(help="gptq: no outliers; rtn: round-to-nearest.")] = Method.SPQR,
     bits: Annotated[int | None, typer.Option(help="Width of a weight code: 2, 3, 4, 5 or 8.")] = None,
     group_size: Annotated[int | None, typer.Option(help="Weights that share a scale: 8, 16, 32, 64 or 128.")] = None,
@@ -48,9 +55,11 @@ def quantize(
     outlier_threshold: Annotated[float | None, typer.Option(help="The paper's τ; lower keeps more outliers.")] = None,
     permutation: Annotated[Order | None, typer.Option(help="Order in which input features are quantized.")] = None,
     damping: Annotated[float | None, typer.Option(help="Share of mean diag H added to it.")] = None,
-    shrinkage: Annotated[float | None, typer.Option(help="Share of each entry of diag H added to it.")] = None,
+    shrinkage: Annotated[
+        float | None, typer.Option(help="How much correlations are shrunk, as a multiple of what is chance.")
+    ] = None,
     target_bits: Annotated[
-        float | None, typer.Option(help="Bits per weight to be met, to 0.02, by the right threshold.")
+        float | None, typer.Option(help="Bits per weight to be met, to 0.02, by the right settings.")
     ] = None,
     near_lossless: Annotated[
         bool, typer.Option("--near-lossless", help="The smallest settings that cost less than 1 % of perplexity.")
@@ -72,7 +81,7 @@ def quantize(
 
     What is finished is kept in DESTINATION.partial: stopped by whatever, the same command goes on from there.
 
-    Example: spqr quantize HuggingFaceTB/SmolLM2-135M-Instruct smollm2-3bit
+    Example: spqr quantize HuggingFaceTB/SmolLM2-135M-Instruct smollm2-spqr
     """
     from dataclasses import replace
     from functools import partial
@@ -85,13 +94,19 @@ def quantize(
 
     import jax
 
-    from spqr_jax.budget import quantize_to_bits
+    from spqr_jax.budget import quantize_to_bits, settings_for
     from spqr_jax.checkpoint import describe
-    from spqr_jax.config import COMPACT, NEAR_LOSSLESS
+    from spqr_jax.config import COMPACT, NEAR_LOSSLESS, SpqrConfig
     from spqr_jax.processes import is_first
     from spqr_jax.streaming import quantize_checkpoint
+    from spqr_jax.summary import summarize_described
 
-    config = {Preset.COMPACT: COMPACT, Preset.NEAR_LOSSLESS: NEAR_LOSSLESS}[preset]
+    presets = {Preset.COMPACT: COMPACT, Preset.NEAR_LOSSLESS: NEAR_LOSSLESS, Preset.PAPER: SpqrConfig()}
+    opened = open_model(source, "float16")
+    if target_bits is not None and preset is bits is group_size is None:
+        config = settings_for(opened, target_bits)
+    else:
+        config = presets[preset or Preset.COMPACT]
     chosen = {
         "bits": bits,
         "group_size": group_size,
@@ -109,11 +124,10 @@ def quantize(
             "--target-bits finds the threshold of SpQR in one process: leave out --method, --outlier-threshold and "
             "--distributed"
         )
-    others = [*chosen.values(), stats_bits, target_bits]
+    others = [*chosen.values(), preset, stats_bits, target_bits]
     if near_lossless and (distributed or method is not Method.SPQR or any(value is not None for value in others)):
         raise ValueError("--near-lossless chooses all settings, in one process: leave the others out")
 
-    opened = open_model(source, "float16")
     tokens = None
     if method is not Method.RTN and not near_lossless:
         tokens = calibration_tokens(opened.tokenizer, calibration, sequences, sequence_length, seed)
@@ -136,13 +150,12 @@ def quantize(
         )
     if not is_first():
         return
-    matrices = describe(destination)["matrices"].values()
-    weights = sum(matrix["shape"][0] * matrix["shape"][1] for matrix in matrices)
+    totals = summarize_described(describe(destination))
     console.emit(
         {
             "destination": str(destination),
-            "bits_per_weight": 8 * sum(matrix["bytes"] for matrix in matrices) / weights,
-            "outlier_share": sum(matrix["outliers"] or 0 for matrix in matrices) / weights,
+            "bits_per_weight": totals.bits_per_weight,
+            "outlier_share": totals.outlier_share,
             "seconds": time.perf_counter() - started,
             "bytes_on_disk": console.bytes_on_disk(destination),
             "seconds_per_block": [block.seconds for block in blocks],

@@ -17,7 +17,7 @@ def report(
 ) -> None:
     """Write one HTML page on a quantization: totals, plots, settings, versions, the errors of every matrix.
 
-    Example: spqr report smollm2-3bit
+    Example: spqr report smollm2-spqr
     """
     from spqr_jax.report import write_report
 

@@ -17,7 +17,7 @@ from spqr_jax.cli.quantizing import Calibration, Seed, SequenceLength, Sequences
 def sweep(
     source: Model,
     directory: Annotated[Path, typer.Argument(help="Where the results are kept: a JSON file for each cell.")],
-    grid: Annotated[Path | None, typer.Option(help="JSON file: a list of settings; default: the paper's.")] = None,
+    grid: Annotated[Path | None, typer.Option(help="JSON file: a list of settings; default: one of 27 cells.")] = None,
     calibration: Calibration = None,
     sequences: Sequences = 32,
     sequence_length: SequenceLength = 512,
@@ -38,11 +38,11 @@ def sweep(
 
     from spqr_jax.drawings import new_figure
     from spqr_jax.evaluation import cut_windows
-    from spqr_jax.sweep import PAPER_GRID, cells, sweep
+    from spqr_jax.sweep import DEFAULT_GRID, cells, sweep
     from spqr_jax.sweep_figures import ablation_table, perplexity_figure, table
 
     new_figure((1, 1))  # before long work, where there is nothing to draw with
-    chosen = cells(PAPER_GRID if grid is None else json.loads(grid.read_text()))
+    chosen = cells(DEFAULT_GRID if grid is None else json.loads(grid.read_text()))
     opened = open_model(source, "float16")
     tokens = calibration_tokens(opened.tokenizer, calibration, sequences, sequence_length, seed)
     parts = cut_windows(encode_text(opened.tokenizer, text, "test"), window=window, max_windows=windows)

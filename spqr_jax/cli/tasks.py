@@ -33,7 +33,7 @@ def tasks(
 ) -> None:
     """Measure accuracy on tasks of EleutherAI's lm-eval, which downloads their data.
 
-    Example: spqr tasks smollm2-3bit --tasks piqa,arc_easy --limit 200
+    Example: spqr tasks smollm2-spqr --tasks piqa,arc_easy --limit 200
     """
     try:
         import lm_eval

@@ -1,0 +1,18 @@
+"""How much of correlations is chance, in float64 and straight from the definition."""
+
+import numpy as np
+
+
+def reference_chance(x: np.ndarray) -> float:
+    """For inputs `[sequences, tokens, features]`, all of which occur in each sequence."""
+    x = np.asarray(x, np.float64)
+    off_diagonal = ~np.eye(x.shape[2], dtype=bool)
+
+    def squared_correlations(hessian: np.ndarray) -> float:
+        norms = np.sqrt(np.diag(hessian))
+        return ((hessian / np.outer(norms, norms))[off_diagonal] ** 2).sum()
+
+    hessians = np.stack([sequence.T @ sequence for sequence in x])
+    whole = squared_correlations(hessians.sum(axis=0))
+    single = np.mean([squared_correlations(hessian) for hessian in hessians])
+    return (single - whole) / (len(x) - 1) / whole
