@@ -9,6 +9,7 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
+from spqr_jax.statistics import rounded
 from spqr_jax.triangular import upper_cholesky, upper_inverse, upper_square
 
 REFIT_DAMPING = 0.1
@@ -80,7 +81,7 @@ def chance(sums: MomentSums, sequences: int) -> Float[Array, ""]:
     single = jnp.sum(sums.correlations) / sequences
     share = (single - whole) / (sequences - 1) / jnp.where(whole == 0, 1, whole)
     # Of few digits: sums in another order, as on several devices, are not to give other codes.
-    return jnp.clip(share, 0, 1).astype(jnp.bfloat16).astype(jnp.float32)
+    return rounded(jnp.clip(share, 0, 1), jnp.bfloat16)
 
 
 def _upper_hessian(x: Float[Array, "batch tokens in"]) -> Float[Array, "in in"]:

@@ -49,7 +49,7 @@ def test_equal_cells_are_one_and_whole_rows_come_last() -> None:
     assert [cell.whole_rows for cell in found] == [False, True]
 
 
-def test_names_tell_cells_of_the_papers_grid_apart() -> None:
+def test_names_tell_cells_of_the_grid_apart() -> None:
     found = cells(DEFAULT_GRID)
     assert len({cell.name for cell in found}) == len(found) >= 16
     assert {cell.method for cell in found} == set(Method)
