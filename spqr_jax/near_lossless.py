@@ -19,7 +19,7 @@ LARGEST_RISE = 0.01
 SETTINGS: tuple[SpqrConfig, ...] = (
     *(SpqrConfig(group_size=32, outlier_threshold=threshold, fit="error") for threshold in (0.8, 0.4, 0.2)),
     *(replace(COMPACT, outlier_threshold=threshold) for threshold in (1.2, 0.2)),
-    *(replace(NEAR_LOSSLESS, outlier_threshold=threshold) for threshold in (0.4, 0.1, 0.05, 0.03)),
+    *(replace(NEAR_LOSSLESS, outlier_threshold=threshold) for threshold in (0.4, 0.2, 0.1, 0.07)),
 )
 """What is tried, by size: from 3.5 to 5 bits per weight."""
 
