@@ -72,7 +72,7 @@ COMPACT = SpqrConfig(bits=4, group_size=64, outlier_threshold=1.2, fit="error")
 fewer outliers to keep, and lose less."""
 
 NEAR_LOSSLESS = SpqrConfig(bits=4, group_size=32, outlier_threshold=0.1, fit="error")
-"""About 4.65 bits per weight."""
+"""About 4.7 bits per weight."""
 
 
 class Method(StrEnum):

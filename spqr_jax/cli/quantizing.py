@@ -44,7 +44,7 @@ def quantize(
     preset: Annotated[
         Preset | None,
         typer.Option(
-            help="compact (default): about 4.2 bits per weight; near-lossless: 4.65; paper: 3-bit codes in groups of "
+            help="compact (default): about 4.2 bits per weight; near-lossless: 4.7; paper: 3-bit codes in groups of "
             "16, as in the official format."
         ),
     ] = None,
