@@ -7,7 +7,7 @@ os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 from pallas_kernels import SpqrTensor, bits_per_weight, spqr_dequantize
 from spqr_jax.checkpoint import CheckpointError, load, open_checkpoint, save
-from spqr_jax.config import COMPACT, NEAR_LOSSLESS, SpqrConfig
+from spqr_jax.config import COMPACT, NEAR_LOSSLESS, SMALL, SpqrConfig
 from spqr_jax.evaluation import perplexity
 from spqr_jax.generation import generate
 from spqr_jax.models import fuse_projections, shard_params
@@ -19,6 +19,7 @@ from spqr_jax.summary import summarize
 __all__ = [
     "COMPACT",
     "NEAR_LOSSLESS",
+    "SMALL",
     "CheckpointError",
     "MatrixReport",
     "SpqrConfig",

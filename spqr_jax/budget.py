@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int
 from scipy.interpolate import PchipInterpolator
 
 from spqr_jax.checkpoint import check_destination, describe, read_json
-from spqr_jax.config import COMPACT, NEAR_LOSSLESS, SpqrConfig
+from spqr_jax.config import COMPACT, NEAR_LOSSLESS, SMALL, SpqrConfig
 from spqr_jax.directories import write_text
 from spqr_jax.lapack import in_one_thread
 from spqr_jax.models.decoder import layer_name
@@ -40,7 +40,8 @@ BITS_PER_OUTLIER = 32
 """16 of its value and 16 of its column."""
 
 SETTINGS: tuple[SpqrConfig, ...] = (
-    *(SpqrConfig(group_size=size, fit="error") for size in (64, 32)),
+    *(SpqrConfig(group_size=size, stats_group_size=32, fit="error") for size in (64, 32)),
+    SMALL,
     COMPACT,
     NEAR_LOSSLESS,
 )
@@ -152,7 +153,7 @@ def threshold_for(curve: Curve, target_bits: float, measured: tuple[float, float
 def settings_for(source: ModelSource, target_bits: float) -> SpqrConfig:
     """The last of `SETTINGS` with which the model, without outliers, has no more bits per weight than that.
 
-    Groups divide the model's features; where nothing is small enough, the smallest.
+    Groups divide the model's features and rows; where nothing is small enough, the smallest.
 
     Example:
       >>> settings_for(source, 4.3) == COMPACT
@@ -165,7 +166,10 @@ def settings_for(source: ModelSource, target_bits: float) -> SpqrConfig:
         size = sum(_bytes_without_outliers(shape, config) for shape in shapes)
         return 8 * size <= target_bits * sum(map(math.prod, shapes))
 
-    possible = [c for c in SETTINGS if all(shape[0] % c.group_size == 0 for shape in shapes)] or SETTINGS[:1]
+    def divides(config: SpqrConfig) -> bool:
+        return all(columns % config.group_size == out % config.stats_group_size == 0 for columns, out in shapes)
+
+    possible = list(filter(divides, SETTINGS)) or SETTINGS[:1]
     return next(filter(fits, reversed(possible)), possible[0])
 
 

@@ -1,4 +1,4 @@
-"""What to quantize to: the frozen configuration, two presets, and the methods that it compares."""
+"""What to quantize to: the frozen configuration, presets, and the methods that it compares."""
 
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -10,8 +10,8 @@ class SpqrConfig:
     """Settings of the solver and of the format; SpQR, GPTQ and round-to-nearest are settings of one algorithm.
 
     The defaults are the paper's SpQR at 3 bits, with the order, damping and sequence that measured best; the presets
-    `COMPACT` and `NEAR_LOSSLESS` are better at their sizes. `outlier_threshold=None` gives GPTQ; quantizing without a
-    Hessian (or without calibration tokens) gives round-to-nearest.
+    `SMALL`, `COMPACT` and `NEAR_LOSSLESS` are better at their sizes. `outlier_threshold=None` gives GPTQ; quantizing
+    without a Hessian (or without calibration tokens) gives round-to-nearest.
 
     Attributes:
       bits: width of a weight code: 2, 3, 4, 5 or 8.
@@ -67,11 +67,14 @@ class SpqrConfig:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, but can only be {' or '.join(allowed)}")
 
 
-COMPACT = SpqrConfig(bits=4, group_size=64, outlier_threshold=1.2, fit="error")
+SMALL = SpqrConfig(stats_group_size=64, outlier_threshold=0.8, fit="error")
+"""About 3.55 bits per weight."""
+
+COMPACT = SpqrConfig(bits=4, group_size=64, stats_group_size=32, outlier_threshold=1.2, fit="error")
 """About 4.2 bits per weight, as the paper's 3 bits in groups of 16 have, but better: wider codes in larger groups leave
 fewer outliers to keep, and lose less."""
 
-NEAR_LOSSLESS = SpqrConfig(bits=4, group_size=32, outlier_threshold=0.1, fit="error")
+NEAR_LOSSLESS = SpqrConfig(bits=4, group_size=32, stats_group_size=32, outlier_threshold=0.1, fit="error")
 """About 4.7 bits per weight."""
 
 

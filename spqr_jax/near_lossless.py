@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Int
 
-from spqr_jax.config import COMPACT, NEAR_LOSSLESS, Method, SpqrConfig
+from spqr_jax.config import COMPACT, NEAR_LOSSLESS, SMALL, Method, SpqrConfig
 from spqr_jax.sources import ModelSource
 from spqr_jax.sweep import Cell, sweep
 
@@ -17,7 +17,7 @@ LARGEST_RISE = 0.01
 """Of perplexity: what the paper calls near-lossless."""
 
 SETTINGS: tuple[SpqrConfig, ...] = (
-    *(SpqrConfig(group_size=32, outlier_threshold=threshold, fit="error") for threshold in (0.8, 0.4, 0.2)),
+    *(replace(SMALL, outlier_threshold=threshold) for threshold in (0.8, 0.4, 0.2)),
     *(replace(COMPACT, outlier_threshold=threshold) for threshold in (1.2, 0.2)),
     *(replace(NEAR_LOSSLESS, outlier_threshold=threshold) for threshold in (0.4, 0.2, 0.1, 0.07)),
 )

@@ -38,6 +38,11 @@ DEFAULT_GRID: tuple[Mapping[str, Any], ...] = (
     {"method": "spqr", "bits": 4, "group_size": 64, "outlier_threshold": [0.3, 1.2], "fit": "error"},
     {"method": "spqr", "bits": 4, "group_size": 64, "outlier_threshold": 1.2},
     {"method": "spqr", "bits": 4, "group_size": 32, "outlier_threshold": 0.1, "fit": ["min_max", "error"]},
+    {"method": "spqr", "bits": 4, "outlier_threshold": 0.1, "fit": "error", "stats_group_size": 64},
+    # The presets: small, compact and near-lossless.
+    {"method": "spqr", "outlier_threshold": 0.8, "fit": "error", "stats_group_size": 64},
+    {"method": "spqr", "bits": 4, "group_size": 64, "outlier_threshold": 1.2, "fit": "error", "stats_group_size": 32},
+    {"method": "spqr", "bits": 4, "group_size": 32, "outlier_threshold": 0.1, "fit": "error", "stats_group_size": 32},
     # The ablation: the paper's setting with one part changed.
     {"method": "spqr"},
     {"method": "spqr", "stats_bits": None},

@@ -83,8 +83,8 @@ def test_the_size_is_met_after_one_correction(name: str, above: float) -> None:
 
 def test_settings_are_the_last_that_fit() -> None:
     """Groups of 64 do not divide 160 features; 4-bit codes in groups of 32 take 4.4 bits without outliers."""
-    model, params = trained("llama")
+    model, params = trained("falcon")
     source = ModelSource(model, {name: partial(params.__getitem__, name) for name in params}, None)
-    groups_of_32 = SpqrConfig(group_size=32, fit="error")
+    groups_of_32 = SpqrConfig(group_size=32, stats_group_size=32, fit="error")
     found = [settings_for(source, target) for target in (3.0, 3.9, 4.3, 4.6, 9.0)]
     assert found == [groups_of_32, groups_of_32, groups_of_32, NEAR_LOSSLESS, NEAR_LOSSLESS]

@@ -86,8 +86,8 @@ def test_quantize_reports_and_saves(plain: Path, tmp_path: Path) -> None:
     arguments = ("--sequences", 4, "--sequence-length", 64, "--bits", 4, "--method", "gptq")
     report = result("quantize", plain, tmp_path / "out", *arguments)
     assert report["outlier_share"] == 0
-    # 4 bits, 6/64 of first-level and 4·16/1024 of second-level statistics, and the permutations.
-    assert 4.156 < report["bits_per_weight"] < 4.156 + 16 / 32 + 0.01
+    # 4 bits, 6/64 of first-level and 4·16/2048 of second-level statistics, and the permutations.
+    assert 4.124 < report["bits_per_weight"] < 4.125 + 16 / 32 + 0.01
     assert report["bytes_on_disk"] == sum(p.stat().st_size for p in (tmp_path / "out").rglob("*") if p.is_file())
     assert set(report["matrices"]["layers_1.v_proj"]) == {
         "bits_per_weight",
@@ -384,7 +384,7 @@ def test_size_is_met(plain: Path, tmp_path: Path) -> None:
     assert read_record(tmp_path / "out").config.bits == 3  # type: ignore[union-attr]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert "exists already" in spqr("quantize", plain, tmp_path / "out", "--target-bits", 4.4, *options).stderr
-    assert "from 3.83 to" in spqr("quantize", plain, tmp_path / "small", "--target-bits", 3, *options).stderr
+    assert "from 3.80 to" in spqr("quantize", plain, tmp_path / "small", "--target-bits", 3, *options).stderr
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ from spqr_jax.config import Method
 class Preset(StrEnum):
     """Settings with names."""
 
+    SMALL = "small"
     COMPACT = "compact"
     NEAR_LOSSLESS = "near-lossless"
     PAPER = "paper"
@@ -44,8 +45,8 @@ def quantize(
     preset: Annotated[
         Preset | None,
         typer.Option(
-            help="compact (default): about 4.2 bits per weight; near-lossless: 4.7; paper: 3-bit codes in groups of "
-            "16, as in the official format."
+            help="small: about 3.55 bits per weight; compact (default): 4.2; near-lossless: 4.7; paper: 3-bit codes in "
+            "groups of 16, as in the official format."
         ),
     ] = None,
     method: Annotated[Method, typer.Option(help="gptq: no outliers; rtn: round-to-nearest.")] = Method.SPQR,
@@ -96,12 +97,17 @@ def quantize(
 
     from spqr_jax.budget import quantize_to_bits, settings_for
     from spqr_jax.checkpoint import describe
-    from spqr_jax.config import COMPACT, NEAR_LOSSLESS, SpqrConfig
+    from spqr_jax.config import COMPACT, NEAR_LOSSLESS, SMALL, SpqrConfig
     from spqr_jax.processes import is_first
     from spqr_jax.streaming import quantize_checkpoint
     from spqr_jax.summary import summarize_described
 
-    presets = {Preset.COMPACT: COMPACT, Preset.NEAR_LOSSLESS: NEAR_LOSSLESS, Preset.PAPER: SpqrConfig()}
+    presets = {
+        Preset.SMALL: SMALL,
+        Preset.COMPACT: COMPACT,
+        Preset.NEAR_LOSSLESS: NEAR_LOSSLESS,
+        Preset.PAPER: SpqrConfig(),
+    }
     opened = open_model(source, "float16")
     if target_bits is not None and preset is bits is group_size is None:
         config = settings_for(opened, target_bits)
