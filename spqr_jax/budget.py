@@ -159,18 +159,25 @@ def settings_for(source: ModelSource, target_bits: float) -> SpqrConfig:
       >>> settings_for(source, 4.3) == COMPACT
       True
     """
-    params, matrices = source.parts[layer_name(0)](), source.model.new_block().matrices()
-    shapes = [params[matrix]["kernel"].shape for matrix in matrices]
+    shapes = kernel_shapes(source)
 
     def fits(config: SpqrConfig) -> bool:
         size = sum(_bytes_without_outliers(shape, config) for shape in shapes)
         return 8 * size <= target_bits * sum(map(math.prod, shapes))
 
-    def divides(config: SpqrConfig) -> bool:
-        return all(columns % config.group_size == out % config.stats_group_size == 0 for columns, out in shapes)
-
-    possible = list(filter(divides, SETTINGS)) or SETTINGS[:1]
+    possible = [config for config in SETTINGS if divides(shapes, config)] or SETTINGS[:1]
     return next(filter(fits, reversed(possible)), possible[0])
+
+
+def kernel_shapes(source: ModelSource) -> list[tuple[int, int]]:
+    """Sizes (in, out) of the matrices of a block."""
+    params = source.parts[layer_name(0)]()
+    return [params[matrix]["kernel"].shape for matrix in source.model.new_block().matrices()]
+
+
+def divides(shapes: Sequence[tuple[int, int]], config: SpqrConfig) -> bool:
+    """Whether matrices of these sizes (in, out) consist of whole groups and whole statistics groups."""
+    return all(columns % config.group_size == out % config.stats_group_size == 0 for columns, out in shapes)
 
 
 def quantize_to_bits(

