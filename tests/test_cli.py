@@ -290,7 +290,7 @@ def test_commands_take_other_forms(foreign: dict[str, Path], tmp_path: Path) -> 
     told = {name: result("generate", path, "hello", "--max-new-tokens", 3)["tokens"] for name, path in foreign.items()}
     assert told["safetensors"] == told["gguf"]
     for name, path in foreign.items():
-        result("quantize", path, tmp_path / name, "--method", "rtn")
+        result("quantize", path, tmp_path / name, "--preset", "paper", "--method", "rtn")
     quantized = {name: result("inspect", tmp_path / name)["matrices"] for name in foreign}
     assert quantized["safetensors"] == quantized["gguf"]
     assert len(quantized["gguf"]) == 14

@@ -32,6 +32,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Start:
     byte_tokenizer().save_pretrained(source)
     (directory / "text").write_text("The sky is blue, and the sea is green. " * 200)
     common = ["--calibration", str(directory / "text"), "--sequences", "8", "--sequence-length", "32", "--json"]
+    common += ["--preset", "paper"]
 
     def run(destination: Path, processes: int, devices: int, *options: tuple[str, ...]) -> list[subprocess.Popen[str]]:
         with socket.create_server(("localhost", 0)) as free:

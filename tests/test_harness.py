@@ -108,7 +108,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def packed(plain: Path) -> Path:
-    result("quantize", plain, plain.parent / "packed", "--method", "rtn")
+    result("quantize", plain, plain.parent / "packed", "--preset", "paper", "--method", "rtn")
     return plain.parent / "packed"
 
 
