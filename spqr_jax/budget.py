@@ -165,7 +165,7 @@ def settings_for(source: ModelSource, target_bits: float) -> SpqrConfig:
         size = sum(_bytes_without_outliers(shape, config) for shape in shapes)
         return 8 * size <= target_bits * sum(map(math.prod, shapes))
 
-    possible = [config for config in SETTINGS if divides(shapes, config)] or SETTINGS[:1]
+    possible = dividing(shapes, SETTINGS)
     return next(filter(fits, reversed(possible)), possible[0])
 
 
@@ -175,9 +175,13 @@ def kernel_shapes(source: ModelSource) -> list[tuple[int, int]]:
     return [params[matrix]["kernel"].shape for matrix in source.model.new_block().matrices()]
 
 
-def divides(shapes: Sequence[tuple[int, int]], config: SpqrConfig) -> bool:
-    """Whether matrices of these sizes (in, out) consist of whole groups and whole statistics groups."""
-    return all(columns % config.group_size == out % config.stats_group_size == 0 for columns, out in shapes)
+def dividing(shapes: Sequence[tuple[int, int]], settings: Sequence[SpqrConfig]) -> Sequence[SpqrConfig]:
+    """Those settings whose groups divide matrices of these sizes (in, out); where none do, the first, to be refused."""
+
+    def divides(config: SpqrConfig) -> bool:
+        return all(columns % config.group_size == out % config.stats_group_size == 0 for columns, out in shapes)
+
+    return list(filter(divides, settings)) or settings[:1]
 
 
 def quantize_to_bits(

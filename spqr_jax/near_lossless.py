@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Int
 
-from spqr_jax.budget import divides, kernel_shapes
+from spqr_jax.budget import dividing, kernel_shapes
 from spqr_jax.config import COMPACT, NEAR_LOSSLESS, SMALL, Method, SpqrConfig
 from spqr_jax.sources import ModelSource
 from spqr_jax.sweep import Cell, sweep
@@ -67,8 +67,7 @@ def smallest_near_lossless(
       >>> found = smallest_near_lossless(source, Path("search"), calibration, held_out)
       >>> found.config or "none of these settings is near-lossless"
     """
-    shapes = kernel_shapes(source)
-    settings = [config for config in settings if divides(shapes, config)]
+    settings = dividing(kernel_shapes(source), settings)
     original, tried = 0.0, []
     # Settings before `low` are too small; those from `high` on are within the limit.
     low, high = 0, len(settings)

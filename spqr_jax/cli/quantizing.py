@@ -102,6 +102,23 @@ def quantize(
     from spqr_jax.streaming import quantize_checkpoint
     from spqr_jax.summary import summarize_described
 
+    chosen = {
+        "bits": bits,
+        "group_size": group_size,
+        "outlier_threshold": outlier_threshold,
+        "permutation": None if permutation is None else permutation.value,
+        "damping": damping,
+        "shrinkage": shrinkage,
+    }
+    if target_bits is not None and (method is not Method.SPQR or outlier_threshold is not None or distributed):
+        raise ValueError(
+            "--target-bits finds the threshold of SpQR in one process: leave out --method, --outlier-threshold and "
+            "--distributed"
+        )
+    others = [*chosen.values(), preset, stats_bits, target_bits]
+    if near_lossless and (distributed or method is not Method.SPQR or any(value is not None for value in others)):
+        raise ValueError("--near-lossless chooses all settings, in one process: leave the others out")
+
     presets = {
         Preset.SMALL: SMALL,
         Preset.COMPACT: COMPACT,
@@ -113,27 +130,10 @@ def quantize(
         config = settings_for(opened, target_bits)
     else:
         config = presets[preset or Preset.COMPACT]
-    chosen = {
-        "bits": bits,
-        "group_size": group_size,
-        "outlier_threshold": outlier_threshold,
-        "permutation": None if permutation is None else permutation.value,
-        "damping": damping,
-        "shrinkage": shrinkage,
-    }
     config = replace(config, **{name: value for name, value in chosen.items() if value is not None})  # type: ignore[arg-type]
     if stats_bits is not None:
         config = replace(config, scale_bits=stats_bits or None, zero_bits=stats_bits or None)
     config = method.config(config)
-    if target_bits is not None and (config.outlier_threshold is None or outlier_threshold is not None or distributed):
-        raise ValueError(
-            "--target-bits finds the threshold of SpQR in one process: leave out --method, --outlier-threshold and "
-            "--distributed"
-        )
-    others = [*chosen.values(), preset, stats_bits, target_bits]
-    if near_lossless and (distributed or method is not Method.SPQR or any(value is not None for value in others)):
-        raise ValueError("--near-lossless chooses all settings, in one process: leave the others out")
-
     tokens = None
     if method is not Method.RTN and not near_lossless:
         tokens = calibration_tokens(opened.tokenizer, calibration, sequences, sequence_length, seed)
