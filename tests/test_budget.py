@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -64,8 +65,7 @@ def test_bits_without_outliers_are_those_of_the_packed_arrays() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("above", [0.2, 0.6])
+@pytest.mark.parametrize(("name", "above"), [("llama", 0.2), ("falcon", 0.6)])
 def test_the_size_is_met_after_one_correction(name: str, above: float) -> None:
     model, params = trained(name)
     source = ModelSource(model, {key: lambda part=part: part for key, part in params.items()}, None)
@@ -83,7 +83,8 @@ def test_the_size_is_met_after_one_correction(name: str, above: float) -> None:
 
 def test_settings_are_the_last_that_fit() -> None:
     """Groups of 64 do not divide 160 features; 4-bit codes in groups of 32 take 4.4 bits without outliers."""
-    model, params = trained("falcon")
+    model = MODELS["falcon"]
+    params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
     source = ModelSource(model, {name: partial(params.__getitem__, name) for name in params}, None)
     groups_of_32 = SpqrConfig(group_size=32, stats_group_size=32, fit="error")
     found = [settings_for(source, target) for target in (3.0, 3.9, 4.3, 4.6, 9.0)]

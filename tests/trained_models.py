@@ -4,6 +4,7 @@ Trained on the package's text, one token per byte. What has been trained is kept
 of everything that it depends on.
 """
 
+import fcntl
 import hashlib
 from pathlib import Path
 from typing import Any
@@ -68,15 +69,16 @@ def trained(name: str) -> tuple[Decoder, dict[str, Any]]:
     model = MODELS[name]
     recipe = f"{model} {STEPS} {BATCH} {LENGTH} {jax.__version__}"
     path = CACHE / f"{name}-{hashlib.blake2b(recipe.encode(), digest_size=6).hexdigest()}.npz"
-    if path.is_file():
-        with np.load(path) as arrays:
-            return model, unflatten_dict(dict(arrays), sep=".")
-    params = train(model)
     CACHE.mkdir(parents=True, exist_ok=True)
-    incomplete = path.with_suffix(".incomplete.npz")
-    np.savez(incomplete, **flatten_dict(params, sep="."))
-    incomplete.rename(path)
-    return model, params
+    # Tests run in several processes: one trains, the others wait for what it keeps.
+    with path.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.is_file():
+            incomplete = path.with_suffix(".incomplete.npz")
+            np.savez(incomplete, **flatten_dict(train(model), sep="."))
+            incomplete.rename(path)
+    with np.load(path) as arrays:
+        return model, unflatten_dict(dict(arrays), sep=".")
 
 
 def train(model: Decoder) -> dict[str, Any]:
