@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
@@ -20,8 +21,9 @@ from byte_tokenizer import byte_tokenizer
 from rich.console import Console
 from tiny_models import random_tensors, tiny_config, write_checkpoint, write_gguf
 
-from spqr_jax import COMPACT, console, save, streaming
+from spqr_jax import COMPACT, NEAR_LOSSLESS, console, save, streaming
 from spqr_jax.cli import main
+from spqr_jax.config import SMALL
 from spqr_jax.models import Llama, LlamaConfig, RotaryConfig
 from spqr_jax.record import BlockReport, read_record
 
@@ -393,6 +395,9 @@ def test_smallest_near_lossless_settings_are_found_or_told_missing(
 ) -> None:
     from spqr_jax import near_lossless
 
+    # One of each kind, so that fewer are tried.
+    search = partial(near_lossless.smallest_near_lossless, settings=(SMALL, COMPACT, NEAR_LOSSLESS))
+    monkeypatch.setattr(near_lossless, "smallest_near_lossless", search)
     options = "--near-lossless", "--sequences", 4, "--sequence-length", 64
     monkeypatch.setattr(near_lossless, "LARGEST_RISE", 1)
     found = result("quantize", plain, tmp_path / "out", *options)
