@@ -18,7 +18,7 @@ from byte_tokenizer import byte_tokenizer
 from jax.sharding import Mesh
 from test_streaming import assert_identical
 from tiny_models import random_tensors, tiny_config, write_checkpoint
-from trained_models import LENGTH, MODELS, byte_tokens, calibration_tokens, trained
+from trained_models import LENGTH, byte_tokens, calibration_tokens, trained
 from virtual_devices import environment
 
 from converters import open_pretrained
@@ -103,9 +103,9 @@ def test_other_settings_and_round_to_nearest(change: dict[str, Any] | None) -> N
 
 @on_devices
 @pytest.mark.slow
-@pytest.mark.parametrize("name", MODELS)
-def test_a_trained_model_keeps_its_codes_and_its_perplexity(name: str) -> None:
-    model, params = trained(name)
+def test_a_trained_model_keeps_its_codes_and_its_perplexity() -> None:
+    # Its blocks have two norms at once, which no other model here has.
+    model, params = trained("falcon")
     one, eight = (
         quantize(params, calibration_tokens(), model=model, config=CONFIG, mesh=mesh)[0]
         for mesh in (None, jax.make_mesh((DEVICES,), ("data",)))
