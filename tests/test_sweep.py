@@ -26,7 +26,7 @@ CALIBRATION = RNG.integers(0, CONFIG.vocab_size, (4, 24)).astype(np.int32)
 WINDOWS = RNG.integers(0, CONFIG.vocab_size, (3, 32)).astype(np.int32)
 GRID = cells(
     [
-        {"method": "spqr", "outlier_threshold": [0.1, 0.5]},
+        {"method": "spqr", "outlier_threshold": 0.1},
         {"method": "spqr", "outlier_threshold": 0.1, "whole_rows": True},
         {"method": ["gptq", "rtn"]},
     ]
@@ -211,7 +211,7 @@ def test_the_readme_has_the_tables_of_the_file(smollm2: list[dict[str, Any]]) ->
     assert ablation_table(smollm2) in readme
 
 
-LADDER = [SpqrConfig(bits=bits) for bits in (2, 3, 5, 8)]
+LADDER = [SpqrConfig(bits=bits) for bits in (2, 8)]
 
 
 @pytest.mark.parametrize(("limit", "expected"), [(1e-4, None), (1e9, 0)])
@@ -222,7 +222,7 @@ def test_search_ends_at_what_is_within_the_limit(
     found = smallest_near_lossless(SOURCE, tmp_path / "search", CALIBRATION, WINDOWS, settings=LADDER)
     assert found.config == (None if expected is None else LADDER[expected])
     assert found.original_perplexity == perplexity(MODEL, PARAMS, WINDOWS.reshape(-1), window=32)
-    assert len(found.tried) <= 3
+    assert len(found.tried) <= 2
 
 
 @given(st.lists(st.floats(-0.01, 0.1), max_size=12))
