@@ -350,6 +350,7 @@ def test_a_full_disk_is_one_error_and_what_is_finished_stays(source, expected, t
     assert_identical(load(tmp_path / "out").params, expected[0])
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on(llama, expected, tmp_path):
     events = int(run(llama, tmp_path / "whole").communicate()[0].split()[1])
     for part in (0.6, 0.3):
