@@ -12,7 +12,7 @@ from pallas_kernels.aot import GPUS, Format, compiler, report_all
 from pallas_kernels.aot.__main__ import app
 from pallas_kernels.aot.kernels import COMPILED
 from pallas_kernels.aot.pointers import loaded_parameters
-from pallas_kernels.aot.sass import loops, parse, reachable
+from pallas_kernels.aot.sass import loops, parse, reachable, through
 
 
 def listing(*lines: str):
@@ -47,6 +47,13 @@ def test_a_branch_back_is_a_loop_only_around_what_leads_to_it():
     assert loops(LOOP) == [frozenset({1, 2, 3})]
 
 
+def test_ways_through_an_instruction():
+    forked = listing("NOP", "@P0 BRA `(.L_x_1)", "LDG.E R2, [R2.64]", "EXIT", ".L_x_1:", "NOP", "EXIT")
+    assert through(forked, [2]) == {0, 1, 2, 3}
+    assert through(forked, [1]) == set(range(6))
+    assert through(LOOP, [2]) == {0, 1, 2, 3, 4, 5, 6}
+
+
 def test_loops_in_loops():
     nested = listing(
         "NOP", ".L_x_1:", "NOP", ".L_x_2:", "NOP", "BRA.U UP0, `(.L_x_2)", "@P0 BRA `(.L_x_1)", "@P1 EXIT", "EXIT"
@@ -56,6 +63,8 @@ def test_loops_in_loops():
 
 def test_threads_that_part_are_left_out():
     assert reachable(listing("BRA.DIV UR4, `(.L_x_1)", "EXIT", ".L_x_1:", "NOP", "EXIT")) == [0, 1]
+    together = listing("BRA.CONV ~URZ, `(.L_x_1)", "CALL.REL.NOINC `($__a_function)", ".L_x_1:", "EXIT", "RET.REL R2")
+    assert reachable(together) == [0, 2]
 
 
 @pytest.mark.parametrize(
@@ -277,7 +286,7 @@ def test_no_spills_and_wide_loads_of_codes(reports, setting):
 @needs_compiler
 @pytest.mark.slow
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
-def test_codes_are_loaded_once_and_outliers_in_a_loop(reports, setting):
+def test_codes_are_loaded_once_and_programs_of_their_own_treat_outliers(reports, setting):
     (kernel,) = reports[setting]
     # Tiles of 32 words reach beyond the 344 words of 11008 columns.
     assert 1 <= kernel.code_reads <= 1.3

@@ -15,7 +15,7 @@ from pallas_kernels.aot.gpus import GPUS, Gpu
 from pallas_kernels.aot.hlo import ArrayType
 from pallas_kernels.aot.kernels import COMPILED
 from pallas_kernels.aot.pointers import loaded_parameters
-from pallas_kernels.aot.sass import Listing, loops, parse, reachable
+from pallas_kernels.aot.sass import Listing, loops, parse, reachable, through
 from pallas_kernels.measurements import best_tile
 from pallas_kernels.tensor import SpqrTensor
 from pallas_kernels.tiles import Tile
@@ -46,8 +46,7 @@ class KernelReport:
       kinds: the same by kind of instruction.
       bytes_per_weight: read, over weights.
       issue_us: all instructions over the GPU's instruction rate; of a kernel that reads no codes, loops count once.
-      outlier_us: the part of it that the loops beside the main loop have, which treat the outliers; what prepares them
-        is among the other instructions.
+      outlier_us: the part of it that the programs have which treat outliers, and no codes.
       memory_us: bytes of all arrays read and written over the GPU's bandwidth.
       predicted_us: the larger of `issue_us` and `memory_us`.
     """
@@ -154,33 +153,37 @@ def _report(setting: tuple[str, Format, int, tuple[int, int]], tile: Tile | None
 
 @dataclass(frozen=True)
 class _Parts:
-    """Instructions of a kernel, by how often each thread executes them.
+    """Instructions of a kernel, by how often each thread of its programs executes them.
 
     Attributes:
       main: those of the main loop.
-      outlier: those of the loops beside it.
-      once: the others.
+      once: the others on the ways that lead through loads of codes.
+      outlier: those of the loops on the other ways, which programs that treat outliers take.
+      sparse: the others there.
       code_loads: all that load codes, wherever they are.
     """
 
     main: frozenset[int]
-    outlier: frozenset[int]
     once: frozenset[int]
+    outlier: frozenset[int]
+    sparse: frozenset[int]
     code_loads: frozenset[int]
 
 
 def _parts(listing: Listing, code_loads: frozenset[int]) -> _Parts:
     program = frozenset(reachable(listing))
     if not code_loads:
-        return _Parts(program, frozenset(), frozenset(), code_loads)
+        return _Parts(program, frozenset(), frozenset(), frozenset(), code_loads)
+    sparse = program - through(listing, code_loads)
     bodies = loops(listing)
     loading = [body for body in bodies if body & code_loads]
     innermost = [body for body in loading if not any(inside < body for inside in loading)]
     # Loads moved ahead of a loop may make a loop of their own: the main one has the most.
     main = max(innermost, key=lambda body: len(body & code_loads), default=frozenset())
-    outlier = frozenset().union(*(body for body in bodies if not body & code_loads and not body & main))
-    once = program - main - outlier
-    return _Parts(main, outlier, once, code_loads) if main else _Parts(once, outlier, main, code_loads)
+    outlier = frozenset().union(*(body for body in bodies if body <= sparse))
+    once = program - sparse - main
+    main, once = (main, once) if main else (once, main)
+    return _Parts(main, once, outlier, sparse - outlier, code_loads)
 
 
 def _costs(kernel: Kernel, w: SpqrTensor, launch: Launch, gpu: Gpu) -> dict[str, Any]:
@@ -191,13 +194,10 @@ def _costs(kernel: Kernel, w: SpqrTensor, launch: Launch, gpu: Gpu) -> dict[str,
     """
     listing = parse(kernel.sass)
     parts = _parts(listing, _code_loads(kernel, listing, w, gpu))
-    threads, weights = kernel.programs * kernel.threads, w.shape[0] * w.shape[1]
-    steps = launch.steps if parts.code_loads else 1
+    weights = w.shape[0] * w.shape[1]
+    steps, sparse_programs = (launch.steps, launch.sparse_programs) if parts.code_loads else (1, 0)
+    threads = (kernel.programs - sparse_programs) * kernel.threads
     kinds = {kind: threads * steps * n / weights for kind, n in listing.kinds(parts.main).most_common()}
-
-    def issue_us(instructions: int) -> float:
-        return 1e6 * threads * instructions / gpu.instruction_rate
-
     code_reads = None
     if parts.code_loads:
         if bool(parts.outlier) != bool(launch.outlier_steps):
@@ -210,8 +210,9 @@ def _costs(kernel: Kernel, w: SpqrTensor, launch: Launch, gpu: Gpu) -> dict[str,
         code_reads = threads * code_bytes / ArrayType("u32", w.codes.shape).nbytes
         if code_reads < 1:
             raise ValueError(f"only {code_reads:.2f} of the codes seem to be loaded")
-    outlier = launch.outlier_steps * len(parts.outlier)
-    issue = issue_us(len(parts.once) + steps * len(parts.main) + outlier)
+    dense = threads * (len(parts.once) + steps * len(parts.main))
+    sparse = sparse_programs * kernel.threads * (len(parts.sparse) + launch.outlier_steps * len(parts.outlier))
+    issue, outlier = (1e6 * instructions / gpu.instruction_rate for instructions in (dense + sparse, sparse))
     read, written = (sum(array.nbytes for array in arrays) for arrays in (kernel.reads, kernel.writes))
     memory = 1e6 * (read + written) / gpu.bandwidth
     return {
@@ -225,7 +226,7 @@ def _costs(kernel: Kernel, w: SpqrTensor, launch: Launch, gpu: Gpu) -> dict[str,
         "kinds": kinds if parts.code_loads else None,
         "bytes_per_weight": read / weights if parts.code_loads else None,
         "issue_us": issue,
-        "outlier_us": issue_us(outlier),
+        "outlier_us": outlier,
         "memory_us": memory,
         "predicted_us": max(issue, memory),
     }

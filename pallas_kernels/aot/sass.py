@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 KINDS = {
@@ -87,8 +87,16 @@ def parse(sass: str) -> Listing:
             labels[label] = len(instructions)
         else:
             instructions.append(Instruction(name, operands, bool(guard)))
-    successors = tuple(_successors(number, one, labels) for number, one in enumerate(instructions))
-    return Listing(tuple(instructions), tuple(tuple(n for n in s if n < len(instructions)) for s in successors))
+    successors: list[tuple[int, ...]] = [()] * len(instructions)
+    seen, stack = {0}, [0]
+    # What cannot be executed can be beyond us: functions that are called where the threads of a warp have parted.
+    while stack:
+        number = stack.pop()
+        following = _successors(number, instructions[number], labels)
+        successors[number] = tuple(n for n in following if n < len(instructions))
+        stack += set(successors[number]) - seen
+        seen.update(successors[number])
+    return Listing(tuple(instructions), tuple(successors))
 
 
 def reachable(listing: Listing) -> list[int]:
@@ -112,6 +120,37 @@ def reachable(listing: Listing) -> list[int]:
     return order[::-1]
 
 
+def through(listing: Listing, numbers: Iterable[int]) -> frozenset[int]:
+    """These instructions, and all that lead to one of them or that one of them leads to.
+
+    Example:
+      >>> through(parse("/*0000*/ MOV R1, R2 ;\\n/*0010*/ EXIT ;"), [1])
+      frozenset({0, 1})
+    """
+    before, after = _predecessors(listing), dict(enumerate(listing.successors))
+    return frozenset(_closure(numbers, before) | _closure(numbers, after))
+
+
+def _closure(numbers: Iterable[int], neighbours: Mapping[int, Iterable[int]]) -> set[int]:
+    found = set(numbers)
+    stack = list(found)
+    while stack:
+        new = set(neighbours[stack.pop()]) - found
+        found |= new
+        stack += new
+    return found
+
+
+def _predecessors(listing: Listing) -> dict[int, list[int]]:
+    """The instructions that each can follow, among those that can be executed."""
+    order = reachable(listing)
+    predecessors: dict[int, list[int]] = {number: [] for number in order}
+    for number in order:
+        for successor in listing.successors[number]:
+            predecessors[successor].append(number)
+    return predecessors
+
+
 def loops(listing: Listing) -> list[frozenset[int]]:
     """The instructions of each loop, those of loops inside it included.
 
@@ -120,10 +159,7 @@ def loops(listing: Listing) -> list[frozenset[int]]:
     """
     order = reachable(listing)
     place = {number: i for i, number in enumerate(order)}
-    predecessors: dict[int, list[int]] = {number: [] for number in order}
-    for number in order:
-        for successor in listing.successors[number]:
-            predecessors[successor].append(number)
+    predecessors = _predecessors(listing)
     dominator = _dominators(order, place, predecessors)
     bodies: dict[int, set[int]] = {}
     for number in order:
@@ -175,10 +211,10 @@ def _successors(number: int, instruction: Instruction, labels: dict[str, int]) -
     if name in ("RET", "BRX", "JMX"):
         raise ValueError(f"where {name} goes is not known")
     # Far branches are CALL.REL.NOINC, from where none returns. Where the threads of a warp have parted, BRA.DIV goes to
-    # code for each apart; here they have not.
+    # code for each apart, and BRA.CONV does not pass by what brings them together; here they have not.
     if name in ("BRA", "CALL") and not instruction.name.startswith("BRA.DIV"):
         before, label = re.fullmatch(r"(.*?)`\((\S+)\)", instruction.operands).groups()  # type: ignore[union-attr]
-        if instruction.guarded or before:
+        if (instruction.guarded or before) and not instruction.name.startswith("BRA.CONV"):
             return labels[label], number + 1
         return (labels[label],)
     return (number + 1,)

@@ -1,7 +1,7 @@
 """Activations as the kernels meet them: read through the permutation, by blocks, scaled for float16 arithmetic."""
 
 import functools
-import itertools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -23,6 +23,8 @@ LARGEST = 15
 
 COLUMNS = 8
 """Code words that a program arranges where it is free to choose: few, for then there are many programs."""
+FEATURES = 64
+"""Features that a program brings into order for outliers; several tokens at a time, which are neighbours there."""
 
 
 class Arranged(NamedTuple):
@@ -31,19 +33,30 @@ class Arranged(NamedTuple):
     Attributes:
       ordered: x itself, in quantization order, for outliers alone; None where the matrix has none.
       values: x · f · 2^(−p) for code j, which the kernel holds as q · 2^(p − UNIT); in float32, or as pairs of float16
-        of the blocks in the low and in the high half of the code words.
+        of the blocks in the low and in the high half of the code words. For the tensor cores, all tokens of the
+        columns that they take at once are neighbours.
       sums: Σ x · f · 2^(−UNIT) over the codes of a group in each block of either half.
       factors: 2^UNIT / f.
     """
 
     ordered: Float[Array, "in tokens"] | None
-    values: Float[Array, "tokens 2 16 columns"] | UInt32[Array, "tokens 16 columns"]
+    values: (
+        Float[Array, "tokens 2 16 columns"]
+        | UInt32[Array, "tokens 16 columns"]
+        | UInt32[Array, "columns/together 16 tokens together"]
+    )
     sums: Float[Array, "tokens 2 groups_per_block columns"]
     factors: Float[Array, "tokens 2 columns"]
 
 
 def arrange(
-    x: Float[Array, "tokens in"], w: SpqrTensor, *, columns: int, pairs: bool, by_tile: bool = False, interpret: bool
+    x: Float[Array, "tokens in"],
+    w: SpqrTensor,
+    *,
+    columns: int,
+    pairs: bool,
+    together: int | None = None,
+    interpret: bool,
 ) -> Arranged:
     """Reads x through the permutation.
 
@@ -51,58 +64,100 @@ def arrange(
       columns: code words in a tile.
       pairs: values in float16, with f such that the largest of a block, or of a tile, is just below 2^LARGEST;
         otherwise in float32, with f = 2^UNIT.
-      by_tile: one f for a tile.
+      together: code words that the tensor cores take at once, None without them; there is one f for a tile then.
     """
     tokens, padded = x.shape[0], pl.cdiv(w.codes.shape[2], columns) * columns
-    if not by_tile:
+    if together is None:
         columns = min(columns, COLUMNS)
 
     def output(*sizes: int, dtype: Any = jnp.float32) -> Any:
-        return result((tokens, *sizes, padded), dtype, (x, w.permutation))
+        return result(sizes, dtype, (x, w.permutation))
 
-    ordered: Any = None if w.row_offsets is None else result(x.shape[::-1], x.dtype, (x, w.permutation))
+    if together is not None:
+        values = output(padded // together, BLOCK, tokens, together, dtype=jnp.uint32)
+    elif pairs:
+        values = output(tokens, BLOCK, padded, dtype=jnp.uint32)
+    else:
+        values = output(tokens, 2, BLOCK, padded)
+    programs, ordering = padded // columns * tokens, 0
+    if w.row_offsets is not None:
+        ordering = pl.cdiv(w.in_features, FEATURES) * pl.cdiv(tokens, tokens_at_once(tokens))
+    kernel = functools.partial(_kernel, w=w, columns=columns, together=together, programs=programs, interpret=interpret)
     return pl.pallas_call(
-        functools.partial(_kernel, w=w, columns=columns, by_tile=by_tile, interpret=interpret),
+        kernel,
         out_shape=Arranged(
-            ordered,
-            output(BLOCK, dtype=jnp.uint32) if pairs else output(2, BLOCK),
-            output(2, groups_per_block(w.group_size)),
-            output(2),
+            output(*x.shape[::-1], dtype=x.dtype) if ordering else None,
+            values,
+            output(tokens, 2, groups_per_block(w.group_size), padded),
+            output(tokens, 2, padded),
         ),
-        grid=(padded // columns, tokens),
+        grid=(programs + ordering,),
         compiler_params=plgpu.CompilerParams(num_warps=1),
         interpret=interpret,
         name="spqr_arrange",
     )(x, w.permutation)
 
 
-def _kernel(
-    x_ref: Any, permutation_ref: Any, *result_refs: Any, w: SpqrTensor, columns: int, by_tile: bool, interpret: bool
-) -> None:
-    arranged: Any = Arranged(*result_refs)
-    token, words = pl.program_id(1), w.codes.shape[2]
-    column = pl.program_id(0) * columns + jnp.arange(columns)
+def tokens_at_once(tokens: int) -> int:
+    """Tokens that a program treats: one alone, or what the tensor cores take, or a multiple."""
+    return 1 if tokens == 1 else 16 if tokens <= 16 else 32 if tokens <= 32 else 64
 
-    def read(half: int, j: int) -> tuple[Array, Array]:
-        place = (half * words + column) * BLOCK + j
-        real = (column < words) & (place < w.in_features)
+
+def _kernel(x: Any, permutation: Any, *results: Any, w: SpqrTensor, programs: int, **options: Any) -> None:
+    arranged: Any = Arranged(*results)
+    number, tiles = pl.program_id(0), programs // x.shape[0]
+
+    def read(place: Array, token: Array, real: Array) -> Array:
         feature = place
-        if permutation_ref is not None:
-            feature = plgpu.load(permutation_ref.at[place], mask=real, other=0).astype(jnp.int32)
-        # Interpreted, a masked store writes what it has read: beside the array, where nothing else is written.
-        return plgpu.load(x_ref.at[token, feature], mask=real, other=0), jnp.where(real, place, w.in_features)
+        if permutation is not None:
+            known = place < w.in_features
+            feature = plgpu.load(permutation.at[place], mask=known, other=0).astype(jnp.int32)
+        return plgpu.load(x.at[token, feature], mask=real, other=0)
 
-    read_values = [[read(half, j) for j in range(BLOCK)] for half in range(2)]
-    if arranged.ordered is not None:
-        # Not one by one: a load after a store would wait for it, for it could be from the same place.
-        for value, place in itertools.chain(*read_values):
-            plgpu.store(arranged.ordered.at[place, token], value, mask=place < w.in_features)
-    values = [[value.astype(jnp.float32) for value, _ in block] for block in read_values]
+    def arrange_tile() -> None:
+        _arrange_tile(arranged, read, number % tiles, number // tiles, w, **options)
+
+    if arranged.ordered is None:
+        return arrange_tile()
+    jax.lax.cond(number < programs, arrange_tile, lambda: _order(arranged.ordered, read, number - programs))
+
+
+def _order(ordered: Any, read: Callable[..., Array], number: Array) -> None:
+    """Brings features of several tokens into quantization order."""
+    features, tokens = ordered.shape
+    at_once = tokens_at_once(tokens)
+    blocks = pl.cdiv(tokens, at_once)
+    place = (number // blocks * FEATURES + jnp.arange(FEATURES))[:, None]
+    token = (number % blocks * at_once + jnp.arange(at_once))[None]
+    real = (place < features) & (token < tokens)
+    # Interpreted, a masked store writes what it has read: beside the array, where nothing else is written.
+    plgpu.store(ordered.at[jnp.where(place < features, place, features), token], read(place, token, real), mask=real)
+
+
+def _arrange_tile(
+    arranged: Any,
+    read: Callable[..., Array],
+    tile: Array,
+    token: Array,
+    w: SpqrTensor,
+    *,
+    columns: int,
+    together: int | None,
+    interpret: bool,
+) -> None:
+    words = w.codes.shape[2]
+    column = tile * columns + jnp.arange(columns)
+
+    def value(half: int, j: int) -> Array:
+        place = (half * words + column) * BLOCK + j
+        return read(place, token, (column < words) & (place < w.in_features)).astype(jnp.float32)
+
+    values = [[value(half, j) for j in range(BLOCK)] for half in range(2)]
     pairs = arranged.values.dtype == jnp.uint32
     scales = [_power(jnp.full(columns, UNIT))] * 2
     if pairs:
         largest = [functools.reduce(jnp.maximum, map(jnp.abs, block)) for block in values]
-        if by_tile:
+        if together is not None:
             largest = [jnp.broadcast_to(jnp.max(jnp.maximum(*largest)), (columns,))] * 2
         scales = [_scale_below(size) for size in largest]
     for half, scale in enumerate(scales):
@@ -114,11 +169,15 @@ def _kernel(
             plgpu.store(arranged.sums.at[token, jnp.int32(half), jnp.int32(split), column], total * 2.0**-UNIT)
     for j, position in enumerate(positions(w.bits)):
         low, high = (block[j] * 2.0**-position for block in values)
-        if pairs:
-            plgpu.store(arranged.values.at[token, jnp.int32(j), column], join(low, high, interpret=interpret))
+        code = jnp.int32(j)
+        if together is not None:
+            at = arranged.values.at[column // together, code, token, column % together]
+            plgpu.store(at, join(low, high, interpret=interpret))
+        elif pairs:
+            plgpu.store(arranged.values.at[token, code, column], join(low, high, interpret=interpret))
         else:
-            plgpu.store(arranged.values.at[token, jnp.int32(0), jnp.int32(j), column], low)
-            plgpu.store(arranged.values.at[token, jnp.int32(1), jnp.int32(j), column], high)
+            plgpu.store(arranged.values.at[token, jnp.int32(0), code, column], low)
+            plgpu.store(arranged.values.at[token, jnp.int32(1), code, column], high)
 
 
 def _scale_below(size: Float[Array, " columns"]) -> Float[Array, " columns"]:

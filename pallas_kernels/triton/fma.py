@@ -20,9 +20,12 @@ from pallas_kernels.triton.arrange import arrange
 from pallas_kernels.triton.code_pairs import code_pairs
 from pallas_kernels.triton.instructions import Pair, halves, multiply_add, pair_add, pair_multiply, pair_multiply_add
 from pallas_kernels.triton.launch import Launch
-from pallas_kernels.triton.outliers import AT_ONCE, outlier_products, outlier_steps
+from pallas_kernels.triton.outliers import dense_or_sparse, shares, sparse_launch, sparse_part, sparse_programs
 from pallas_kernels.triton.results import result
 from pallas_kernels.triton.statistics import Halves, inside, real, statistics
+
+AT_ONCE = 1
+"""Tokens of a program."""
 
 
 def fma_matmul(
@@ -38,9 +41,8 @@ def fma_matmul(
     tiles = arranged.values.shape[-1] // tile.columns
     sums = pl.pallas_call(
         functools.partial(_kernel, tile=tile, interpret=interpret),
-        out_shape=result((tiles, tokens, out), jnp.float32, (x, w)),
-        # Tiles first: then programs that run on a processor at the same time mostly read the same activations.
-        grid=(tiles, pl.cdiv(out, tile.sets * tile.rows), tokens),
+        out_shape=result((tiles + shares(w, AT_ONCE), tokens, out), jnp.float32, (x, w)),
+        grid=(tiles * _blocks(out, tile) + sparse_programs(w, AT_ONCE), tokens),
         compiler_params=plgpu.CompilerParams(num_warps=tile.warps, num_stages=1),
         interpret=interpret,
         name="spqr_fma",
@@ -50,14 +52,29 @@ def fma_matmul(
 
 def launch(w: SpqrTensor, tokens: int, tile: Tile) -> Launch:
     """The loops of the kernel, which treats one token."""
-    return Launch(outlier_steps=outlier_steps(w, pl.cdiv(w.codes.shape[2], tile.columns), AT_ONCE))
+    return sparse_launch(w, tokens, AT_ONCE)
+
+
+def _blocks(out: int, tile: Tile) -> int:
+    """Programs that it takes for all rows."""
+    return pl.cdiv(out, tile.sets * tile.rows)
 
 
 def _kernel(x: Any, w: Any, out_ref: Any, *, tile: Tile, interpret: bool) -> None:
+    tiles = x.values.shape[-1] // tile.columns
+    dense = functools.partial(_dense_part, x, w, out_ref, tiles=tiles, tile=tile, interpret=interpret)
+    sparse = functools.partial(sparse_part, x.ordered, w, out_ref, at_once=AT_ONCE, interpret=interpret)
+    dense_or_sparse(tiles * _blocks(w.shape[0], tile), dense, None if w.row_offsets is None else sparse)
+
+
+def _dense_part(
+    x: Any, w: Any, out_ref: Any, program: Array, token: Array, *, tiles: int, tile: Tile, interpret: bool
+) -> None:
     bits, out, words = w.codes.shape
     sets, count = tile.sets, tile.rows
-    number, token = pl.program_id(0), pl.program_id(2)
-    first = (pl.program_id(1) * sets + jnp.arange(sets)) * count
+    # Tiles first: then programs that run on a processor at the same time mostly read the same activations.
+    number = program % tiles
+    first = (program // tiles * sets + jnp.arange(sets)) * count
     column = number * tile.columns + jnp.arange(tile.columns)
     columns = inside(column, words, sets, tile.columns)
     # First of all, for they come from far away.
@@ -92,8 +109,6 @@ def _kernel(x: Any, w: Any, out_ref: Any, *, tile: Tile, interpret: bool) -> Non
         values = [[of_x(x.values, half, j) for j in range(BLOCK)] for half in range(2)]
         products = functools.partial(_products_in_float32, values=values, interpret=interpret)
 
-    if w.row_offsets is not None:
-        outliers = outlier_products(x.ordered, w, rows=first, count=count, tiles=out_ref.shape[0], interpret=interpret)
     for r in range(count):
         codes = code_pairs(words_of_rows[r])
         total: Any = None
@@ -101,11 +116,8 @@ def _kernel(x: Any, w: Any, out_ref: Any, *, tile: Tile, interpret: bool) -> Non
             places = range(split * BLOCK // splits, (split + 1) * BLOCK // splits)
             for product, s in zip(products(codes, places, zero(r)), scale(r), strict=True):
                 total = s * product if total is None else multiply_add(s, product, total, interpret=interpret)
-        y = total.sum(axis=1)
-        if w.row_offsets is not None:
-            y += outliers[r]
         rows = first + r
-        plgpu.store(out_ref.at[number, token, rows], y, mask=rows < out)
+        plgpu.store(out_ref.at[number, token, rows], total.sum(axis=1), mask=rows < out)
 
 
 def _products_in_float16(

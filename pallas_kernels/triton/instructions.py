@@ -23,6 +23,16 @@ def multiply_add(
     return _assembly("fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f", jnp.float32, a, b, c)
 
 
+def subtract_product(
+    c: Float[Array, "*#tile"], a: Float[Array, "*#tile"], b: Float[Array, "*#tile"], *, interpret: bool
+) -> Float[Array, "*tile"]:
+    """c − a · b in float32, rounded once; a change of sign by the compiler is an instruction of its own."""
+    if interpret:
+        return c - a * b
+    negated = "{ .reg .f32 n; neg.f32 n, $1; fma.rn.f32 $0, n, $2, $3; }"
+    return _assembly(negated, "=f,f,f,f", jnp.float32, a, b, c)
+
+
 def pair_multiply(a: Pair, b: Pair, *, interpret: bool) -> Pair:
     """a · b."""
     if interpret:

@@ -9,8 +9,10 @@ class Launch:
 
     Attributes:
       steps: how often a program runs through its main loop; 1 where it has none, and all of it counts.
-      outlier_steps: how often it runs through its loop over outliers if these are spread evenly, rounded up.
+      sparse_programs: how many of the programs multiply outliers, and no codes.
+      outlier_steps: how often those run through their loop if outliers are spread evenly, rounded up.
     """
 
     steps: int = 1
+    sparse_programs: int = 0
     outlier_steps: int = 0

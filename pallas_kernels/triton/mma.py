@@ -7,6 +7,7 @@ row, token and tile of columns, is left to XLA.
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -18,11 +19,11 @@ from jaxtyping import Array, Float, Float16
 from pallas_kernels.packing import BLOCK
 from pallas_kernels.tensor import SpqrTensor
 from pallas_kernels.tiles import DEFAULT, Tile
-from pallas_kernels.triton.arrange import arrange
+from pallas_kernels.triton.arrange import arrange, tokens_at_once
 from pallas_kernels.triton.code_pairs import UNIT, code_pairs, positions
 from pallas_kernels.triton.instructions import Pair, halves, join, pair_multiply, pair_multiply_add, twice
 from pallas_kernels.triton.launch import Launch
-from pallas_kernels.triton.outliers import IN_TURN, outlier_products_of_tokens, outlier_steps
+from pallas_kernels.triton.outliers import dense_or_sparse, shares, sparse_launch, sparse_part, sparse_programs
 from pallas_kernels.triton.results import result
 from pallas_kernels.triton.statistics import inside, real, statistics
 
@@ -40,67 +41,83 @@ def mma_matmul(
     x: Float[Array, "tokens in"], w: SpqrTensor, *, tile: Tile = DEFAULT["mma"], interpret: bool
 ) -> Float[Array, "tokens out"]:
     """y = x ŵᵀ in float16, added up in float32."""
-    columns = tile.columns * tile.steps
-    arranged = arrange(x, w, columns=columns, pairs=True, by_tile=True, interpret=interpret)
+    columns, at_once = tile.columns * tile.steps, _at_once(x.shape[0])
+    arranged = arrange(x, w, columns=columns, pairs=True, together=tile.columns, interpret=interpret)
     tokens, out = x.shape[0], w.shape[0]
-    tiles = arranged.values.shape[-1] // columns
-    at_once = _at_once(tokens)
+    tiles = arranged.factors.shape[-1] // columns
     sums = pl.pallas_call(
         functools.partial(_kernel, tile=tile, at_once=at_once, interpret=interpret),
-        out_shape=result((tiles, tokens, out), jnp.float32, (x, w)),
-        # Tiles first: then programs that run on a processor at the same time mostly read the same activations.
-        grid=(tiles, pl.cdiv(out, tile.sets * tile.rows), pl.cdiv(tokens, at_once)),
+        out_shape=result((tiles + shares(w, at_once), tokens, out), jnp.float32, (x, w)),
+        grid=(tiles * _blocks(out, tile) + sparse_programs(w, at_once), pl.cdiv(tokens, at_once)),
         compiler_params=plgpu.CompilerParams(num_warps=tile.warps, num_stages=1),
         interpret=interpret,
         name="spqr_mma",
-    )(arranged.ordered, arranged.values, arranged.factors, w)
+    )(arranged, w)
     return sums.sum(0).astype(x.dtype)
 
 
 def launch(w: SpqrTensor, tokens: int, tile: Tile) -> Launch:
     """The loops of the kernel, which treats its tokens at once."""
-    tiles = pl.cdiv(w.codes.shape[2], tile.columns * tile.steps)
-    return Launch(steps=tile.steps, outlier_steps=outlier_steps(w, tiles, IN_TURN))
+    return replace(sparse_launch(w, tokens, _at_once(tokens)), steps=tile.steps)
 
 
 def _at_once(tokens: int) -> int:
     """Tokens of a program."""
-    return 16 if tokens <= 16 else 32 if tokens <= 32 else 64
+    return max(16, tokens_at_once(tokens))
 
 
-def _kernel(
-    x_ref: Any, values_ref: Any, factors_ref: Any, w: Any, out_ref: Any, *, tile: Tile, at_once: int, interpret: bool
+def _blocks(out: int, tile: Tile) -> int:
+    """Programs that it takes for all rows."""
+    return pl.cdiv(out, tile.sets * tile.rows)
+
+
+def _kernel(x: Any, w: Any, out_ref: Any, *, tile: Tile, at_once: int, interpret: bool) -> None:
+    tiles = x.factors.shape[-1] // (tile.columns * tile.steps)
+    dense = functools.partial(_dense_part, x, w, out_ref, tiles=tiles, tile=tile, at_once=at_once, interpret=interpret)
+    sparse = functools.partial(sparse_part, x.ordered, w, out_ref, at_once=at_once, interpret=interpret)
+    dense_or_sparse(tiles * _blocks(w.shape[0], tile), dense, None if w.row_offsets is None else sparse)
+
+
+def _dense_part(
+    x: Any,
+    w: Any,
+    out_ref: Any,
+    program: Array,
+    tokens_block: Array,
+    *,
+    tiles: int,
+    tile: Tile,
+    at_once: int,
+    interpret: bool,
 ) -> None:
-    number, tokens, out = pl.program_id(0), values_ref.shape[0], w.shape[0]
-    first = (pl.program_id(1) * tile.sets + jnp.arange(tile.sets)) * tile.rows
-    token = pl.program_id(2) * at_once + jnp.arange(at_once)
+    tokens, out = x.factors.shape[0], w.shape[0]
+    # Tiles first: then programs that run on a processor at the same time mostly read the same activations.
+    number = program % tiles
+    first = (program // tiles * tile.sets + jnp.arange(tile.sets)) * tile.rows
+    token = tokens_block * at_once + jnp.arange(at_once)
     known = token < tokens
 
     def step(i: Array, sums: tuple[Array, ...]) -> tuple[Array, ...]:
-        column = (number * tile.steps + i) * tile.columns + jnp.arange(tile.columns)
+        block = number * tile.steps + i
+        column = block * tile.columns + jnp.arange(tile.columns)
         weights = [_weights(w, first, r, column, tile=tile, interpret=interpret) for r in range(tile.rows)]
         for j in range(BLOCK):
-            at = values_ref.at[token[:, None], jnp.int32(j), column[None]]
-            x = plgpu.load(at, mask=jnp.broadcast_to(known[:, None], (at_once, tile.columns)), other=0)
-            x = _side_by_side(x)
+            at = x.values.at[block, jnp.int32(j), token[:, None], jnp.arange(tile.columns)[None]]
+            values = plgpu.load(at, mask=jnp.broadcast_to(known[:, None], (at_once, tile.columns)), other=0)
+            values = _side_by_side(values)
             sums = tuple(
-                total + plgpu.dot(_side_by_side(weight(j)), x, trans_b=True)
+                total + plgpu.dot(_side_by_side(weight(j)), values, trans_b=True)
                 for total, weight in zip(sums, weights, strict=True)
             )
         return sums
 
     sums = jax.lax.fori_loop(0, tile.steps, step, (jnp.zeros((tile.sets, at_once), jnp.float32),) * tile.rows)
-    factor = plgpu.load(factors_ref.at[token, jnp.int32(0), number * tile.steps * tile.columns], mask=known, other=0)
+    factor = plgpu.load(x.factors.at[token, jnp.int32(0), number * tile.steps * tile.columns], mask=known, other=0)
     factor = factor * 2.0 ** (SMALLER - UNIT)
-    products = [total * factor[None] for total in sums]
-    if w.row_offsets is not None:
-        outliers = outlier_products_of_tokens(
-            x_ref, w, rows=first, count=tile.rows, tiles=out_ref.shape[0], token=token, interpret=interpret
-        )
-        products = [a + b for a, b in zip(products, outliers, strict=True)]
-    for r, product in enumerate(products):
+    for r, total in enumerate(sums):
         row = first + r
-        plgpu.store(out_ref.at[number, token[None], row[:, None]], product, mask=known[None] & (row < out)[:, None])
+        at = out_ref.at[number, token[None], row[:, None]]
+        plgpu.store(at, total * factor[None], mask=known[None] & (row < out)[:, None])
 
 
 def _weights(w: Any, first: Array, r: int, column: Array, *, tile: Tile, interpret: bool) -> Callable[[int], Pair]:

@@ -3,8 +3,6 @@
 Here and in the other kernels, `w` is an `SpqrTensor` of references to its arrays.
 """
 
-import functools
-import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,65 +10,104 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from pallas_kernels.tensor import SpqrTensor
 from pallas_kernels.triton.instructions import multiply_add
+from pallas_kernels.triton.launch import Launch
 from pallas_kernels.triton.layouts import by_fours
 from pallas_kernels.triton.results import result
 
-AT_ONCE = 8
-"""Outliers of one row that a program treats at once."""
 ADDED_AT_ONCE = 128
-"""The same where they are added to a dense matrix."""
-IN_TURN = 4
-"""The same where each is multiplied with several tokens: what the one reads does not wait for the other."""
+"""Outliers of one row that a program adds at once to a dense matrix."""
 
 
-def outlier_products(
-    x_ref: Float[Any, "in tokens"], w: Any, *, rows: Int[Array, " sets"], count: int, tiles: int, interpret: bool
-) -> list[Float[Array, " sets"]]:
-    """Of each of `count` rows from `rows` on, Σ residual · x over this program's share of the row's outliers.
+class SparseTile(NamedTuple):
+    """What one program multiplies of the outliers.
 
-    The grid is (tiles, rows, tokens); the programs of all tiles share the outliers of a row evenly. x is in
-    quantization order: memory serves one place after the other, and the permutation would take as long again.
+    Attributes:
+      shares: programs that share out the outliers of a row evenly, each with sums of its own.
+      rows: neighbouring rows.
+      lanes: outliers of each row at once.
     """
-    token, lane, part = pl.program_id(2), jnp.arange(AT_ONCE)[None], (pl.program_id(0), tiles)
 
-    def product(_: int, start: Array, stop: Array, i: Array, total: Array) -> Array:
-        place = start[:, None] + i * AT_ONCE + lane
+    shares: int
+    rows: int
+    lanes: int
+
+
+def sparse_tile(at_once: int) -> SparseTile:
+    """The fastest of some that were tried on an H100, for so many tokens at once."""
+    if at_once == 1:
+        return SparseTile(shares=4, rows=16, lanes=32)
+    return SparseTile(shares=2, rows=8, lanes=256 // at_once)
+
+
+def shares(w: SpqrTensor, at_once: int) -> int:
+    """Sums of the sparse part for each row, beside those of the dense part; none where there are no outliers."""
+    return 0 if w.row_offsets is None else sparse_tile(at_once).shares
+
+
+def sparse_programs(w: SpqrTensor, at_once: int) -> int:
+    """Programs that multiply outliers, for each block of tokens."""
+    return shares(w, at_once) * pl.cdiv(w.shape[0], sparse_tile(at_once).rows)
+
+
+Part = Callable[[Array, Array], None]
+"""What programs do, given the number of a program among those of the part, and that of its block of tokens."""
+
+
+def dense_or_sparse(dense_programs: int, dense: Part, sparse: Part | None) -> None:
+    """Runs one of both parts.
+
+    Programs of their own multiply the outliers, because each waits for memory three times: for where the outliers of
+    its rows are, for their columns, and for the activations there. Meanwhile others multiply the dense part. They come
+    last, where otherwise processors would have nothing to do.
+    """
+    number, block = pl.program_id(0), pl.program_id(1)
+    if sparse is None:
+        return dense(number, block)
+    jax.lax.cond(number < dense_programs, lambda: dense(number, block), lambda: sparse(number - dense_programs, block))
+
+
+def sparse_part(
+    x_ref: Float[Any, "in tokens"], w: Any, out_ref: Any, number: Array, block: Array, *, at_once: int, interpret: bool
+) -> None:
+    """Σ residual · x over a share of the outliers of some rows, for a block of tokens.
+
+    x is in quantization order: memory serves one place after the other, and the permutation would take as long again.
+    """
+    out, tokens, tile = w.row_offsets.shape[0] - 1, x_ref.shape[1], sparse_tile(at_once)
+    share, row = number % tile.shares, number // tile.shares * tile.rows + jnp.arange(tile.rows)
+    token = block * at_once + jnp.arange(at_once)
+    known, shape = token < tokens, (tile.rows, tile.lanes, at_once)
+    start, stop = (plgpu.load(w.row_offsets.at[jnp.minimum(row + place, out)]) for place in range(2))
+    size = _ceil(stop - start, tile.shares)
+    start = start + share * size
+    stop = jnp.minimum(start + size, stop)
+    neighbours = token if at_once == 1 else by_fours(token)
+
+    def step(i: Array, total: Array) -> Array:
+        place = start[:, None] + i * tile.lanes + jnp.arange(tile.lanes)
         residual, column = _outlier(w, place, place < stop[:, None])
-        value = plgpu.load(x_ref.at[column, token]).astype(jnp.float32)
-        return multiply_add(residual, value, total, interpret=interpret)
+        at = x_ref.at[column[:, :, None], neighbours[None, None]]
+        value = plgpu.load(at, mask=jnp.broadcast_to(known[None, None], shape), other=0).astype(jnp.float32)
+        return multiply_add(jnp.broadcast_to(residual[:, :, None], shape), value, total, interpret=interpret)
 
-    sums = _over_shares(product, w, rows, count, part, AT_ONCE, jnp.zeros((rows.shape[0], AT_ONCE), jnp.float32))
-    return [total.sum(axis=1) for total in sums]
+    steps = _ceil(jnp.max(size), tile.lanes)
+    total = jax.lax.fori_loop(0, steps, step, jnp.zeros(shape, jnp.float32)).sum(axis=1)
+    at = out_ref.at[out_ref.shape[0] - tile.shares + share, token[None], row[:, None]]
+    plgpu.store(at, total, mask=known[None] & (row < out)[:, None])
 
 
-def outlier_products_of_tokens(
-    x_ref: Float[Any, "in tokens"],
-    w: Any,
-    *,
-    rows: Int[Array, " sets"],
-    count: int,
-    tiles: int,
-    token: Int[Array, " tokens"],
-    interpret: bool,
-) -> list[Float[Array, "sets tokens"]]:
-    """The same for several tokens."""
-
-    def product(_: int, start: Array, stop: Array, i: Array, total: Array) -> Array:
-        known = jnp.broadcast_to((token < x_ref.shape[1])[None], total.shape)
-        for n in range(IN_TURN):
-            place = start + i * IN_TURN + n
-            residual, column = _outlier(w, place, place < stop)
-            value = plgpu.load(x_ref.at[column[:, None], by_fours(token)[None]], mask=known, other=0)
-            residual = jnp.broadcast_to(residual[:, None], total.shape)
-            total = multiply_add(residual, value.astype(jnp.float32), total, interpret=interpret)
-        return total
-
-    start = jnp.zeros((rows.shape[0], token.shape[0]), jnp.float32)
-    return _over_shares(product, w, rows, count, (pl.program_id(0), tiles), IN_TURN, start)
+def sparse_launch(w: SpqrTensor, tokens: int, at_once: int) -> Launch:
+    """The programs of the sparse part, and their loop where outliers are spread evenly."""
+    if w.outlier_values is None:
+        return Launch()
+    tile = sparse_tile(at_once)
+    share = pl.cdiv(pl.cdiv(w.outlier_values.shape[0], w.shape[0]), tile.shares)
+    programs = sparse_programs(w, at_once) * pl.cdiv(tokens, at_once)
+    return Launch(sparse_programs=programs, outlier_steps=pl.cdiv(share, tile.lanes))
 
 
 class Outliers(NamedTuple):
@@ -100,25 +137,19 @@ def add_outliers(dense: Float[Array, "in out"], w: SpqrTensor, *, interpret: boo
 
 
 def _add_kernel(_: Any, w: Any, out_ref: Any) -> None:
-    row, lane = pl.program_id(0) + jnp.arange(1), jnp.arange(ADDED_AT_ONCE)[None]
+    row, lane = pl.program_id(0), jnp.arange(ADDED_AT_ONCE)
+    start, stop = (plgpu.load(w.row_offsets.at[row + place]) for place in range(2))
 
-    def add(r: int, start: Array, stop: Array, i: Array, _: None) -> None:
-        place = start[:, None] + i * ADDED_AT_ONCE + lane
-        real = place < stop[:, None]
+    def add(i: Array, _: None) -> None:
+        place = start + i * ADDED_AT_ONCE + lane
+        real = place < stop
         residual, column = _outlier(w, place, real)
         # Interpreted, a masked store writes what it has read: beside the matrix, where nothing else is written.
-        at = out_ref.at[jnp.where(real, _feature(w, column), out_ref.shape[0]), (row + r)[:, None]]
+        at = out_ref.at[jnp.where(real, _feature(w, column), out_ref.shape[0]), row]
         beneath = plgpu.load(at, mask=real, other=0).astype(jnp.float32)
         plgpu.store(at, (beneath + residual).astype(out_ref.dtype), mask=real)
 
-    _over_shares(add, w, row, 1, (jnp.int32(0), 1), ADDED_AT_ONCE, None)
-
-
-def outlier_steps(w: SpqrTensor, tiles: int, at_once: int) -> int:
-    """How often a program runs through its loop over outliers where they are spread evenly."""
-    if w.outlier_values is None:
-        return 0
-    return pl.cdiv(pl.cdiv(pl.cdiv(w.outlier_values.shape[0], w.shape[0]), tiles), at_once)
+    jax.lax.fori_loop(0, _ceil(stop - start, ADDED_AT_ONCE), add, None)
 
 
 def _outlier(w: Any, place: Array, real: Array) -> tuple[Array, Array]:
@@ -129,33 +160,6 @@ def _outlier(w: Any, place: Array, real: Array) -> tuple[Array, Array]:
 
 def _feature(w: Any, column: Array) -> Array:
     return column if w.permutation is None else plgpu.load(w.permutation.at[column]).astype(jnp.int32)
-
-
-def _over_shares(
-    visit: Callable[[int, Array, Array, Array, Any], Any],
-    w: Any,
-    rows: Int[Array, " sets"],
-    count: int,
-    part: tuple[Array, int],
-    at_once: int,
-    carry: Any,
-) -> list[Any]:
-    """Runs `carry = visit(r, start, stop, i, carry)` for each row r until its share, start to stop, is through.
-
-    Args:
-      part: which share, of how many equal ones.
-    """
-    (tile, tiles), out = part, w.row_offsets.shape[0] - 1
-    ends = [plgpu.load(w.row_offsets.at[jnp.minimum(rows + r, out)]) for r in range(count + 1)]
-    shares = [_ceil(stop - start, tiles) for start, stop in itertools.pairwise(ends)]
-    starts = [start + tile * share for start, share in zip(ends, shares, strict=False)]
-    stops = [jnp.minimum(start + share, end) for start, share, end in zip(starts, shares, ends[1:], strict=True)]
-
-    def step(i: Array, carries: list[Any]) -> list[Any]:
-        return [visit(r, starts[r], stops[r], i, carries[r]) for r in range(count)]
-
-    longest = functools.reduce(jnp.maximum, [jnp.max(share) for share in shares])
-    return jax.lax.fori_loop(0, _ceil(longest, at_once), step, [carry] * count)
 
 
 def _ceil(a: Array, b: int) -> Array:

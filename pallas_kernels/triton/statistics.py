@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.packing import BLOCK
 from pallas_kernels.triton.code_pairs import MANTISSA, UNIT, planes_pair
-from pallas_kernels.triton.instructions import halves, multiply_add, pair_multiply, twice
+from pallas_kernels.triton.instructions import halves, multiply_add, pair_multiply, subtract_product, twice
 from pallas_kernels.triton.layouts import by_fours
 
 Halves = list[Float[Array, "sets columns"]]
@@ -119,7 +119,7 @@ def _statistic(
     scales, zeros = (read(array, stats_group) for array in (second_scale, second_zero))
     slopes = [scale.astype(jnp.float32) * f for scale, f in zip(scales, factors, strict=True)]
     intercepts = [
-        multiply_add(-slope, zero.astype(jnp.float32), jnp.float32(term), interpret=interpret)
+        subtract_product(jnp.float32(term), slope, zero.astype(jnp.float32), interpret=interpret)
         for slope, zero in zip(slopes, zeros, strict=True)
     ]
     slopes = [slope * 2.0**UNIT for slope in slopes]
