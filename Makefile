@@ -30,11 +30,11 @@ gpu:
 	@mkdir -p $(RESULTS); failed=; \
 	gpu=$$($(PYTHON) -c '$(NAME_OF_GPU)') || exit 1; \
 	step() { name=$$1; shift; echo "== $$name, $$(date +%T)"; "$$@" || failed="$$failed $$name"; }; \
-	step tests $(BESIDE_EACH_OTHER) timeout 110 $(PYTHON) -m pytest -q -n 12 -m 'gpu and not slow' --junitxml=$(RESULTS)/tests-$$gpu.xml tests/test_triton.py; \
+	step tests $(BESIDE_EACH_OTHER) timeout 80 $(PYTHON) -m pytest -q -n 12 -m 'gpu and not slow' --junitxml=$(RESULTS)/tests-$$gpu.xml tests/test_triton.py; \
 	step solver $(BESIDE_EACH_OTHER) timeout 90 $(PYTHON) -m pytest -q -n 12 tests/test_solver.py tests/test_statistics.py; \
-	step tune timeout 130 $(PYTHON) -m pallas_kernels.tune --seconds 100; \
+	step tune timeout 90 $(PYTHON) -m pallas_kernels.tune --seconds 60; \
 	step kernels timeout 110 $(PYTHON) -m pallas_kernels.benchmark --seconds 85 --output $(RESULTS)/kernels-$$gpu.json; \
-	step decode timeout 120 $(PYTHON) -m spqr_jax.benchmark --decode --seconds 90 --output $(RESULTS)/decode-$$gpu.json; \
+	step decode timeout 190 $(PYTHON) -m spqr_jax.benchmark --decode --seconds 150 --output $(RESULTS)/decode-$$gpu.json; \
 	cp pallas_kernels/gpus/$$gpu.json $(RESULTS)/tiles-$$gpu.json; \
 	test -z "$$failed" || { echo "failed:$$failed"; exit 1; }
 

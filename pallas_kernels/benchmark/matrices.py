@@ -88,8 +88,8 @@ def _outliers(like: SpqrTensor, keys: Iterator[Array]) -> dict[str, Any]:
     # More outliers than columns are possible in small matrices only; what is cut off there is padding.
     per_row = jnp.minimum(per_row, columns).astype(jnp.uint32)
     offsets = jnp.concatenate([jnp.zeros(1, jnp.uint32), jnp.cumsum(per_row, dtype=jnp.uint32)])
-    row = jnp.repeat(jnp.arange(out), per_row, total_repeat_length=count)
     place = jnp.arange(count, dtype=jnp.uint32)
+    row = jnp.minimum(jnp.searchsorted(offsets, place, side="right") - 1, out - 1)
     values = jnp.where(place < offsets[-1], RESIDUAL * jax.random.normal(next(keys), (count,)), 0)
     return {
         "row_offsets": offsets.astype(jnp.int32),

@@ -90,6 +90,7 @@ def fused_shapes(model: Decoder) -> dict[str, tuple[int, int]]:
     return fused
 
 
+@functools.cache
 def _shapes(model: Decoder) -> Params:
     shapes: Params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
     return shapes
