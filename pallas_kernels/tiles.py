@@ -25,6 +25,10 @@ class Tile:
     steps: int = 1
     warps: int = 1
 
+    def blocks(self, rows: int) -> int:
+        """Programs that it takes for so many rows."""
+        return -(-rows // (self.sets * self.rows))
+
 
 DEFAULT: dict[Regime, Tile] = {
     "fma": Tile(sets=1, rows=8, columns=64),

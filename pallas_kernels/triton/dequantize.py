@@ -32,7 +32,7 @@ def dequantize_matrix(
     dense: Any = pl.pallas_call(
         functools.partial(_kernel, tile=tile, interpret=interpret),
         out_shape=result(w.shape[::-1], dtype, w),
-        grid=(pl.cdiv(w.codes.shape[2], tile.columns), pl.cdiv(w.shape[0], tile.sets * tile.rows)),
+        grid=(pl.cdiv(w.codes.shape[2], tile.columns), tile.blocks(w.shape[0])),
         compiler_params=plgpu.CompilerParams(num_warps=tile.warps, num_stages=1),
         interpret=interpret,
         name="spqr_dequantize",

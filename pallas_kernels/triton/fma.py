@@ -42,7 +42,7 @@ def fma_matmul(
     sums = pl.pallas_call(
         functools.partial(_kernel, tile=tile, interpret=interpret),
         out_shape=result((tiles + shares(w, AT_ONCE), tokens, out), jnp.float32, (x, w)),
-        grid=(tiles * _blocks(out, tile) + sparse_programs(w, AT_ONCE), tokens),
+        grid=(tiles * tile.blocks(out) + sparse_programs(w, AT_ONCE), tokens),
         compiler_params=plgpu.CompilerParams(num_warps=tile.warps, num_stages=1),
         interpret=interpret,
         name="spqr_fma",
@@ -55,16 +55,11 @@ def launch(w: SpqrTensor, tokens: int, tile: Tile) -> Launch:
     return sparse_launch(w, tokens, AT_ONCE)
 
 
-def _blocks(out: int, tile: Tile) -> int:
-    """Programs that it takes for all rows."""
-    return pl.cdiv(out, tile.sets * tile.rows)
-
-
 def _kernel(x: Any, w: Any, out_ref: Any, *, tile: Tile, interpret: bool) -> None:
     tiles = x.values.shape[-1] // tile.columns
     dense = functools.partial(_dense_part, x, w, out_ref, tiles=tiles, tile=tile, interpret=interpret)
     sparse = functools.partial(sparse_part, x.ordered, w, out_ref, at_once=AT_ONCE, interpret=interpret)
-    dense_or_sparse(tiles * _blocks(w.shape[0], tile), dense, None if w.row_offsets is None else sparse)
+    dense_or_sparse(tiles * tile.blocks(w.shape[0]), dense, None if w.row_offsets is None else sparse)
 
 
 def _dense_part(

@@ -48,7 +48,7 @@ def mma_matmul(
     sums = pl.pallas_call(
         functools.partial(_kernel, tile=tile, at_once=at_once, interpret=interpret),
         out_shape=result((tiles + shares(w, at_once), tokens, out), jnp.float32, (x, w)),
-        grid=(tiles * _blocks(out, tile) + sparse_programs(w, at_once), pl.cdiv(tokens, at_once)),
+        grid=(tiles * tile.blocks(out) + sparse_programs(w, at_once), pl.cdiv(tokens, at_once)),
         compiler_params=plgpu.CompilerParams(num_warps=tile.warps, num_stages=1),
         interpret=interpret,
         name="spqr_mma",
@@ -66,16 +66,11 @@ def _at_once(tokens: int) -> int:
     return max(16, tokens_at_once(tokens))
 
 
-def _blocks(out: int, tile: Tile) -> int:
-    """Programs that it takes for all rows."""
-    return pl.cdiv(out, tile.sets * tile.rows)
-
-
 def _kernel(x: Any, w: Any, out_ref: Any, *, tile: Tile, at_once: int, interpret: bool) -> None:
     tiles = x.factors.shape[-1] // (tile.columns * tile.steps)
     dense = functools.partial(_dense_part, x, w, out_ref, tiles=tiles, tile=tile, at_once=at_once, interpret=interpret)
     sparse = functools.partial(sparse_part, x.ordered, w, out_ref, at_once=at_once, interpret=interpret)
-    dense_or_sparse(tiles * _blocks(w.shape[0], tile), dense, None if w.row_offsets is None else sparse)
+    dense_or_sparse(tiles * tile.blocks(w.shape[0]), dense, None if w.row_offsets is None else sparse)
 
 
 def _dense_part(
