@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 KINDS = {
@@ -62,7 +62,7 @@ class Listing:
 
     Attributes:
       instructions: all, in the order of their addresses.
-      successors: numbers of the instructions that can follow each.
+      successors: numbers of the instructions that can follow each; none for what cannot be executed.
     """
 
     instructions: tuple[Instruction, ...]
@@ -127,11 +127,10 @@ def through(listing: Listing, numbers: Iterable[int]) -> frozenset[int]:
       >>> through(parse("/*0000*/ MOV R1, R2 ;\\n/*0010*/ EXIT ;"), [1])
       frozenset({0, 1})
     """
-    before, after = _predecessors(listing), dict(enumerate(listing.successors))
-    return frozenset(_closure(numbers, before) | _closure(numbers, after))
+    return frozenset(_closure(numbers, _predecessors(listing)) | _closure(numbers, listing.successors))
 
 
-def _closure(numbers: Iterable[int], neighbours: Mapping[int, Iterable[int]]) -> set[int]:
+def _closure(numbers: Iterable[int], neighbours: Sequence[Iterable[int]]) -> set[int]:
     found = set(numbers)
     stack = list(found)
     while stack:
@@ -141,12 +140,11 @@ def _closure(numbers: Iterable[int], neighbours: Mapping[int, Iterable[int]]) ->
     return found
 
 
-def _predecessors(listing: Listing) -> dict[int, list[int]]:
-    """The instructions that each can follow, among those that can be executed."""
-    order = reachable(listing)
-    predecessors: dict[int, list[int]] = {number: [] for number in order}
-    for number in order:
-        for successor in listing.successors[number]:
+def _predecessors(listing: Listing) -> list[list[int]]:
+    """The instructions that each can follow; those that cannot be executed have no successors."""
+    predecessors: list[list[int]] = [[] for _ in listing.instructions]
+    for number, following in enumerate(listing.successors):
+        for successor in following:
             predecessors[successor].append(number)
     return predecessors
 
@@ -173,7 +171,7 @@ def loops(listing: Listing) -> list[frozenset[int]]:
     return [frozenset(body) for body in bodies.values()]
 
 
-def _dominators(order: list[int], place: dict[int, int], predecessors: dict[int, list[int]]) -> dict[int, int]:
+def _dominators(order: list[int], place: dict[int, int], predecessors: Sequence[Sequence[int]]) -> dict[int, int]:
     """The last instruction before each that is on every way to it (Cooper, Harvey and Kennedy 2001)."""
     dominator = {order[0]: order[0]}
 

@@ -14,6 +14,7 @@ from pallas_kernels.packing import BLOCK
 from pallas_kernels.tensor import SpqrTensor
 from pallas_kernels.triton.code_pairs import UNIT, positions
 from pallas_kernels.triton.instructions import join
+from pallas_kernels.triton.parts import first_and_rest
 from pallas_kernels.triton.results import result
 from pallas_kernels.triton.statistics import groups_per_block
 
@@ -105,7 +106,7 @@ def tokens_at_once(tokens: int) -> int:
 
 def _kernel(x: Any, permutation: Any, *results: Any, w: SpqrTensor, programs: int, **options: Any) -> None:
     arranged: Any = Arranged(*results)
-    number, tiles = pl.program_id(0), programs // x.shape[0]
+    tiles = programs // x.shape[0]
 
     def read(place: Array, token: Array, real: Array) -> Array:
         feature = place
@@ -114,12 +115,11 @@ def _kernel(x: Any, permutation: Any, *results: Any, w: SpqrTensor, programs: in
             feature = plgpu.load(permutation.at[place], mask=known, other=0).astype(jnp.int32)
         return plgpu.load(x.at[token, feature], mask=real, other=0)
 
-    def arrange_tile() -> None:
+    def arrange_tile(number: Array) -> None:
         _arrange_tile(arranged, read, number % tiles, number // tiles, w, **options)
 
-    if arranged.ordered is None:
-        return arrange_tile()
-    jax.lax.cond(number < programs, arrange_tile, lambda: _order(arranged.ordered, read, number - programs))
+    order = functools.partial(_order, arranged.ordered, read)
+    first_and_rest(programs, arrange_tile, None if arranged.ordered is None else order)
 
 
 def _order(ordered: Any, read: Callable[..., Array], number: Array) -> None:
@@ -131,7 +131,7 @@ def _order(ordered: Any, read: Callable[..., Array], number: Array) -> None:
     token = (number % blocks * at_once + jnp.arange(at_once))[None]
     real = (place < features) & (token < tokens)
     # Interpreted, a masked store writes what it has read: beside the array, where nothing else is written.
-    plgpu.store(ordered.at[jnp.where(place < features, place, features), token], read(place, token, real), mask=real)
+    plgpu.store(ordered.at[jnp.minimum(place, features), token], read(place, token, real), mask=real)
 
 
 def _arrange_tile(

@@ -20,7 +20,8 @@ from pallas_kernels.triton.arrange import arrange
 from pallas_kernels.triton.code_pairs import code_pairs
 from pallas_kernels.triton.instructions import Pair, halves, multiply_add, pair_add, pair_multiply, pair_multiply_add
 from pallas_kernels.triton.launch import Launch
-from pallas_kernels.triton.outliers import dense_or_sparse, shares, sparse_launch, sparse_part, sparse_programs
+from pallas_kernels.triton.outliers import shares, sparse_launch, sparse_part, sparse_programs
+from pallas_kernels.triton.parts import first_and_rest
 from pallas_kernels.triton.results import result
 from pallas_kernels.triton.statistics import Halves, inside, real, statistics
 
@@ -57,13 +58,14 @@ def launch(w: SpqrTensor, tokens: int, tile: Tile) -> Launch:
 
 def _kernel(x: Any, w: Any, out_ref: Any, *, tile: Tile, interpret: bool) -> None:
     tiles = x.values.shape[-1] // tile.columns
-    dense = functools.partial(_dense_part, x, w, out_ref, tiles=tiles, tile=tile, interpret=interpret)
-    sparse = functools.partial(sparse_part, x.ordered, w, out_ref, at_once=AT_ONCE, interpret=interpret)
-    dense_or_sparse(tiles * tile.blocks(w.shape[0]), dense, None if w.row_offsets is None else sparse)
+    token = pl.program_id(1)
+    dense = functools.partial(_dense_part, x, w, out_ref, token=token, tiles=tiles, tile=tile, interpret=interpret)
+    sparse = functools.partial(sparse_part, x.ordered, w, out_ref, block=token, at_once=AT_ONCE, interpret=interpret)
+    first_and_rest(tiles * tile.blocks(w.shape[0]), dense, None if w.row_offsets is None else sparse)
 
 
 def _dense_part(
-    x: Any, w: Any, out_ref: Any, program: Array, token: Array, *, tiles: int, tile: Tile, interpret: bool
+    x: Any, w: Any, out_ref: Any, program: Array, *, token: Array, tiles: int, tile: Tile, interpret: bool
 ) -> None:
     bits, out, words = w.codes.shape
     sets, count = tile.sets, tile.rows

@@ -23,7 +23,8 @@ from pallas_kernels.triton.arrange import arrange, tokens_at_once
 from pallas_kernels.triton.code_pairs import UNIT, code_pairs, positions
 from pallas_kernels.triton.instructions import Pair, halves, join, pair_multiply, pair_multiply_add, twice
 from pallas_kernels.triton.launch import Launch
-from pallas_kernels.triton.outliers import dense_or_sparse, shares, sparse_launch, sparse_part, sparse_programs
+from pallas_kernels.triton.outliers import shares, sparse_launch, sparse_part, sparse_programs
+from pallas_kernels.triton.parts import first_and_rest
 from pallas_kernels.triton.results import result
 from pallas_kernels.triton.statistics import inside, real, statistics
 
@@ -68,9 +69,10 @@ def _at_once(tokens: int) -> int:
 
 def _kernel(x: Any, w: Any, out_ref: Any, *, tile: Tile, at_once: int, interpret: bool) -> None:
     tiles = x.factors.shape[-1] // (tile.columns * tile.steps)
-    dense = functools.partial(_dense_part, x, w, out_ref, tiles=tiles, tile=tile, at_once=at_once, interpret=interpret)
-    sparse = functools.partial(sparse_part, x.ordered, w, out_ref, at_once=at_once, interpret=interpret)
-    dense_or_sparse(tiles * tile.blocks(w.shape[0]), dense, None if w.row_offsets is None else sparse)
+    options: Any = {"block": pl.program_id(1), "at_once": at_once, "interpret": interpret}
+    dense = functools.partial(_dense_part, x, w, out_ref, tiles=tiles, tile=tile, **options)
+    sparse = functools.partial(sparse_part, x.ordered, w, out_ref, **options)
+    first_and_rest(tiles * tile.blocks(w.shape[0]), dense, None if w.row_offsets is None else sparse)
 
 
 def _dense_part(
@@ -78,8 +80,8 @@ def _dense_part(
     w: Any,
     out_ref: Any,
     program: Array,
-    tokens_block: Array,
     *,
+    block: Array,
     tiles: int,
     tile: Tile,
     at_once: int,
@@ -89,15 +91,15 @@ def _dense_part(
     # Tiles first: then programs that run on a processor at the same time mostly read the same activations.
     number = program % tiles
     first = (program // tiles * tile.sets + jnp.arange(tile.sets)) * tile.rows
-    token = tokens_block * at_once + jnp.arange(at_once)
+    token = block * at_once + jnp.arange(at_once)
     known = token < tokens
 
     def step(i: Array, sums: tuple[Array, ...]) -> tuple[Array, ...]:
-        block = number * tile.steps + i
-        column = block * tile.columns + jnp.arange(tile.columns)
+        columns = number * tile.steps + i
+        column = columns * tile.columns + jnp.arange(tile.columns)
         weights = [_weights(w, first, r, column, tile=tile, interpret=interpret) for r in range(tile.rows)]
         for j in range(BLOCK):
-            at = x.values.at[block, jnp.int32(j), token[:, None], jnp.arange(tile.columns)[None]]
+            at = x.values.at[columns, jnp.int32(j), token[:, None], jnp.arange(tile.columns)[None]]
             values = plgpu.load(at, mask=jnp.broadcast_to(known[:, None], (at_once, tile.columns)), other=0)
             values = _side_by_side(values)
             sums = tuple(

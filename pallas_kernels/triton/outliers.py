@@ -3,7 +3,6 @@
 Here and in the other kernels, `w` is an `SpqrTensor` of references to its arrays.
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -53,27 +52,14 @@ def sparse_programs(w: SpqrTensor, at_once: int) -> int:
     return shares(w, at_once) * pl.cdiv(w.shape[0], sparse_tile(at_once).rows)
 
 
-Part = Callable[[Array, Array], None]
-"""What programs do, given the number of a program among those of the part, and that of its block of tokens."""
-
-
-def dense_or_sparse(dense_programs: int, dense: Part, sparse: Part | None) -> None:
-    """Runs one of both parts.
-
-    Programs of their own multiply the outliers, because each waits for memory three times: for where the outliers of
-    its rows are, for their columns, and for the activations there. Meanwhile others multiply the dense part. They come
-    last, where otherwise processors would have nothing to do.
-    """
-    number, block = pl.program_id(0), pl.program_id(1)
-    if sparse is None:
-        return dense(number, block)
-    jax.lax.cond(number < dense_programs, lambda: dense(number, block), lambda: sparse(number - dense_programs, block))
-
-
 def sparse_part(
-    x_ref: Float[Any, "in tokens"], w: Any, out_ref: Any, number: Array, block: Array, *, at_once: int, interpret: bool
+    x_ref: Float[Any, "in tokens"], w: Any, out_ref: Any, number: Array, *, block: Array, at_once: int, interpret: bool
 ) -> None:
     """Σ residual · x over a share of the outliers of some rows, for a block of tokens.
+
+    Programs of their own do this, because each waits for memory three times: for where the outliers of its rows are,
+    for their columns, and for the activations there. Meanwhile others multiply the dense part. They come last, where
+    otherwise processors would have nothing to do.
 
     x is in quantization order: memory serves one place after the other, and the permutation would take as long again.
     """
