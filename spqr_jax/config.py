@@ -32,7 +32,8 @@ class SpqrConfig:
       sequential: solve each matrix on inputs computed with the already quantized matrices of its own block, not only
         of the blocks before (the official `--true-sequential`).
       refit: before solving a matrix, move its weights to those that best give the original outputs from the inputs
-        that the quantized model will have; only in sequential runs, where those inputs are known.
+        that the quantized model will have; a matrix whose product is added to the hidden states is also to give what
+        these have lost, see `hessian.refit`. Only in sequential runs, where those inputs are known.
       stats_dtype: type of unquantized and of second-level statistics; float32 only to compare with the official code.
 
     Raises:

@@ -29,11 +29,14 @@ class InputMoments(NamedTuple):
     Attributes:
       hessian: H = Σ x xᵀ, with the input that the quantized model gives.
       cross: C = Σ x₀ xᵀ, x₀ being the original model's input; None where nothing is refitted.
+      lost: R = Σ x (h₀ − h)ᵀ, h₀ and h being the hidden states of the original and the quantized model to which the
+        product of x is added; None where the matrix does not make up for their difference, see `Stage.restores`.
       chance: the part of the squared correlations in H that is chance, see `chance`.
     """
 
     hessian: Float[Array, "in in"]
     cross: Float[Array, "in in"] | None
+    lost: Float[Array, "in hidden"] | None
     chance: Float[Array, ""]
 
 
@@ -43,25 +46,35 @@ class MomentSums(NamedTuple):
     Attributes:
       hessian: Σ x xᵀ; of this symmetric matrix only the upper triangle of blocks.
       cross: Σ x₀ xᵀ.
+      lost: Σ x (h₀ − h)ᵀ.
       correlations: of each feature i, Σ_{j>i} r_ij², summed over the sequences, r = h_ij / √(h_ii h_jj) being the
         correlations in one sequence.
     """
 
     hessian: Float[Array, "in in"]
     cross: Float[Array, "in in"] | None
+    lost: Float[Array, "in hidden"] | None
     correlations: Float[Array, "in 1"]
 
 
-def moment_sums(x: Float[Array, "batch tokens in"], original: Float[Array, "batch tokens in"] | None) -> MomentSums:
-    """The sums over one batch of sequences."""
+def moment_sums(
+    x: Float[Array, "batch tokens in"],
+    original: Float[Array, "batch tokens in"] | None = None,
+    lost: Float[Array, "batch tokens hidden"] | None = None,
+) -> MomentSums:
+    """The sums over one batch of sequences, of the inputs in both models and of what hidden states have lost."""
     hessians = [_upper_hessian(sequence[None]) for sequence in x]
-    cross = None if original is None else _product(original, x)
-    return MomentSums(reduce(jnp.add, hessians), cross, reduce(jnp.add, map(_squared_correlations, hessians)))
+    return MomentSums(
+        hessian=reduce(jnp.add, hessians),
+        cross=None if original is None else _product(original, x),
+        lost=None if lost is None else _product(x, lost),
+        correlations=reduce(jnp.add, map(_squared_correlations, hessians)),
+    )
 
 
 def complete(sums: MomentSums, sequences: int) -> InputMoments:
     """The moments, from the sums over so many sequences."""
-    return InputMoments(_symmetric(sums.hessian), sums.cross, chance(sums, sequences))
+    return InputMoments(_symmetric(sums.hessian), sums.cross, sums.lost, chance(sums, sequences))
 
 
 def chance(sums: MomentSums, sequences: int) -> Float[Array, ""]:
@@ -114,33 +127,47 @@ def _product(
     return jnp.einsum("bti,btj->ij", a, b, precision="highest", preferred_element_type=jnp.float32)
 
 
-def drift(
-    hessian: Float[Array, "in in"], cross: Float[Array, "in in"], shrinkage: Float[ArrayLike, ""]
-) -> Float[Array, "in in"]:
-    """(C − H)(H + Λ)⁻¹ with Λ = 0.1 · mean diag H + shrinkage · diag H; see `InputMoments`."""
+def ridge_inverse(hessian: Float[Array, "in in"], shrinkage: Float[ArrayLike, ""]) -> Float[Array, "in in"]:
+    """(H + Λ)⁻¹ with Λ = 0.1 · mean diag H + shrinkage · diag H."""
     diagonal = jnp.diag(hessian)
     ridge = REFIT_DAMPING * jnp.mean(diagonal) + shrinkage * diagonal
-    inverse = upper_square(upper_inverse(upper_cholesky(hessian + jnp.diag(ridge))))
-    return jnp.matmul(cross - hessian, _symmetric(inverse), precision="highest")
+    return _symmetric(upper_square(upper_inverse(upper_cholesky(hessian + jnp.diag(ridge)))))
 
 
-def refit(weights: tuple[Float[Array, "_ in"], ...], drift: Float[Array, "in in"]) -> tuple[Float[Array, "_ in"], ...]:
-    """W + W (C − H)(H + Λ)⁻¹: what best gives the original outputs W x₀ from the inputs x, held to W by Λ.
+def refit(
+    rows: tuple[tuple[Float[Array, "_ in"], ...], Float[Array, "_ in"] | None],
+    drift: Float[Array, "in in"],
+    inverse: Float[Array, "in in"],
+) -> tuple[Float[Array, "_ in"], ...]:
+    """W + (W (C − H) + Rᵀ)(H + Λ)⁻¹: what best gives W x₀ + h₀ − h from the inputs x, held to W by Λ.
 
-    Minimizes Σ ‖W x₀ − W' x‖² + ‖(W' − W) Λ^½‖².
+    Minimizes Σ ‖W x₀ + h₀ − h − W' x‖² + ‖(W' − W) Λ^½‖². See `InputMoments`.
+
+    Args:
+      rows: the matrices W that share the input, and Rᵀ; without it, h₀ − h is left out.
+      drift: C − H.
+      inverse: (H + Λ)⁻¹, see `ridge_inverse`.
     """
+    weights, lost = rows
     kernel = jnp.concatenate(weights).T
-    features = len(kernel)
+    wanted = _transposed_product(drift, kernel)
+    if lost is not None:
+        wanted += lost.T
+    refitted = kernel + _transposed_product(inverse, wanted)
+    return tuple(jnp.split(refitted.T, np.cumsum([len(weight) for weight in weights])[:-1]))
+
+
+def _transposed_product(matrix: Float[Array, "in in"], kernel: Float[Array, "in out"]) -> Float[Array, "in out"]:
+    """Mᵀ K, summed over `REFIT_BLOCK` features at a time."""
 
     def blocks(matrix: Float[Array, "in columns"]) -> Float[Array, "blocks block columns"]:
-        padded = jnp.pad(matrix, ((0, -features % REFIT_BLOCK), (0, 0)))
+        padded = jnp.pad(matrix, ((0, -len(matrix) % REFIT_BLOCK), (0, 0)))
         return padded.reshape(-1, REFIT_BLOCK, matrix.shape[1])
 
     def add(total: Float[Array, "in out"], block: tuple[Array, Array]) -> tuple[Array, None]:
         return total + jnp.matmul(block[0].T, block[1], precision="highest"), None
 
-    change, _ = jax.lax.scan(add, jnp.zeros_like(kernel), (blocks(drift), blocks(kernel)))
-    return tuple(jnp.split((kernel + change).T, np.cumsum([len(weight) for weight in weights])[:-1]))
+    return jax.lax.scan(add, jnp.zeros_like(kernel), (blocks(matrix), blocks(kernel)))[0]
 
 
 def relative_error(

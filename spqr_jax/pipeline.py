@@ -20,7 +20,7 @@ from jaxtyping import Array, DTypeLike, Float, Int, Shaped
 
 from pallas_kernels import SplitTensor, SpqrTensor, bits_per_weight, join_rows, outlier_share, trim
 from spqr_jax.config import SpqrConfig
-from spqr_jax.hessian import InputMoments, drift, refit, relative_error
+from spqr_jax.hessian import InputMoments, refit, relative_error, ridge_inverse
 from spqr_jax.lapack import in_one_thread
 from spqr_jax.memory import release_freed
 from spqr_jax.mesh import along, by_rows, flat, put, to_host
@@ -345,7 +345,9 @@ def _refit(
     weights = tuple(kernel.T for kernel in kernels)
     if moments is None or moments.cross is None:
         return weights
-    refitted = by_rows(refit, mesh, weights, drift(moments.hessian, moments.cross, shrinkage), unit=BLOCK_ROWS)
+    rows = weights, None if moments.lost is None else moments.lost.T
+    inverse = ridge_inverse(moments.hessian, shrinkage)
+    refitted = by_rows(refit, mesh, rows, moments.cross - moments.hessian, inverse, unit=BLOCK_ROWS)
     return tuple(r[: len(w)] for r, w in zip(refitted, weights, strict=True))
 
 

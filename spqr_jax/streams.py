@@ -85,21 +85,26 @@ def advance(
       allocate: makes the arrays for the states after it.
       mesh: devices that share the sequences.
     """
+    stage = block.stages[stage_index]
     total = {}
-    for feed, names in block.stages[stage_index].feeds.items():
+    for feed, names in stage.feeds.items():
         features = original[names[0]]["kernel"].shape[0]
         rows = -(-features // shares(mesh)) * shares(mesh)
 
         def zeros(columns: int, rows: int = rows) -> Float[Array, "rows columns"]:
             return jnp.zeros((rows, columns), device=along(mesh, 0))
 
-        cross = None if streams.original is None else zeros(features)
-        total[feed] = MomentSums(zeros(features), cross, zeros(1))
+        cross = lost = None
+        if streams.original is not None:
+            cross = zeros(features)
+            lost = zeros(streams.quantized["hidden"].shape[-1]) if feed == stage.restores else None
+        total[feed] = MomentSums(zeros(features), cross, lost, zeros(1))
     step = partial(_step, block, stage_index, mesh, running, original)
     total, streams = scan_batches(step, total, streams, allocate, mesh)
     sequences = len(streams.quantized["hidden"])
     return streams, {
-        feed: _whole(mesh, sequences, (sums.hessian, sums.cross), sums.correlations) for feed, sums in total.items()
+        feed: _whole(mesh, sequences, sums._replace(correlations=None), sums.correlations)
+        for feed, sums in total.items()
     }
 
 
@@ -181,8 +186,20 @@ def _local_step(
 
     state = run(running, streams.quantized)
     reference = None if streams.original is None else run(original, streams.original)
-    sums = {feed: moment_sums(state[feed], reference and reference[feed]) for feed in stage.feeds}
+    sums = {}
+    for feed in stage.feeds:
+        lost = None
+        if reference is not None and feed == stage.restores:
+            lost = _lost(reference["hidden"], state["hidden"])
+        sums[feed] = moment_sums(state[feed], reference and reference[feed], lost)
     return jax.tree.map(add, total, sums), Streams(state, reference)
+
+
+def _lost(
+    original: Float[Array, "batch tokens hidden"], quantized: Float[Array, "batch tokens hidden"]
+) -> Float[Array, "batch tokens hidden"]:
+    """h₀ − h, of the same type, but rounded only once."""
+    return (original.astype(jnp.float32) - quantized.astype(jnp.float32)).astype(original.dtype)
 
 
 def _add_of_all_devices(total: Float[Array, "rows _"], sums: Float[Array, "in _"]) -> Float[Array, "rows _"]:
@@ -201,10 +218,10 @@ def _add_of_all_devices(total: Float[Array, "rows _"], sums: Float[Array, "in _"
 def _whole(
     mesh: Mesh | None,
     sequences: int,
-    moments: tuple[Float[Array, "rows in"], Float[Array, "rows in"] | None],
+    large: MomentSums,
     correlations: Float[Array, "rows 1"],
 ) -> InputMoments:
-    """The moments over all sequences; every device gets all of them. The large sums are donated."""
-    sums = MomentSums(*moments, correlations)
+    """The moments over all sequences; every device gets all of them. All sums but the small one are donated."""
+    sums = large._replace(correlations=correlations)
     features = sums.hessian.shape[1]
     return complete(gather(jax.tree.map(lambda m: m[:features], sums), mesh), sequences)

@@ -4,20 +4,23 @@ import numpy as np
 import pytest
 from chance import reference_chance
 
-from spqr_jax.hessian import REFIT_DAMPING, complete, drift, moment_sums, refit, relative_error
+from spqr_jax.hessian import REFIT_DAMPING, InputMoments, complete, moment_sums, refit, relative_error, ridge_inverse
 
 IN = 40
+OUT = 24
 
 SHRINKAGE = 0.2
 
 
 @pytest.fixture(scope="module")
 def inputs():
-    """What a quantized model feeds a matrix, and what the original does: correlated, and not quite the same."""
+    """What a quantized model feeds a matrix, and what the original does: correlated, and not quite the same; and what
+    the hidden states have lost."""
     rng = np.random.default_rng(0)
     original = rng.standard_normal((3, 50, IN)) @ rng.standard_normal((IN, IN))
     quantized = original + 2 * rng.standard_normal(original.shape)
-    return quantized.astype(np.float32), original.astype(np.float32)
+    lost = quantized @ rng.standard_normal((IN, OUT)) / 10 + rng.standard_normal((3, 50, OUT))
+    return tuple(x.astype(np.float32) for x in (quantized, original, lost))
 
 
 @pytest.fixture(scope="module")
@@ -27,31 +30,34 @@ def moments(inputs):
 
 @pytest.fixture(scope="module")
 def weight():
-    return np.random.default_rng(1).standard_normal((24, IN), np.float32)
+    return np.random.default_rng(1).standard_normal((OUT, IN), np.float32)
 
 
 def flat(x: np.ndarray) -> np.ndarray:
-    return x.reshape(-1, IN).astype(np.float64)
+    return x.reshape(-1, x.shape[-1]).astype(np.float64)
 
 
 def test_moments(inputs, moments):
-    x, original = map(flat, inputs)
-    np.testing.assert_allclose(moments.hessian, x.T @ x, rtol=1e-5, atol=1e-5 * (x**2).sum(axis=0).max())
-    np.testing.assert_allclose(moments.cross, original.T @ x, rtol=1e-5, atol=1e-5 * (x**2).sum(axis=0).max())
+    x, original, lost = map(flat, inputs)
+    largest = (x**2).sum(axis=0).max()
+    np.testing.assert_allclose(moments.hessian, x.T @ x, rtol=1e-5, atol=1e-5 * largest)
+    np.testing.assert_allclose(moments.cross, original.T @ x, rtol=1e-5, atol=1e-5 * largest)
+    np.testing.assert_allclose(moments.lost, x.T @ lost, rtol=1e-5, atol=1e-5 * largest)
     np.testing.assert_array_equal(moments.hessian, moments.hessian.T)
 
 
 def test_moments_of_low_precision_inputs_are_summed_in_float32(inputs):
     x = jnp.array(inputs[0], jnp.bfloat16)
-    moments = complete(moment_sums(x, None), len(x))
+    moments = complete(moment_sums(x), len(x))
     assert moments.cross is None
+    assert moments.lost is None
     assert moments.hessian.dtype == jnp.float32
     exact = flat(np.asarray(x)).T @ flat(np.asarray(x))
     np.testing.assert_allclose(moments.hessian, exact, rtol=1e-5, atol=1e-5 * np.diag(exact).max())
 
 
 def test_moments_add_up_over_batches(inputs, moments):
-    parts = [moment_sums(x[None], original[None]) for x, original in zip(*inputs, strict=True)]
+    parts = [moment_sums(*(x[None] for x in sequence)) for sequence in zip(*inputs, strict=True)]
     total = complete(jax.tree.map(lambda *m: sum(m), *parts), len(parts))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-2), total, moments)
 
@@ -67,7 +73,7 @@ def random_sequences(sequences: int, tokens: int, mix: np.ndarray, seed: int) ->
 
 
 def test_chance_is_all_there_is_between_independent_features():
-    sums = [moment_sums(random_sequences(32, 100, np.eye(IN), seed), None) for seed in range(4)]
+    sums = [moment_sums(random_sequences(32, 100, np.eye(IN), seed)) for seed in range(4)]
     assert np.mean([complete(s, 32).chance for s in sums]) == pytest.approx(1, abs=0.05)
 
 
@@ -77,7 +83,7 @@ def test_shrinking_by_chance_brings_correlations_nearest_to_the_true_ones():
     factors = np.linspace(0, 1, 101)
     errors, chances = np.zeros(len(factors)), []
     for seed in range(20):
-        moments = complete(moment_sums(random_sequences(8, 64, mix, seed), None), 8)
+        moments = complete(moment_sums(random_sequences(8, 64, mix, seed)), 8)
         norms = np.sqrt(np.diag(moments.hessian))
         found = (moments.hessian / np.outer(norms, norms))[~np.eye(IN, dtype=bool)]
         errors += [((factor * found - 0.1) ** 2).sum() for factor in factors]
@@ -87,10 +93,10 @@ def test_shrinking_by_chance_brings_correlations_nearest_to_the_true_ones():
 
 def test_one_sequence_and_features_that_never_occur_say_nothing_of_chance(inputs):
     x = inputs[0]
-    assert complete(moment_sums(x[:1], None), 1).chance == 0
+    assert complete(moment_sums(x[:1]), 1).chance == 0
     alive = np.arange(IN) < IN // 2
-    assert complete(moment_sums(x * alive, None), 3).chance == pytest.approx(reference_chance(x[..., alive]), rel=2**-8)
-    assert complete(moment_sums(jnp.zeros_like(x), None), 3).chance == 0
+    assert complete(moment_sums(x * alive), 3).chance == pytest.approx(reference_chance(x[..., alive]), rel=2**-8)
+    assert complete(moment_sums(jnp.zeros_like(x)), 3).chance == 0
 
 
 def ridge(x: np.ndarray) -> np.ndarray:
@@ -99,35 +105,42 @@ def ridge(x: np.ndarray) -> np.ndarray:
     return REFIT_DAMPING * diagonal.mean() + SHRINKAGE * diagonal
 
 
-def refit_loss(new: np.ndarray, weight: np.ndarray, x: np.ndarray, original: np.ndarray) -> float:
-    return ((original @ weight.T - x @ new.T) ** 2).sum() + (ridge(x) * (new - weight) ** 2).sum()
+@jax.jit
+def refitted(weights: tuple[np.ndarray, ...], moments: InputMoments) -> tuple[jax.Array, ...]:
+    rows = weights, None if moments.lost is None else moments.lost.T
+    return refit(rows, moments.cross - moments.hessian, ridge_inverse(moments.hessian, SHRINKAGE))
 
 
-def test_refit_minimizes_its_loss(inputs, moments, weight):
-    x, original = map(flat, inputs)
-    (new,) = jax.jit(lambda weights, moments: refit(weights, drift(moments.hessian, moments.cross, SHRINKAGE)))(
-        (weight,), moments
-    )
+def refit_loss(new: np.ndarray, weight: np.ndarray, x: np.ndarray, target: np.ndarray) -> float:
+    return ((target - x @ new.T) ** 2).sum() + (ridge(x) * (new - weight) ** 2).sum()
+
+
+@pytest.mark.parametrize("restores", [False, True])
+def test_refit_minimizes_its_loss(inputs, moments, weight, restores):
+    x, original, lost = map(flat, inputs)
+    target = original @ weight.T + restores * lost
+    (new,) = refitted((weight,), moments if restores else moments._replace(lost=None))
     held = np.diag(ridge(x))
-    # The normal equations W' (H + Λ) = W (C + Λ).
-    solution = np.linalg.solve(x.T @ x + held, (weight @ (original.T @ x + held)).T).T
+    # The normal equations W' (H + Λ) = Σ target xᵀ + W Λ.
+    solution = np.linalg.solve(x.T @ x + held, x.T @ target + held @ weight.T).T
     np.testing.assert_allclose(new, solution, rtol=1e-3, atol=1e-3)
-    best = refit_loss(np.asarray(new, np.float64), weight, x, original)
-    assert best < 0.99 * refit_loss(weight, weight, x, original)
+    best = refit_loss(np.asarray(new, np.float64), weight, x, target)
+    assert best < 0.99 * refit_loss(weight, weight, x, target)
     for seed in range(3):
         moved = new + 0.01 * np.random.default_rng(seed).standard_normal(new.shape)
-        assert best < refit_loss(moved, weight, x, original)
+        assert best < refit_loss(moved, weight, x, target)
 
 
 def test_refit_of_several_matrices_is_that_of_each(moments, weight):
-    change = drift(moments.hessian, moments.cross, SHRINKAGE)
-    together = refit((weight, 2 * weight[:8]), change)
+    moments = moments._replace(lost=None)
+    together = refitted((weight, 2 * weight[:8]), moments)
     for new, alone in zip(together, (weight, 2 * weight[:8]), strict=True):
-        np.testing.assert_allclose(new, refit((alone,), change)[0], rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(new, refitted((alone,), moments)[0], rtol=1e-5, atol=1e-5)
 
 
 def test_refit_leaves_weights_where_there_is_nothing_to_refit(moments, weight):
-    np.testing.assert_array_equal(refit((weight,), drift(moments.hessian, moments.hessian, SHRINKAGE))[0], weight)
+    nothing = moments._replace(cross=moments.hessian, lost=jnp.zeros_like(moments.lost))
+    np.testing.assert_array_equal(refitted((weight,), nothing)[0], weight)
 
 
 def test_relative_error(inputs, moments, weight):

@@ -162,13 +162,18 @@ def test_the_sum_over_sequences_is_in_the_order_of_one_device(mesh: Mesh) -> Non
     model = SMALL["llama"]
     params, streams = random_params(model), start(embed(model, random_params(model), TOKENS), CONFIG)
     block, first = model.new_block(), params["layers_0"]
-    _, one = advance(block, 0, first, first, streams)
+    streams = streams._replace(original={"hidden": 1.1 * streams.quantized["hidden"]})
+    after, one = advance(block, 0, first, first, streams)
     shared = jax.tree.map(lambda leaf: place(leaf, mesh), first)
-    after, eight = advance(block, 0, shared, shared, streams, mesh=mesh)
+    _, eight = advance(block, 0, shared, shared, streams, mesh=mesh)
     jax.tree.map(np.testing.assert_array_equal, eight, one)
     x = after.quantized["attention_input"].reshape(1, -1, 256)
-    hessian = np.triu(moment_sums(x, None).hessian)
+    hessian = np.triu(moment_sums(x).hessian)
     np.testing.assert_allclose(np.triu(eight["attention_input"].hessian), hessian, rtol=1e-4, atol=1e-3)
+    _, one = advance(block, 1, first, first, after)
+    _, eight = advance(block, 1, shared, shared, after, mesh=mesh)
+    assert np.any(one["attention_output"].lost)
+    jax.tree.map(np.testing.assert_array_equal, eight, one)
 
 
 @on_devices

@@ -102,15 +102,18 @@ def rest_of(params: dict[str, Any]) -> dict[str, Any]:
 
 
 @jax.jit
-def run_block(params: dict[str, Any], hidden: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """A block's output, and the input of each of its matrices."""
+def run_block(
+    params: dict[str, Any], hidden: jax.Array
+) -> tuple[jax.Array, dict[str, jax.Array], dict[str, jax.Array]]:
+    """A block's output, the input of each of its matrices, and the hidden states to which two of these add."""
     context, _ = make_context(jnp.ones((1, TOKENS.shape[1]), bool))
-    state, inputs = {"hidden": hidden}, {}
+    state, inputs, added_to = {"hidden": hidden}, {}, {}
     for stage in BLOCK.stages:
         state = BLOCK.apply({"params": params}, state, context, method=stage.method)
         for feed, names in stage.feeds.items():
             inputs |= dict.fromkeys(names, state[feed])
-    return state["hidden"], inputs
+            added_to |= {name: state["hidden"] for name in names if name in ("o_proj", "down_proj")}
+    return state["hidden"], inputs, added_to
 
 
 def embedded() -> jax.Array:
@@ -129,19 +132,22 @@ def expected_errors(quantized: dict[str, Any], config: SpqrConfig) -> dict[str, 
         name = f"layers_{index}"
         solved = dense_block(quantized[name])
         # In sequence, a matrix sees what the quantized matrices before it in the block make.
-        _, inputs = run_block(solved if config.sequential else PARAMS[name], hidden)
-        original, original_inputs = run_block(PARAMS[name], original)
+        _, inputs, added_to = run_block(solved if config.sequential else PARAMS[name], hidden)
+        original, original_inputs, originally_added_to = run_block(PARAMS[name], original)
         for matrix in BLOCK.matrices():
             x, x0 = flat(inputs[matrix]), flat(original_inputs[matrix])
             weight = np.asarray(PARAMS[name][matrix]["kernel"], np.float64).T
             if config.refit and config.sequential:
-                hessian, cross = x.T @ x, x0.T @ x
+                target = x0 @ weight.T
+                if matrix in added_to:
+                    target += flat(originally_added_to[matrix]) - flat(added_to[matrix])
+                hessian = x.T @ x
                 shrinkage = config.shrinkage * reference_chance(inputs[matrix])
                 held = np.diag(0.1 * np.diag(hessian).mean() + shrinkage * np.diag(hessian))
-                weight = weight + weight @ (cross - hessian) @ np.linalg.inv(hessian + held)
+                weight = np.linalg.solve(hessian + held, x.T @ target + held @ weight.T).T
             error = weight - np.asarray(solved[matrix]["kernel"], np.float64).T
             errors[f"{name}.{matrix}"] = ((x @ error.T) ** 2).sum() / ((x @ weight.T) ** 2).sum()
-        hidden, _ = run_block(solved, hidden)
+        hidden, _, _ = run_block(solved, hidden)
     return errors
 
 

@@ -79,8 +79,8 @@ def growths(solver_seconds: Callable[[tuple[int, int]], float], timed: Callable[
 
 
 def solver_operations(out: int, columns: int) -> float:
-    """Of matrices of one input, `out` rows in all: refit and factorization, 10 n³; refit and columns, 8 n² · rows."""
-    return 10.0 * columns**3 + 8.0 * columns**2 * out
+    """Of matrices of one input, `out` rows in all: refit and factorization, 8 n³; refit and columns, 10 n² · rows."""
+    return 8.0 * columns**3 + 10.0 * columns**2 * out
 
 
 def token_operations(out: int, columns: int) -> float:

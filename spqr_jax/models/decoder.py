@@ -31,10 +31,13 @@ class Stage:
       method: name of the block's method, `(state, context) -> state`.
       feeds: for each entry of the new state that matrices multiply next, the names of those matrices. An entry is
         fed by one stage only, and the next stage takes it out, by `Block.project`.
+      restores: that entry whose one matrix can make up for what quantization has done to `hidden`, because the next
+        stage adds its product to `hidden`; of several that are added there, one, or all would make up for the same.
     """
 
     method: str
     feeds: Mapping[str, tuple[str, ...]]
+    restores: str | None = None
 
 
 @flax.struct.dataclass

@@ -60,17 +60,18 @@ class FalconBlock(Block):
         if self.config.arrangement == "sequential":
             return (
                 Stage("normalize", {"attention_input": ("query_key_value",)}),
-                Stage("attention", {"attention_output": ("dense",)}),
+                Stage("attention", {"attention_output": ("dense",)}, restores="attention_output"),
                 Stage("attention_residual", {"mlp_input": ("dense_h_to_4h",)}),
-                Stage("activate", {"mlp_hidden": ("dense_4h_to_h",)}),
+                Stage("activate", {"mlp_hidden": ("dense_4h_to_h",)}, restores="mlp_hidden"),
                 Stage("mlp_residual", {}),
             )
         inputs: dict[str, tuple[str, ...]] = {"attention_input": ("query_key_value", "dense_h_to_4h")}
         if self.config.arrangement == "parallel_two_norms":
             inputs = {"attention_input": ("query_key_value",), "mlp_input": ("dense_h_to_4h",)}
+        outputs = {"attention_output": ("dense",), "mlp_hidden": ("dense_4h_to_h",)}
         return (
             Stage("normalize", inputs),
-            Stage("attention_and_activate", {"attention_output": ("dense",), "mlp_hidden": ("dense_4h_to_h",)}),
+            Stage("attention_and_activate", outputs, restores="mlp_hidden"),
             Stage("residual", {}),
         )
 

@@ -39,9 +39,9 @@ class LlamaBlock(Block):
     def stages(self) -> tuple[Stage, ...]:
         return (
             Stage("normalize", {"attention_input": ("q_proj", "k_proj", "v_proj")}),
-            Stage("attention", {"attention_output": ("o_proj",)}),
+            Stage("attention", {"attention_output": ("o_proj",)}, restores="attention_output"),
             Stage("attention_residual", {"mlp_input": ("gate_proj", "up_proj")}),
-            Stage("gate", {"mlp_hidden": ("down_proj",)}),
+            Stage("gate", {"mlp_hidden": ("down_proj",)}, restores="mlp_hidden"),
             Stage("mlp_residual", {}),
         )
 
