@@ -96,6 +96,27 @@ def test_each_matrix_multiplies_what_its_stage_says(falcon: Pretrained) -> None:
         np.testing.assert_array_equal(inputs[matrix], fed[matrix])
 
 
+def test_what_restores_the_hidden_states_is_added_to_them_next(falcon: Pretrained) -> None:
+    model, params, _ = falcon
+    block, params = model.new_block(), params["layers_0"]
+    context, _ = make_context(jnp.asarray(MASK))
+    state = {"hidden": model.apply({"params": falcon.params}, TOKENS, method="embed")}
+    restoring = []
+    for stage, following in zip(block.stages, [*block.stages[1:], None], strict=True):
+        state = block.apply({"params": params}, state, context, method=stage.method)
+        if stage.restores:
+            (matrix,) = stage.feeds[stage.restores]
+            kernel = params[matrix]["kernel"]
+            without = params | {matrix: params[matrix] | {"kernel": 0 * kernel}}
+            new, old = (
+                block.apply({"params": p}, state, context, method=following.method)["hidden"] for p in (params, without)
+            )
+            np.testing.assert_allclose(new - old, state[stage.restores] @ kernel, rtol=0, atol=1e-5)
+            restoring.append(matrix)
+    both = model.config.arrangement == "sequential"
+    assert restoring == (["dense", "dense_4h_to_h"] if both else ["dense_4h_to_h"])
+
+
 def test_inputs_that_are_the_same_are_one_feed(falcon: Pretrained) -> None:
     block = falcon.model.new_block()
     feeds = [names for stage in block.stages for names in stage.feeds.values()]
