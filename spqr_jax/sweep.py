@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Int
@@ -38,6 +39,7 @@ DEFAULT_GRID: tuple[Mapping[str, Any], ...] = (
     {"method": "spqr", "bits": 4, "group_size": 64, "outlier_threshold": [0.3, 1.2], "fit": "error"},
     {"method": "spqr", "bits": 4, "group_size": 64, "outlier_threshold": 1.2},
     {"method": "spqr", "bits": 4, "group_size": 32, "outlier_threshold": 0.1, "fit": ["min_max", "error"]},
+    {"method": "spqr", "bits": 4, "group_size": 32, "outlier_threshold": 0.6, "fit": "error", "stats_group_size": 64},
     {"method": "spqr", "bits": 4, "outlier_threshold": 0.1, "fit": "error", "stats_group_size": 64},
     # The presets: small, compact and near-lossless.
     {"method": "spqr", "outlier_threshold": 0.8, "fit": "error", "stats_group_size": 64},
@@ -193,6 +195,9 @@ def sweep(
                 result = _result(source, directory / name, cell, shares, calibration_tokens, windows, mesh)
                 write_text(path, json.dumps(result, indent=1) + "\n")
                 remove_directory(directory / name)
+                # A cell's programs are for its settings and its numbers of outliers; those of some thirty cells take
+                # all the memory mappings that Linux gives a process.
+                jax.clear_caches()
             shares[name] = result.get("outlier_share", 0.0)
             yield result
 

@@ -21,6 +21,7 @@ from spqr_jax.sweep_figures import ablation_table, label, perplexity_figure, tab
 
 PARAMS = tiny_params(0)
 SOURCE = ModelSource(MODEL, {name: lambda part=part: part for name, part in PARAMS.items()}, None)
+MAPPINGS = Path("/proc/self/maps")
 RNG = np.random.default_rng(0)
 CALIBRATION = RNG.integers(0, CONFIG.vocab_size, (4, 24)).astype(np.int32)
 WINDOWS = RNG.integers(0, CONFIG.vocab_size, (3, 32)).astype(np.int32)
@@ -100,6 +101,17 @@ def test_cells_are_what_quantize_gives(swept: tuple[Path, list[dict[str, Any]]])
         assert result["bits_per_weight"] == summarize(quantized).bits_per_weight
         assert result["outlier_share"] == summarize(quantized).outlier_share
         assert result["perplexity"] == pytest.approx(perplexity(MODEL, quantized, text, window=32), rel=1e-5)
+
+
+@pytest.mark.skipif(not MAPPINGS.exists(), reason="only Linux counts the memory mappings of a process")
+def test_cells_leave_no_programs_in_memory(tmp_path: Path) -> None:
+    grid = cells([{"method": "rtn", "bits": [2, 3, 4, 5]}])
+    counts = [
+        len(MAPPINGS.read_text().splitlines())
+        for _ in sweep.sweep(SOURCE, tmp_path / "results", grid, CALIBRATION, WINDOWS)
+    ]
+    # The programs of one cell take hundreds.
+    assert counts[-1] < counts[1] + 100
 
 
 def test_whole_rows_have_the_share_of_single_weights(swept: tuple[Path, list[dict[str, Any]]]) -> None:

@@ -84,11 +84,8 @@ def solver_operations(out: int, columns: int) -> float:
 
 
 def token_operations(out: int, columns: int) -> float:
-    """Of one token, averaged over the half that the original model is followed with and the rest.
-
-    Products with the weights, 2 and for the half 4 for each; the upper panels of H, 1.25 n²; for the half, C, 2 n².
-    """
-    return 3.0 * out * columns + 2.25 * columns**2
+    """Of one token: products with the weights of both models, 4; the upper panels of H, 1.25 n²; C, 2 n²."""
+    return 4.0 * out * columns + 3.25 * columns**2
 
 
 def _exponent(sizes: Sequence[int], values: Sequence[float]) -> float:

@@ -17,7 +17,7 @@ from spqr_jax.cli.quantizing import Calibration, Seed, SequenceLength, Sequences
 def sweep(
     source: Model,
     directory: Annotated[Path, typer.Argument(help="Where the results are kept: a JSON file for each cell.")],
-    grid: Annotated[Path | None, typer.Option(help="JSON file: a list of settings; default: 30 of them.")] = None,
+    grid: Annotated[Path | None, typer.Option(help="JSON file: a list of settings; default: 31 of them.")] = None,
     calibration: Calibration = None,
     sequences: Sequences = 32,
     sequence_length: SequenceLength = 512,
