@@ -35,4 +35,5 @@ def test_every_growth_has_four_sizes_and_each_is_measured():
 
 def test_operations_of_a_square_matrix():
     assert solver_operations(10, 10) == 18e3
-    assert token_operations(10, 10) == 525
+    assert solver_operations(20, 10) == 28e3
+    assert token_operations(10, 10) == 725

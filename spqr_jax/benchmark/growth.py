@@ -84,7 +84,10 @@ def solver_operations(out: int, columns: int) -> float:
 
 
 def token_operations(out: int, columns: int) -> float:
-    """Of one token: products with the weights of both models, 4; the upper panels of H, 1.25 n²; C, 2 n²."""
+    """Of one token: products with the weights of both models, 4; the upper panels of H, 1.25 n²; C, 2 n².
+
+    Without R, 2 for each weight of two of a block's matrices.
+    """
     return 4.0 * out * columns + 3.25 * columns**2
 
 
