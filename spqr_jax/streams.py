@@ -185,12 +185,10 @@ def _local_step(
         return block.apply({"params": params}, state, context, method=stage.method)
 
     state = run(running, streams.quantized)
-    reference = None if streams.original is None else run(original, streams.original)
+    reference: Any = None if streams.original is None else run(original, streams.original)
     sums = {}
     for feed in stage.feeds:
-        lost = None
-        if reference is not None and feed == stage.restores:
-            lost = _lost(reference["hidden"], state["hidden"])
+        lost = None if total[feed].lost is None else _lost(reference["hidden"], state["hidden"])
         sums[feed] = moment_sums(state[feed], reference and reference[feed], lost)
     return jax.tree.map(add, total, sums), Streams(state, reference)
 
