@@ -25,17 +25,17 @@ gpu: export PYTHONPATH := $(CURDIR)
 gpu: RESULTS := notebooks/results
 # Compiling takes most of the time of tests, so some run at once, and share the memory.
 gpu: BESIDE_EACH_OTHER := env XLA_PYTHON_CLIENT_MEM_FRACTION=0.06
-gpu: NAME_OF_GPU := from pallas_kernels import devices, measurements; print(measurements.file_of(devices.device_kind()).stem)
+gpu: NAME_OF_GPU := from pallas_kernels.backends import devices; from pallas_kernels.tuning import measurements; print(measurements.file_of(devices.device_kind()).stem)
 gpu:
 	@mkdir -p $(RESULTS); failed=; \
 	gpu=$$($(PYTHON) -c '$(NAME_OF_GPU)') || exit 1; \
 	step() { name=$$1; shift; echo "== $$name, $$(date +%T)"; "$$@" || failed="$$failed $$name"; }; \
-	step tests $(BESIDE_EACH_OTHER) timeout 80 $(PYTHON) -m pytest -q -n 12 -m 'gpu and not slow' --junitxml=$(RESULTS)/tests-$$gpu.xml tests/test_triton.py; \
-	step solver $(BESIDE_EACH_OTHER) timeout 90 $(PYTHON) -m pytest -q -n 12 tests/test_solver.py tests/test_statistics.py; \
-	step tune timeout 90 $(PYTHON) -m pallas_kernels.tune --seconds 60; \
+	step tests $(BESIDE_EACH_OTHER) timeout 80 $(PYTHON) -m pytest -q -n 12 -m 'gpu and not slow' --junitxml=$(RESULTS)/tests-$$gpu.xml tests/pallas_kernels/backends/test_triton.py; \
+	step solver $(BESIDE_EACH_OTHER) timeout 90 $(PYTHON) -m pytest -q -n 12 tests/spqr_jax/quantization/test_solver.py tests/spqr_jax/quantization/test_group_fit.py; \
+	step tune timeout 90 $(PYTHON) -m pallas_kernels.tuning.command --seconds 60; \
 	step kernels timeout 110 $(PYTHON) -m pallas_kernels.benchmark --seconds 85 --output $(RESULTS)/kernels-$$gpu.json; \
 	step decode timeout 190 $(PYTHON) -m spqr_jax.benchmark --decode --seconds 150 --output $(RESULTS)/decode-$$gpu.json; \
-	cp pallas_kernels/gpus/$$gpu.json $(RESULTS)/tiles-$$gpu.json; \
+	cp pallas_kernels/tuning/gpus/$$gpu.json $(RESULTS)/tiles-$$gpu.json; \
 	test -z "$$failed" || { echo "failed:$$failed"; exit 1; }
 
 # What `python -m pallas_kernels.aot` needs, about 0.7 GB, in a folder where nothing else finds it.

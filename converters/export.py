@@ -15,17 +15,17 @@ from safetensors.numpy import save_file
 from transformers import PreTrainedTokenizerFast
 
 from converters.errors import ConversionError
-from converters.families import family_of
-from converters.hf_spqr import ADDED
-from converters.official_tiles import encode_tensor
-from converters.quantized_matrix import weight_in_order
-from converters.safetensors_files import INDEX, SINGLE
+from converters.families.table import family_of
+from converters.formats.official.hf_spqr import ADDED
+from converters.formats.official.quantized_matrix import weight_in_order
+from converters.formats.official.tiles import encode_tensor
+from converters.formats.safetensors import INDEX, SINGLE
 from pallas_kernels import SpqrTensor
-from spqr_jax.directories import existing_parent, new_directory
 from spqr_jax.models import Decoder
 from spqr_jax.models.decoder import Params
 from spqr_jax.models.layers import mesh_of
-from spqr_jax.models.stacking import unstack_blocks
+from spqr_jax.models.stacked_blocks import unstack_blocks
+from spqr_jax.storage.directories import existing_parent, new_directory
 
 SHARD_BYTES = 5_000_000_000
 

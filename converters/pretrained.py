@@ -11,14 +11,14 @@ from jax.typing import DTypeLike
 from transformers import PreTrainedTokenizerFast
 
 from converters.errors import ConversionError
-from converters.families import FAMILIES, Family
-from converters.forms import Form, Source, open_source
-from converters.gguf_file import GgufFile
-from converters.gguf_tokenizer import build_tokenizer
-from converters.json_files import read_json
-from converters.tensors import Params, part_readers
+from converters.families.table import FAMILIES, Family
+from converters.formats.detect import Form, Source, open_source
+from converters.formats.gguf.file import GgufFile
+from converters.formats.gguf.tokenizer import build_tokenizer
+from converters.formats.json_files import read_json
+from converters.layout import Params, part_readers
 from spqr_jax.models import Decoder
-from spqr_jax.sources import ModelSource
+from spqr_jax.storage.model_source import ModelSource
 
 # Files that may stand beside a `tokenizer.json`.
 TOKENIZER_OPTIONS = ("tokenizer_config.json", "special_tokens_map.json")

@@ -1,11 +1,9 @@
 """The packed SpQR format and the operations on it; usable without the rest of the library."""
 
-from pallas_kernels.columns import split_columns
 from pallas_kernels.dequantize import spqr_dequantize
-from pallas_kernels.matmul import spqr_matmul
-from pallas_kernels.rows import concatenate_rows, join_rows, split_rows
-from pallas_kernels.split import SplitTensor, split_matmul
-from pallas_kernels.tensor import (
+from pallas_kernels.format.columns import split_columns
+from pallas_kernels.format.rows import concatenate_rows, join_rows, split_rows
+from pallas_kernels.format.tensor import (
     QuantizedStatistics,
     SpqrTensor,
     bits_per_weight,
@@ -14,6 +12,8 @@ from pallas_kernels.tensor import (
     pack,
     trim,
 )
+from pallas_kernels.matmul import spqr_matmul
+from pallas_kernels.sharded import SplitTensor, split_matmul
 
 __all__ = [
     "QuantizedStatistics",

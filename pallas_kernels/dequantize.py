@@ -4,11 +4,11 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.devices import Implementation, choose, device_kind
-from pallas_kernels.measurements import best_tile
-from pallas_kernels.packing import unpack_codes, unpack_planes
-from pallas_kernels.tensor import SpqrTensor
-from pallas_kernels.triton.dequantize import dequantize_matrix
+from pallas_kernels.backends.devices import Implementation, choose, device_kind
+from pallas_kernels.backends.triton.dequantize import dequantize_matrix
+from pallas_kernels.format.bit_layout import unpack_codes, unpack_planes
+from pallas_kernels.format.tensor import SpqrTensor
+from pallas_kernels.tuning.measurements import best_tile
 
 
 def spqr_dequantize(

@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels import triton
+from pallas_kernels.backends import triton
+from pallas_kernels.backends.devices import Implementation, choose
 from pallas_kernels.dequantize import dequantize_in_order
-from pallas_kernels.devices import Implementation, choose
-from pallas_kernels.regimes import MOST_TOKENS
-from pallas_kernels.tensor import SpqrTensor
+from pallas_kernels.format.tensor import SpqrTensor
+from pallas_kernels.tuning.regimes import MOST_TOKENS
 
 
 def spqr_matmul(

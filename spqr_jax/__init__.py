@@ -6,15 +6,15 @@ import os
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 from pallas_kernels import SpqrTensor, bits_per_weight, spqr_dequantize
-from spqr_jax.checkpoint import CheckpointError, load, open_checkpoint, save
 from spqr_jax.config import COMPACT, NEAR_LOSSLESS, SMALL, SpqrConfig
-from spqr_jax.evaluation import perplexity
 from spqr_jax.generation import generate
+from spqr_jax.measure.perplexity import perplexity
 from spqr_jax.models import fuse_projections, shard_params
-from spqr_jax.pipeline import MatrixReport, quantize, quantize_blocks
-from spqr_jax.solver import quantize_matrix
-from spqr_jax.streaming import quantize_checkpoint
-from spqr_jax.summary import summarize
+from spqr_jax.quantization.model import MatrixReport, quantize, quantize_blocks
+from spqr_jax.quantization.solver import quantize_matrix
+from spqr_jax.storage.checkpoint import CheckpointError, load, open_checkpoint, save
+from spqr_jax.storage.disk_to_disk import quantize_checkpoint
+from spqr_jax.storage.totals import summarize
 
 __all__ = [
     "COMPACT",

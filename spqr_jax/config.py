@@ -25,7 +25,7 @@ class SpqrConfig:
       permutation: order in which input features are quantized: `act_order` by falling diag(H), or `identity`.
       damping: share of mean |diag H| added to diag H.
       shrinkage: multiple of ρ, the part of the correlations between input features that is chance, as far as the
-        calibration text shows, by which each H_jj is increased, here and in the refit; see `hessian.chance`. More than
+        calibration text shows, by which each H_jj is increased, here and in the refit; see `moments.chance`. More than
         1, because H⁻¹ suffers more from chance than H does.
       fit: whether scales and zeros are those of a group's whole range, or of that part of it with the least error.
       simplified: do not leave likely outliers out when scales and zeros are fitted.
@@ -33,7 +33,7 @@ class SpqrConfig:
         of the blocks before (the official `--true-sequential`).
       refit: before solving a matrix, move its weights to those that best give the original outputs from the inputs
         that the quantized model will have; a matrix whose product is added to the hidden states is also to give what
-        these have lost, see `hessian.refit`. Only in sequential runs, where those inputs are known.
+        these have lost, see `moments.refit`. Only in sequential runs, where those inputs are known.
       stats_dtype: type of unquantized and of second-level statistics; float32 only to compare with the official code.
 
     Raises:

@@ -17,12 +17,14 @@ from rich.console import Console
 from rich.table import Table
 
 from converters import find_smollm2, from_pretrained
-from spqr_jax import checkpoint, console
+from spqr_jax.cli import console
 from spqr_jax.cli.models import encode
 from spqr_jax.config import SpqrConfig
-from spqr_jax.corpus import REFERENCE_STARTS, wikitext2, windows_at
-from spqr_jax.evaluation import cut_windows, window_losses
-from spqr_jax.pipeline import quantize_blocks
+from spqr_jax.measure.perplexity import cut_windows, window_losses
+from spqr_jax.quantization.model import quantize_blocks
+from spqr_jax.storage import checkpoint
+from spqr_jax.storage.directories import bytes_on_disk
+from spqr_jax.texts import REFERENCE_STARTS, wikitext2, windows_at
 
 DESTINATION = Path(".cache/demo/smollm2-3bit")
 WINDOWS = 10
@@ -57,7 +59,7 @@ def main() -> None:
     table.add_row("perplexity", f"{before['perplexity']:.2f}", f"{after['perplexity']:.2f}")
     table.add_row("bits per weight", "16", f"{after['bits_per_weight']:.2f}")
     table.add_row("outliers", "", f"{after['outlier_share']:.2%}")
-    table.add_row("bytes on disk", f"{original_bytes:,}", f"{console.bytes_on_disk(DESTINATION):,}")
+    table.add_row("bytes on disk", f"{original_bytes:,}", f"{bytes_on_disk(DESTINATION):,}")
     table.add_row("seconds to quantize", "", f"{quantizing:.0f}")
     table.add_row("seconds to measure", f"{before['seconds']:.0f}", f"{after['seconds']:.0f}")
     Console().print(table)

@@ -12,11 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from pallas_kernels.devices import choose
+from pallas_kernels.backends.devices import choose
 from spqr_jax.models.decoder import Decoder, KVCache, Params
 from spqr_jax.models.fusion import fuse_projections
-from spqr_jax.models.stacking import level_blocks, stack_blocks
-from spqr_jax.vocabulary import check_vocabulary
+from spqr_jax.models.stacked_blocks import level_blocks, stack_blocks
+from spqr_jax.models.token_ids import check_vocabulary
 
 # Lengths are rounded up to a multiple of this, so that prompts of similar lengths share a compiled program.
 _BUCKET = 64

@@ -6,8 +6,12 @@ import jax
 import pytest
 from hypothesis import settings
 
+ROOT = Path(__file__).parents[1]
+# Processes that tests start find this checkout and the tests' helpers.
+os.environ["PYTHONPATH"] = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
+
 # What one run has compiled, the next one reads.
-jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parent.parent / ".cache" / "jax"))
+jax.config.update("jax_compilation_cache_dir", str(ROOT / ".cache" / "jax"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 settings.register_profile("spqr", deadline=None, derandomize="CI" in os.environ)

@@ -16,10 +16,10 @@ from pallas_kernels.aot.hlo import ArrayType
 from pallas_kernels.aot.kernels import COMPILED
 from pallas_kernels.aot.pointers import loaded_parameters
 from pallas_kernels.aot.sass import Listing, loops, parse, reachable, through
-from pallas_kernels.measurements import best_tile
-from pallas_kernels.tensor import SpqrTensor
-from pallas_kernels.tiles import Tile
-from pallas_kernels.triton.launch import Launch
+from pallas_kernels.backends.triton.launch import Launch
+from pallas_kernels.format.tensor import SpqrTensor
+from pallas_kernels.tuning.measurements import best_tile
+from pallas_kernels.tuning.tiles import Tile
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.packing import BLOCK
-from pallas_kernels.tensor import SpqrTensor, check_format
+from pallas_kernels.format.bit_layout import BLOCK
+from pallas_kernels.format.tensor import SpqrTensor, check_format
 
 _SPELLING = re.compile(r"(\d+)b-g(\d+)(?:-s(\d+))?(?:-o(\d+(?:\.\d+)?)%)?")
 

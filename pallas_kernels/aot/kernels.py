@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 from jaxtyping import Array, Float
 
-from pallas_kernels.tensor import SpqrTensor
-from pallas_kernels.tiles import Regime, Tile
-from pallas_kernels.triton import dequantize, fma, mma
-from pallas_kernels.triton.launch import Launch
+from pallas_kernels.backends.triton import dequantize, fma, mma
+from pallas_kernels.backends.triton.launch import Launch
+from pallas_kernels.format.tensor import SpqrTensor
+from pallas_kernels.tuning.tiles import Regime, Tile
 
 
 @dataclass(frozen=True)

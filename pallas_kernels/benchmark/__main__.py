@@ -17,9 +17,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from pallas_kernels import devices
 from pallas_kernels.aot import GPUS, Format
 from pallas_kernels.aot.options import one_of, parse_format, parse_shape
+from pallas_kernels.backends import devices
 from pallas_kernels.benchmark.contestants import BFLOAT16, DENSE_PART, SPQR
 from pallas_kernels.benchmark.measured import measured_rows
 from pallas_kernels.benchmark.predicted import checked, predicted_rows

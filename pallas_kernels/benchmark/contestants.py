@@ -12,12 +12,12 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from pallas_kernels.aot.formats import Format
+from pallas_kernels.backends.devices import Implementation
 from pallas_kernels.benchmark.matrices import random_matrix
 from pallas_kernels.benchmark.timing import Timing, compile_calls, measure
 from pallas_kernels.dequantize import spqr_dequantize
-from pallas_kernels.devices import Implementation
+from pallas_kernels.format.tensor import SpqrTensor
 from pallas_kernels.matmul import spqr_matmul
-from pallas_kernels.tensor import SpqrTensor
 
 SPQR, DENSE_PART, SPARSE_PART = "spqr_matmul", "dense part", "sparse part"
 BFLOAT16 = "jnp.dot"

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int, UInt16
 
 from pallas_kernels.aot.formats import Format
-from pallas_kernels.packing import pack_codes
-from pallas_kernels.tensor import SpqrTensor
+from pallas_kernels.format.bit_layout import pack_codes
+from pallas_kernels.format.tensor import SpqrTensor
 
 WEIGHT = 0.03
 """Standard deviation of the weights, about."""

@@ -9,10 +9,10 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from pallas_kernels.aot.formats import Format
+from pallas_kernels.backends.devices import Implementation
 from pallas_kernels.benchmark.contestants import Contestant, Prepared, jax_contestants
 from pallas_kernels.benchmark.rows import Row
 from pallas_kernels.benchmark.torch_contestants import torch_contestants
-from pallas_kernels.devices import Implementation
 
 MOST_ERROR = 2.0**-8
 """‖Δ‖ / ‖y‖ of a right product: a number is rounded to bfloat16 by as much at most."""

@@ -11,7 +11,7 @@ from pallas_kernels.benchmark.matrices import random_matrix
 from pallas_kernels.benchmark.measured import checked_error
 from pallas_kernels.benchmark.rows import Row, Source
 from pallas_kernels.matmul import spqr_matmul
-from pallas_kernels.regimes import MOST_TOKENS, regime
+from pallas_kernels.tuning.regimes import MOST_TOKENS, regime
 
 CHECKED_SHAPE, CHECKED_TOKENS = (64, 512), (1, 16, 200)
 """One number of tokens for each kernel."""

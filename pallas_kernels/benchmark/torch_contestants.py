@@ -34,7 +34,7 @@ def missing(form: Format) -> dict[str, str]:
     try:
         import spqr_quant  # noqa: F401
 
-        import converters.official_tiles  # noqa: F401
+        import converters.formats.official.tiles  # noqa: F401
     # It is compiled when it is imported, which can fail in any way.
     except Exception as error:
         return {"official kernel": str(error).partition("\n")[0]}
@@ -73,7 +73,7 @@ def official_kernel(form: Format, shape: tuple[int, int]) -> Contestant:
     from spqr_quant.inference import FeatureFlags
     from spqr_quant.inference_kernels.cuda_kernel import call_spqr_mul_fused
 
-    from converters.official_tiles import encode_tensor
+    from converters.formats.official.tiles import encode_tensor
 
     packed = random_matrix(form, shape, 0)
     arrays = encode_tensor(packed, "the matrix")

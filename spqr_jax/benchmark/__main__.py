@@ -15,15 +15,15 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from pallas_kernels import devices
 from pallas_kernels.aot import Format
 from pallas_kernels.aot.options import one_of
+from pallas_kernels.backends import devices
 from pallas_kernels.benchmark.rows import now, versions, write
-from spqr_jax import console
 from spqr_jax.benchmark.decode import NEW_TOKENS, measured_rows
 from spqr_jax.benchmark.predicted import ASSUMPTIONS, predicted_rows
 from spqr_jax.benchmark.random_model import MODELS
 from spqr_jax.benchmark.results import Results, Row
+from spqr_jax.cli import console
 
 FORM = Format.parse("3b-g16-s3-o1%")
 TARGET = "h100"

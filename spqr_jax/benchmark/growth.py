@@ -10,7 +10,7 @@ import numpy as np
 from spqr_jax.benchmark.random_model import fused_shapes
 from spqr_jax.config import SpqrConfig
 from spqr_jax.models import Decoder, Llama, LlamaConfig, RotaryConfig
-from spqr_jax.pipeline import quantize
+from spqr_jax.quantization.model import quantize
 
 ROWS, COLUMNS, SEQUENCES, BLOCKS = (384, 768, 1536, 3072), (384, 768, 1536, 3072), (4, 8, 16, 32), (1, 2, 4, 8)
 FIXED = 576

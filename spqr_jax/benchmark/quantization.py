@@ -17,14 +17,14 @@ from rich.console import Console
 from rich.table import Table
 
 from converters import find_smollm2, from_pretrained
-from spqr_jax import console
 from spqr_jax.benchmark.growth import Growth, growths
+from spqr_jax.cli import console
 from spqr_jax.cli.models import encode
 from spqr_jax.config import SpqrConfig
-from spqr_jax.corpus import REFERENCE_STARTS, wikitext2, windows_at
-from spqr_jax.pipeline import quantize_blocks
-from spqr_jax.solver import quantize_shared
-from spqr_jax.summary import summarize
+from spqr_jax.quantization.model import quantize_blocks
+from spqr_jax.quantization.solver import quantize_shared
+from spqr_jax.storage.totals import summarize
+from spqr_jax.texts import REFERENCE_STARTS, wikitext2, windows_at
 
 OFFICIAL_SECONDS = {(192, 576): 0.37, (576, 576): 0.43, (576, 1536): 1.42, (1536, 576): 0.76}
 OFFICIAL_MODEL_SECONDS = 196.0

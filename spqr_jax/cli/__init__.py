@@ -4,16 +4,16 @@ Results go to standard output, progress to standard error. Exit status: 0 done, 
 usage.
 """
 
-from spqr_jax import console
 from spqr_jax.cli import (  # noqa: F401
-    analyzing,
-    evaluating,
-    exporting,
-    generating,
-    inspecting,
-    quantizing,
-    reporting,
-    sweeping,
+    analyze,
+    console,
+    evaluate,
+    export,
+    generate,
+    inspect,
+    quantize,
+    report,
+    sweep,
     tasks,
 )
 from spqr_jax.cli.app import app

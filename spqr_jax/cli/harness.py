@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from spqr_jax.cli.models import load_model, require
 from spqr_jax.generation import for_decoding, stream
-from spqr_jax.likelihood import likelihoods
+from spqr_jax.measure.likelihood import likelihoods
 
 STOP_CHECK = 16
 """Tokens that are written between two looks for the texts that end an answer."""

@@ -20,7 +20,7 @@ def open_model(source: str, dtype: str) -> Any:
     import jax.numpy as jnp
 
     from converters import open_pretrained
-    from spqr_jax import checkpoint
+    from spqr_jax.storage import checkpoint
 
     if not checkpoint.is_checkpoint(source):
         return open_pretrained(source, dtype=jnp.dtype(dtype))
@@ -50,6 +50,6 @@ def encode(tokenizer: Any, text: str) -> list[int]:
 
 def encode_text(tokenizer: Any, text: Path | None, split: Literal["valid", "test"]) -> list[int]:
     """The same of a text file, or of this part of the package's text."""
-    from spqr_jax.corpus import wikitext2
+    from spqr_jax.texts import wikitext2
 
     return encode(tokenizer, wikitext2(split) if text is None else text.read_text(encoding="utf-8"))

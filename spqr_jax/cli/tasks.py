@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from spqr_jax import console
+from spqr_jax.cli import console
 from spqr_jax.cli.app import Json, Model, app
 
 PAPER_TASKS = "winogrande,piqa,hellaswag,arc_easy,arc_challenge"

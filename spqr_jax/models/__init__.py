@@ -5,7 +5,7 @@ from spqr_jax.models.falcon import Falcon, FalconConfig
 from spqr_jax.models.fusion import fuse_projections
 from spqr_jax.models.layers import RotaryConfig
 from spqr_jax.models.llama import Llama, LlamaConfig
-from spqr_jax.models.sharding import shard_params
+from spqr_jax.models.tensor_parallel import shard_params
 
 FAMILIES: dict[str, type[Decoder]] = {"llama": Llama, "falcon": Falcon}
 """Name of each family, as Hugging Face's `model_type`, and its module."""

@@ -5,9 +5,9 @@ from typing import Any
 import jax.numpy as jnp
 
 from pallas_kernels import SpqrTensor, concatenate_rows
-from pallas_kernels.rows import why_not_one
+from pallas_kernels.format.rows import why_not_one
 from spqr_jax.models.decoder import Decoder, Params, fused_name
-from spqr_jax.models.stacking import block_names
+from spqr_jax.models.stacked_blocks import block_names
 
 
 def fuse_projections(params: Params, model: Decoder) -> Params:

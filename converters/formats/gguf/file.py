@@ -1,0 +1,110 @@
+"""The metadata and tensors of a GGUF file, dequantized by the `gguf` package."""
+
+import math
+import mmap
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+from jaxtyping import Float
+
+from converters.errors import ConversionError
+from converters.formats.gguf.header import Entry, read_header
+from converters.layout import StoredTensor
+
+# Keys whose values are used as they are. The sizes and options of a model are checked where they are read.
+TYPES: dict[str, Any] = {
+    "general.architecture": str,
+    "split.count": int,
+    "tokenizer.chat_template": str,
+    "tokenizer.ggml.model": str,
+    "tokenizer.ggml.pre": str,
+    **{f"tokenizer.ggml.{role}_token_id": int for role in ("bos", "eos", "unknown", "padding")},
+}
+LIST_TYPES: dict[str, Any] = {
+    "tokenizer.ggml.tokens": str,
+    "tokenizer.ggml.merges": str,
+    "tokenizer.ggml.scores": int | float,
+    "tokenizer.ggml.token_type": int,
+}
+# One entry for each token.
+PER_TOKEN = ("tokenizer.ggml.scores", "tokenizer.ggml.token_type")
+
+
+@dataclass(frozen=True)
+class GgufFile:
+    """What a GGUF file holds; the tensors stay in the file until they are read."""
+
+    metadata: Mapping[str, Any]
+    tensors: Mapping[str, StoredTensor]
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether a file says that it is GGUF, by its name or in its first bytes.
+
+    Example:
+      >>> is_gguf(Path("model.gguf"))
+      True
+    """
+    if path.suffix == ".gguf":
+        return True
+    with path.open("rb") as file:
+        return file.read(4) == b"GGUF"
+
+
+def open_gguf(path: Path) -> GgufFile:
+    """Lists what is in a GGUF file; nothing is read before it is asked for.
+
+    A tensor's shape is `[out, in]`, as in PyTorch; the format itself names the dimensions the other way round.
+
+    Raises:
+      ConversionError: the file is damaged, big-endian, or one part of several, or the architecture or the tokenizer in
+        its metadata is not of the type that the format prescribes.
+
+    Example:
+      >>> open_gguf(Path("model.gguf")).metadata["general.architecture"]
+      'llama'
+    """
+    try:
+        with path.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as file:
+            metadata, entries = read_header(file)
+    except (ValueError, OSError) as error:
+        raise ConversionError(f"{path} is not a readable GGUF file: {error}.") from error
+    _check_types(metadata, path)
+    if metadata.get("split.count", 1) > 1:
+        raise ConversionError(f"{path} is one of {metadata['split.count']} parts; merge them with gguf-split first.")
+    return GgufFile(metadata, {name: _stored(name, entry, path) for name, entry in entries.items()})
+
+
+def _check_types(metadata: Mapping[str, Any], path: Path) -> None:
+    for key, wanted in TYPES.items():
+        if key in metadata and not isinstance(metadata[key], wanted):
+            raise ConversionError(f"{path}: {key} is not of type {wanted.__name__}.")
+    for key, wanted in LIST_TYPES.items():
+        values = metadata.get(key, [])
+        if not isinstance(values, list) or not all(isinstance(value, wanted) for value in values):
+            raise ConversionError(f"{path}: {key} is not a list of type {getattr(wanted, '__name__', wanted)}.")
+    count = len(metadata.get("tokenizer.ggml.tokens", ()))
+    for key in PER_TOKEN:
+        if key in metadata and len(metadata[key]) != count:
+            raise ConversionError(f"{path}: {key} has {len(metadata[key])} entries for {count} tokens.")
+
+
+def _stored(name: str, entry: Entry, path: Path) -> StoredTensor:
+    def read() -> Float[np.ndarray, "..."]:
+        size = math.prod(entry.byte_shape)
+        # Not mapped: what has been read of a map stays in memory with it.
+        stored = np.fromfile(path, np.uint8, size, offset=entry.start)
+        if stored.size < size:
+            raise ConversionError(f"{path} has become shorter while it was read: {name} ends beyond it.")
+        stored = stored.reshape(entry.byte_shape)
+        try:
+            with np.errstate(all="ignore"):  # scales may be infinite
+                return gguf.dequantize(stored, entry.kind)
+        except NotImplementedError as error:
+            raise ConversionError(f"{path}: {name} has type {entry.kind.name}, which cannot be dequantized.") from error
+
+    return StoredTensor(entry.shape, entry.kind.name, read)

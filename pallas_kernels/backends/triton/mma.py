@@ -1,0 +1,170 @@
+"""Some tokens: weights are dequantized in registers, to float16, and go to the tensor cores.
+
+The members of a set of rows share the codes of their statistics. One tensor core product takes code j of the blocks in
+both halves of the words: pairs of float16 are just what the tensor cores read. What is left to add up, one number per
+row, token and tile of columns, is left to XLA.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+from jaxtyping import Array, Float, Float16
+
+from pallas_kernels.backends.triton.arrange import arrange, tokens_at_once
+from pallas_kernels.backends.triton.code_pairs import UNIT, code_pairs, positions
+from pallas_kernels.backends.triton.instructions import Pair, halves, join, pair_multiply, pair_multiply_add, twice
+from pallas_kernels.backends.triton.launch import Launch
+from pallas_kernels.backends.triton.outliers import shares, sparse_launch, sparse_part, sparse_programs
+from pallas_kernels.backends.triton.parts import first_and_rest
+from pallas_kernels.backends.triton.results import result
+from pallas_kernels.backends.triton.statistics import inside, real, statistics
+from pallas_kernels.format.bit_layout import BLOCK
+from pallas_kernels.format.tensor import SpqrTensor
+from pallas_kernels.tuning.tiles import DEFAULT, Tile
+
+NEIGHBOURS = 2 if jax.__version_info__ < (0, 11) else 1
+"""Neighbouring pairs that the compiler, which comes with JAX, has one thread give to a tensor core."""
+NORMAL = 15
+"""Codes q · 2^(p − UNIT) are multiplied by 2^NORMAL, the largest power of two in float16."""
+SMALLER = 4
+"""Weights are computed times 2^−SMALLER: then scales up to 2000 do not overflow."""
+SLOPE = UNIT - NORMAL - SMALLER
+"""Scales are computed times 2^SLOPE: that times a code, so multiplied, is a weight, times 2^−SMALLER and 2^p."""
+
+
+def mma_matmul(
+    x: Float[Array, "tokens in"], w: SpqrTensor, *, tile: Tile = DEFAULT["mma"], interpret: bool
+) -> Float[Array, "tokens out"]:
+    """y = x ŵᵀ in float16, added up in float32."""
+    columns, at_once = tile.columns * tile.steps, _at_once(x.shape[0])
+    arranged = arrange(x, w, columns=columns, pairs=True, together=tile.columns, interpret=interpret)
+    tokens, out = x.shape[0], w.shape[0]
+    tiles = arranged.factors.shape[-1] // columns
+    sums = pl.pallas_call(
+        functools.partial(_kernel, tile=tile, at_once=at_once, interpret=interpret),
+        out_shape=result((tiles + shares(w, at_once), tokens, out), jnp.float32, (x, w)),
+        grid=(tiles * tile.blocks(out) + sparse_programs(w, at_once), pl.cdiv(tokens, at_once)),
+        compiler_params=plgpu.CompilerParams(num_warps=tile.warps, num_stages=1),
+        interpret=interpret,
+        name="spqr_mma",
+    )(arranged, w)
+    return sums.sum(0).astype(x.dtype)
+
+
+def launch(w: SpqrTensor, tokens: int, tile: Tile) -> Launch:
+    """The loops of the kernel, which treats its tokens at once."""
+    return replace(sparse_launch(w, tokens, _at_once(tokens)), steps=tile.steps)
+
+
+def _at_once(tokens: int) -> int:
+    """Tokens of a program."""
+    return max(16, tokens_at_once(tokens))
+
+
+def _kernel(x: Any, w: Any, out_ref: Any, *, tile: Tile, at_once: int, interpret: bool) -> None:
+    tiles = x.factors.shape[-1] // (tile.columns * tile.steps)
+    options: Any = {"block": pl.program_id(1), "at_once": at_once, "interpret": interpret}
+    dense = functools.partial(_dense_part, x, w, out_ref, tiles=tiles, tile=tile, **options)
+    sparse = functools.partial(sparse_part, x.ordered, w, out_ref, **options)
+    first_and_rest(tiles * tile.blocks(w.shape[0]), dense, None if w.row_offsets is None else sparse)
+
+
+def _dense_part(
+    x: Any,
+    w: Any,
+    out_ref: Any,
+    program: Array,
+    *,
+    block: Array,
+    tiles: int,
+    tile: Tile,
+    at_once: int,
+    interpret: bool,
+) -> None:
+    tokens, out = x.factors.shape[0], w.shape[0]
+    # Tiles first: then programs that run on a processor at the same time mostly read the same activations.
+    number = program % tiles
+    first = (program // tiles * tile.sets + jnp.arange(tile.sets)) * tile.rows
+    token = block * at_once + jnp.arange(at_once)
+    known = token < tokens
+
+    def step(i: Array, sums: tuple[Array, ...]) -> tuple[Array, ...]:
+        columns = number * tile.steps + i
+        column = columns * tile.columns + jnp.arange(tile.columns)
+        weights = [_weights(w, first, r, column, tile=tile, interpret=interpret) for r in range(tile.rows)]
+        for j in range(BLOCK):
+            at = x.values.at[columns, jnp.int32(j), token[:, None], jnp.arange(tile.columns)[None]]
+            values = plgpu.load(at, mask=jnp.broadcast_to(known[:, None], (at_once, tile.columns)), other=0)
+            values = _side_by_side(values)
+            sums = tuple(
+                total + plgpu.dot(_side_by_side(weight(j)), values, trans_b=True)
+                for total, weight in zip(sums, weights, strict=True)
+            )
+        return sums
+
+    sums = jax.lax.fori_loop(0, tile.steps, step, (jnp.zeros((tile.sets, at_once), jnp.float32),) * tile.rows)
+    factor = plgpu.load(x.factors.at[token, jnp.int32(0), number * tile.steps * tile.columns], mask=known, other=0)
+    factor = factor * 2.0 ** (SMALLER - UNIT)
+    for r, total in enumerate(sums):
+        row = first + r
+        at = out_ref.at[number, token[None], row[:, None]]
+        plgpu.store(at, total * factor[None], mask=known[None] & (row < out)[:, None])
+
+
+def _weights(w: Any, first: Array, r: int, column: Array, *, tile: Tile, interpret: bool) -> Callable[[int], Pair]:
+    """Of row `first + r` of each set, the weights at code j of the words' blocks, times 2^(p_j − SMALLER), by j."""
+    bits, out, words = w.codes.shape
+    columns = inside(column, words, tile.sets, tile.columns * tile.steps)
+    center = 2 ** (bits - 1)
+    multiply = functools.partial(pair_multiply, interpret=interpret)
+    # ŵ = s (q − z) = s (q − center) + s (center − z): the second term is small, and rounded to float16 as such.
+    groups = statistics(
+        w,
+        column,
+        rows=first,
+        count=tile.rows,
+        columns=columns,
+        scale_factor=2.0**SLOPE,
+        zero_factors=(-1.0, -1.0),
+        zero_term=center,
+        interpret=interpret,
+    )
+    slopes, intercepts = [], []
+    for scale, zero in groups:
+        slopes.append(join(*scale(r), interpret=interpret))
+        offsets = (s * z for s, z in zip(scale(r), zero(r), strict=True))
+        intercepts.append(join(*offsets, interpret=interpret))
+    row = first + r
+    mask = real(columns, row, out, tile.sets * tile.rows)
+    code = code_pairs([plgpu.load(w.codes.at[k, row[:, None], column[None]], mask=mask) for k in range(bits)])
+
+    @functools.cache
+    def intercept(split: int, position: int) -> Pair:
+        return multiply(intercepts[split], jnp.uint32(twice(2.0 ** (position - SLOPE - SMALLER))))
+
+    def weight(j: int) -> Pair:
+        split, position = j * len(groups) // BLOCK, positions(bits)[j]
+        minus_center = jnp.uint32(twice(-center * 2.0 ** (position + NORMAL - UNIT)))
+        centered = pair_multiply_add(code(j), jnp.uint32(twice(2.0**NORMAL)), minus_center, interpret=interpret)
+        return pair_multiply_add(centered, slopes[split], intercept(split, position), interpret=interpret)
+
+    return weight
+
+
+def _side_by_side(pairs: Pair) -> Float16[Array, "rows 2*columns"]:
+    """The numbers of each pair next to each other, and pairs in the order in which threads hold them.
+
+    Of a row, a thread loads four neighbouring words, but it has other pairs to give to the tensor cores: `NEIGHBOURS`
+    at a time, the next as far away as four threads reach. The order of the sum is free: words are renamed, so that
+    nothing moves, and what goes to a tensor core together is together.
+    """
+    rows, columns = pairs.shape
+    numbers = jnp.stack(halves(pairs), axis=-1)
+    parts = numbers.reshape(rows, columns // 4, NEIGHBOURS, 4 // NEIGHBOURS, 2)
+    return parts.transpose(0, 3, 1, 2, 4).reshape(rows, 2 * columns)

@@ -1,0 +1,153 @@
+"""The sparse part of a product: residuals of outliers times activations.
+
+Here and in the other kernels, `w` is an `SpqrTensor` of references to its arrays.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+from jaxtyping import Array, Float
+
+from pallas_kernels.backends.triton.instructions import multiply_add
+from pallas_kernels.backends.triton.launch import Launch
+from pallas_kernels.backends.triton.layouts import by_fours
+from pallas_kernels.backends.triton.results import result
+from pallas_kernels.format.tensor import SpqrTensor
+
+ADDED_AT_ONCE = 128
+"""Outliers of one row that a program adds at once to a dense matrix."""
+
+
+class SparseTile(NamedTuple):
+    """What one program multiplies of the outliers.
+
+    Attributes:
+      shares: programs that share out the outliers of a row evenly, each with sums of its own.
+      rows: neighbouring rows.
+      lanes: outliers of each row at once.
+    """
+
+    shares: int
+    rows: int
+    lanes: int
+
+
+def sparse_tile(at_once: int) -> SparseTile:
+    """The fastest of some that were tried on an H100, for so many tokens at once."""
+    if at_once == 1:
+        return SparseTile(shares=4, rows=16, lanes=32)
+    return SparseTile(shares=2, rows=8, lanes=256 // at_once)
+
+
+def shares(w: SpqrTensor, at_once: int) -> int:
+    """Sums of the sparse part for each row, beside those of the dense part; none where there are no outliers."""
+    return 0 if w.row_offsets is None else sparse_tile(at_once).shares
+
+
+def sparse_programs(w: SpqrTensor, at_once: int) -> int:
+    """Programs that multiply outliers, for each block of tokens."""
+    return shares(w, at_once) * pl.cdiv(w.shape[0], sparse_tile(at_once).rows)
+
+
+def sparse_part(
+    x_ref: Float[Any, "in tokens"], w: Any, out_ref: Any, number: Array, *, block: Array, at_once: int, interpret: bool
+) -> None:
+    """Σ residual · x over a share of the outliers of some rows, for a block of tokens.
+
+    Programs of their own do this, because each waits for memory three times: for where the outliers of its rows are,
+    for their columns, and for the activations there. Meanwhile others multiply the dense part. They come last, where
+    otherwise processors would have nothing to do.
+
+    x is in quantization order: memory serves one place after the other, and the permutation would take as long again.
+    """
+    out, tokens, tile = w.row_offsets.shape[0] - 1, x_ref.shape[1], sparse_tile(at_once)
+    share, row = number % tile.shares, number // tile.shares * tile.rows + jnp.arange(tile.rows)
+    token = block * at_once + jnp.arange(at_once)
+    known, shape = token < tokens, (tile.rows, tile.lanes, at_once)
+    start, stop = (plgpu.load(w.row_offsets.at[jnp.minimum(row + place, out)]) for place in range(2))
+    size = _ceil(stop - start, tile.shares)
+    start = start + share * size
+    stop = jnp.minimum(start + size, stop)
+    neighbours = token if at_once == 1 else by_fours(token)
+
+    def step(i: Array, total: Array) -> Array:
+        place = start[:, None] + i * tile.lanes + jnp.arange(tile.lanes)
+        residual, column = _outlier(w, place, place < stop[:, None])
+        at = x_ref.at[column[:, :, None], neighbours[None, None]]
+        value = plgpu.load(at, mask=jnp.broadcast_to(known[None, None], shape), other=0).astype(jnp.float32)
+        return multiply_add(jnp.broadcast_to(residual[:, :, None], shape), value, total, interpret=interpret)
+
+    steps = _ceil(jnp.max(size), tile.lanes)
+    total = jax.lax.fori_loop(0, steps, step, jnp.zeros(shape, jnp.float32)).sum(axis=1)
+    at = out_ref.at[out_ref.shape[0] - tile.shares + share, token[None], row[:, None]]
+    plgpu.store(at, total, mask=known[None] & (row < out)[:, None])
+
+
+def sparse_launch(w: SpqrTensor, tokens: int, at_once: int) -> Launch:
+    """The programs of the sparse part, and their loop where outliers are spread evenly."""
+    if w.outlier_values is None:
+        return Launch()
+    tile = sparse_tile(at_once)
+    share = pl.cdiv(pl.cdiv(w.outlier_values.shape[0], w.shape[0]), tile.shares)
+    programs = sparse_programs(w, at_once) * pl.cdiv(tokens, at_once)
+    return Launch(sparse_programs=programs, outlier_steps=pl.cdiv(share, tile.lanes))
+
+
+class Outliers(NamedTuple):
+    """The fields of an `SpqrTensor` with which residuals are added to a dense matrix."""
+
+    row_offsets: Array | None
+    outlier_columns: Array | None
+    outlier_values: Array | None
+    permutation: Array | None
+
+
+def add_outliers(dense: Float[Array, "in out"], w: SpqrTensor, *, interpret: bool) -> Float[Array, "in out"]:
+    """Adds the residuals to the dense part ŵᵀ, in place.
+
+    A kernel of its own: so there can be as many programs as rows, and none waits for the dense part of another.
+    """
+    outliers = Outliers(*(getattr(w, name) for name in Outliers._fields))
+    return pl.pallas_call(
+        _add_kernel,
+        out_shape=result(dense.shape, dense.dtype, (dense, outliers)),
+        grid=w.shape[:1],
+        compiler_params=plgpu.CompilerParams(num_warps=1),
+        input_output_aliases={0: 0},
+        interpret=interpret,
+        name="spqr_add_outliers",
+    )(dense, outliers)
+
+
+def _add_kernel(_: Any, w: Any, out_ref: Any) -> None:
+    row, lane = pl.program_id(0), jnp.arange(ADDED_AT_ONCE)
+    start, stop = (plgpu.load(w.row_offsets.at[row + place]) for place in range(2))
+
+    def add(i: Array, _: None) -> None:
+        place = start + i * ADDED_AT_ONCE + lane
+        real = place < stop
+        residual, column = _outlier(w, place, real)
+        # Interpreted, a masked store writes what it has read: beside the matrix, where nothing else is written.
+        at = out_ref.at[jnp.where(real, _feature(w, column), out_ref.shape[0]), row]
+        beneath = plgpu.load(at, mask=real, other=0).astype(jnp.float32)
+        plgpu.store(at, (beneath + residual).astype(out_ref.dtype), mask=real)
+
+    jax.lax.fori_loop(0, _ceil(stop - start, ADDED_AT_ONCE), add, None)
+
+
+def _outlier(w: Any, place: Array, real: Array) -> tuple[Array, Array]:
+    """Residual and column, in quantization order, of outliers; those that are not real are zero."""
+    column = plgpu.load(w.outlier_columns.at[place], mask=real, other=0).astype(jnp.int32)
+    return plgpu.load(w.outlier_values.at[place], mask=real, other=0).astype(jnp.float32), column
+
+
+def _feature(w: Any, column: Array) -> Array:
+    return column if w.permutation is None else plgpu.load(w.permutation.at[column]).astype(jnp.int32)
+
+
+def _ceil(a: Array, b: int) -> Array:
+    """⌈a / b⌉ of numbers that are not negative; to allow for others takes more instructions."""
+    return jax.lax.div(a + (b - 1), jnp.int32(b))

@@ -1,0 +1,85 @@
+"""Columns of packed matrices taken apart, for tensor parallelism."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, UInt16, UInt32
+
+from pallas_kernels.format.bit_layout import pack_codes, unpack_codes
+from pallas_kernels.format.rows import ROW_FIELDS
+from pallas_kernels.format.stacks import stack
+from pallas_kernels.format.tensor import SpqrTensor
+
+
+def split_columns(tensor: SpqrTensor, parts: int) -> tuple[SpqrTensor, UInt16[Array, "parts in/parts"] | None]:
+    """Cuts a packed matrix into `parts` of equally many columns, stacked, one for each device.
+
+    The columns of a part follow each other in quantization order, because those of a group do. Every array gets a
+    leading axis of `parts`; the outliers of each part are padded with zeros to the most of any part. The parts have no
+    permutation, but there is one for all of them, of which each has a row.
+
+    Args:
+      tensor: a concrete matrix `[out, in]`.
+      parts: number of parts.
+
+    Returns:
+      A stack of matrices `[out, in / parts]`, and the input features that each of them multiplies; None where they are
+      in order, the first `in / parts` for the first part.
+
+    Raises:
+      ValueError: the columns do not divide into parts between two groups; or it is a stack already.
+
+    Example:
+      >>> split, features = split_columns(w, 4)
+      >>> sum(spqr_matmul(x[..., features[i]], element(split, i)) for i in range(4))  # spqr_matmul(x, w)
+    """
+    if tensor.codes.ndim > 3:
+        raise ValueError(f"a stack of {len(tensor.codes)} matrices cannot be split by columns; split each of them")
+    columns = tensor.in_features
+    if parts < 1 or columns % (parts * tensor.group_size):
+        raise ValueError(
+            f"{columns} input features do not divide into {parts} parts of whole groups of {tensor.group_size}"
+        )
+    statistics = {
+        name: jnp.split(array, parts, axis=-1)
+        for name in ROW_FIELDS
+        if name != "codes" and (array := getattr(tensor, name)) is not None
+    }
+    pieces = {"codes": _split_codes(tensor.codes, columns, parts), **statistics}
+    whole = replace(tensor, permutation=None, in_features=columns // parts)
+    split = [
+        replace(whole, **{name: pieces[name][index] for name in pieces}, **outliers)
+        for index, outliers in enumerate(_split_outliers(tensor, parts))
+    ]
+    return stack(split), None if tensor.permutation is None else tensor.permutation.reshape(parts, -1)
+
+
+@partial(jax.jit, static_argnames=("columns", "parts"))
+def _split_codes(words: UInt32[Array, "bits out half_blocks"], columns: int, parts: int) -> list[Array]:
+    """Packed again: a word holds codes that are half a row apart, and a part may begin within a block."""
+    return [pack_codes(part, len(words)) for part in jnp.split(unpack_codes(words, columns), parts, axis=1)]
+
+
+def _split_outliers(tensor: SpqrTensor, parts: int) -> Iterator[dict[str, Any]]:
+    """CSR of each part, in NumPy: JAX would compile anew for each number of outliers."""
+    if tensor.row_offsets is None:
+        yield from [{}] * parts
+        return
+    out, columns = tensor.shape
+    offsets = np.asarray(tensor.row_offsets)
+    rows = np.repeat(np.arange(out), np.diff(offsets))
+    part, column = np.divmod(np.asarray(tensor.outlier_columns)[: len(rows)], columns // parts)
+    values = np.asarray(tensor.outlier_values)[: len(rows)]
+    for index in range(parts):
+        own = part == index
+        counts = np.bincount(rows[own], minlength=out)
+        yield {
+            "row_offsets": np.cumsum([0, *counts], dtype=np.int32),
+            "outlier_columns": column[own].astype(np.uint16),
+            "outlier_values": values[own],
+        }

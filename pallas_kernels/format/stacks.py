@@ -1,0 +1,73 @@
+"""Packed matrices of one format as one pytree with a leading axis, to be scanned over or spread over devices."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from pallas_kernels.format.tensor import SpqrTensor, trim
+
+
+def stack(tensors: Sequence[SpqrTensor]) -> SpqrTensor:
+    """Gives every array a leading axis, one element per matrix.
+
+    The numbers of outliers may differ: they are padded with zeros, which add nothing to a product, to the largest.
+
+    Args:
+      tensors: matrices of the same shape and format. They must be concrete: the padding cannot be traced.
+
+    Raises:
+      ValueError: the matrices differ in shape or format.
+
+    Example:
+      >>> blocks = stack([pack_block(i) for i in range(30)])
+      >>> _, y = jax.lax.scan(lambda x, w: (spqr_matmul(x, w), None), x, blocks)
+    """
+    return jax.tree.map(lambda *arrays: jnp.stack(arrays), *pad(tensors))
+
+
+def pad(tensors: Sequence[SpqrTensor]) -> list[SpqrTensor]:
+    """Gives every matrix room for the same number of outliers, as `stack` does, without stacking them.
+
+    What is compiled for one of them then serves all.
+
+    Raises:
+      ValueError: the matrices differ in format.
+
+    Example:
+      >>> {tensor.outlier_values.shape for tensor in pad(tensors)}
+      {(451723,)}
+    """
+    if len({jax.tree.structure(tensor) for tensor in tensors}) > 1:
+        raise ValueError("matrices of different formats cannot be stacked")
+    if tensors[0].outlier_values is None:
+        return list(tensors)
+    capacity = max(_capacity(tensor) for tensor in tensors)
+    return [tensor if _capacity(tensor) == capacity else _pad_outliers(tensor, capacity) for tensor in tensors]
+
+
+def element(stacked: SpqrTensor, index: int) -> SpqrTensor:
+    """One matrix of a stack, without the padding of its outliers.
+
+    Example:
+      >>> element(stack(tensors), 2)  # tensors[2]
+    """
+    return trim(jax.tree.map(lambda array: array[index], stacked))
+
+
+def _capacity(tensor: SpqrTensor) -> int:
+    assert tensor.outlier_values is not None
+    return tensor.outlier_values.shape[-1]
+
+
+def _pad_outliers(tensor: SpqrTensor, capacity: int) -> SpqrTensor:
+    def padded(array: Array | None) -> Any:
+        # Through NumPy: JAX would compile anew for each length.
+        host = np.asarray(array)
+        return np.pad(host, [(0, 0)] * (host.ndim - 1) + [(0, capacity - _capacity(tensor))])
+
+    return replace(tensor, outlier_columns=padded(tensor.outlier_columns), outlier_values=padded(tensor.outlier_values))

@@ -1,0 +1,183 @@
+"""How much each weight of a model matters: the least error that rounding it alone can cause.
+
+Source: Dettmers et al. 2023 (arXiv 2306.03078), section 3, formula 2.
+"""
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Int
+
+from spqr_jax.config import SpqrConfig
+from spqr_jax.models.decoder import Block, layer_name
+from spqr_jax.quantization.group_fit import decode, encode
+from spqr_jax.quantization.hidden_states import Streams, advance, embed
+from spqr_jax.quantization.model import check_tokens, check_weights, in_type, place
+from spqr_jax.quantization.solver import Factor, check_matrix, factorize, fit_group, outlier_threshold
+from spqr_jax.runtime.lapack import in_one_thread
+from spqr_jax.storage.model_source import ModelSource
+
+
+class Sensitivity(NamedTuple):
+    """What rounding does to one matrix.
+
+    Attributes:
+      values: s of every weight, see `sensitivity`; columns in the order of the input features.
+      outlier_share: share of the weights that the solver's rule makes outliers, (w − ŵ)² / U_jj² > T with H⁻¹ = Uᵀ U
+        in quantization order and T of `outlier_threshold`; 0 without a threshold. Groups are fitted as the solver fits
+        them, without likely outliers (unless `simplified`), but no weight carries the errors of earlier columns.
+    """
+
+    values: Float[Array, "out in"]
+    outlier_share: Float[Array, ""]
+
+
+class Heads(NamedTuple):
+    """Where the attention heads of a matrix lie: `width` neighbours each, along the rows (0) or the columns (1)."""
+
+    axis: Literal[0, 1]
+    width: int
+
+
+class Matrix(NamedTuple):
+    """One matrix of a model.
+
+    Attributes:
+      kind: its name in its block, `q_proj`.
+      depth: number of its block.
+      sensitivity: with H = Σ x xᵀ / tokens.
+      heads: None where neither its rows nor its columns are those of heads.
+    """
+
+    kind: str
+    depth: int
+    sensitivity: Sensitivity
+    heads: Heads | None
+
+    @property
+    def name(self) -> str:
+        """`layers_3.q_proj`."""
+        return f"{layer_name(self.depth)}.{self.kind}"
+
+
+def sensitivity(weight: Float[Array, "out in"], hessian: Float[Array, "in in"], config: SpqrConfig) -> Sensitivity:
+    """s_ij = (w_ij − ŵ_ij)² / (2 [H⁻¹]_jj): half the least ‖W X − W' X‖² of all W' with w'_ij = ŵ_ij, H = X Xᵀ.
+
+    ŵ is w rounded to nearest, in the groups and with the statistics that the configuration says; H is damped as the
+    solver does it. Weights of features that never occurred have 0.
+
+    Args:
+      weight: W.
+      hessian: H, or a positive multiple, by which s is then multiplied as well.
+      config: what to quantize to.
+
+    Raises:
+      ValueError: the sizes do not fit the format, or a value is not finite, or the Hessian cannot be factorized.
+
+    Source: Dettmers et al. 2023 (arXiv 2306.03078), formula 2.
+
+    Example:
+      >>> found = sensitivity(kernel.T, x.T @ x, COMPACT)
+      >>> most_sensitive = jnp.unravel_index(found.values.argmax(), found.values.shape)
+    """
+    check_matrix("weight", weight, config)
+    return _of_factored(weight, _factor("weight", hessian, config), config)
+
+
+def sensitivities(
+    source: ModelSource, calibration_tokens: Int[ArrayLike, "sequences tokens"], config: SpqrConfig
+) -> Iterator[Matrix]:
+    """The sensitivities of all matrices of a model, in order; inputs are those of the model as it is, not quantized.
+
+    One block's weights are in memory at a time, beside the hidden states of the calibration sequences.
+
+    Raises:
+      ValueError: as for `quantize`.
+
+    Example:
+      >>> source = open_pretrained("HuggingFaceTB/SmolLM2-135M")
+      >>> mean = {matrix.name: matrix.sensitivity.values.mean() for matrix in sensitivities(source, tokens, COMPACT)}
+    """
+    block = source.model.new_block()
+    heads = matrix_heads(block)
+    tokens = np.asarray(calibration_tokens)
+    first = source.parts[layer_name(0)]()
+    check_weights({layer_name(0): first}, source.model, config)
+    check_tokens(tokens, first, source.model)
+    del first
+    hidden = embed(source.model, {"embed_tokens": source.parts["embed_tokens"]()}, tokens)
+    streams = Streams({"hidden": hidden}, None)
+    for depth in range(source.model.config.num_layers):
+        name = layer_name(depth)
+        part = source.parts[name]()
+        check_weights({name: part}, source.model, config)
+        params = jax.tree.map(partial(place, mesh=None), part)
+        running = in_type(params, block, hidden.dtype)
+        for number, stage in enumerate(block.stages):
+            streams, moments = advance(block, number, running, running, streams)
+            for feed, kinds in stage.feeds.items():
+                hessian = moments.pop(feed).hessian / tokens.size
+                factor = _factor(f"{name}: the input of {', '.join(kinds)}", hessian, config)
+                for kind in kinds:
+                    found = _of_factored(params[kind]["kernel"].T, factor, config)
+                    yield Matrix(kind, depth, found, heads.get(kind))
+
+
+def matrix_heads(block: Block) -> dict[str, Heads]:
+    """Which matrices of a block have the rows or the columns of attention heads.
+
+    Example:
+      >>> matrix_heads(model.new_block())["o_proj"]
+      Heads(axis=1, width=64)
+    """
+    width = block.config.head_dim
+    rows = dict.fromkeys(block.heads(), Heads(0, width))
+    return rows | dict.fromkeys(block.feeds()["attention_output"], Heads(1, width))
+
+
+def _factor(name: str, hessian: Float[Array, "in in"], config: SpqrConfig) -> Factor:
+    factor = in_one_thread(factorize, hessian, config)
+    if not jnp.isfinite(factor.inverse_factor[0, 0]):  # a failed factorization is NaN throughout
+        raise ValueError(f"{name}: the Hessian cannot be factorized: it has NaNs, or is far from positive definite")
+    return factor
+
+
+@partial(jax.jit, static_argnames="config")
+def _of_factored(weight: Float[Array, "out in"], factor: Factor, config: SpqrConfig) -> Sensitivity:
+    if factor.permutation is not None:
+        weight = weight[:, factor.permutation]
+    weight = jnp.where(factor.dead, 0, weight)
+    diagonal = jnp.diag(factor.inverse_factor)
+    share = jnp.zeros(())
+    if config.outlier_threshold is not None:
+        threshold = outlier_threshold(weight, factor.inverse_factor, config.outlier_threshold)
+        errors = weight - _round(weight, diagonal, jnp.full(len(weight), threshold), config)
+        share = jnp.mean(jnp.where(factor.dead, 0, jnp.square(errors / diagonal)) > threshold)
+    errors = jnp.where(factor.dead, 0, weight - _round(weight, diagonal, None, config))
+    values = jnp.square(errors) / (2 * jnp.square(factor.inverse_factor).sum(axis=0))
+    if factor.permutation is not None:
+        values = values[:, jnp.argsort(factor.permutation)]
+    return Sensitivity(values, share)
+
+
+def _round(
+    weight: Float[Array, "out in"],
+    diagonal: Float[Array, " in"],
+    threshold: Float[Array, " out"] | None,
+    config: SpqrConfig,
+) -> Float[Array, "out in"]:
+    """What codes and statistics stand for, columns in quantization order; for the threshold see `fit_group`."""
+    size = config.group_size
+
+    def of_group(inputs: tuple[Array, Array]) -> Float[Array, "group out"]:
+        group, own = inputs
+        scale, zero, _ = fit_group(group, own, threshold, config)
+        return decode(encode(group, scale, zero, config.bits), scale, zero)
+
+    groups = weight.T.reshape(-1, size, len(weight)), diagonal.reshape(-1, size)
+    return jax.lax.map(of_group, groups).reshape(weight.T.shape).T

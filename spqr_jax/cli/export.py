@@ -1,0 +1,64 @@
+"""The command `spqr export`."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from spqr_jax.cli import console
+from spqr_jax.cli.app import Json, Model, app
+from spqr_jax.cli.models import load_model
+
+
+class Format(StrEnum):
+    """What to write a checkpoint as."""
+
+    SPQR = "spqr"
+    HF = "hf"
+    HF_SPQR = "hf-spqr"
+
+
+class Dtype(StrEnum):
+    """Types of exported dense weights."""
+
+    FLOAT16 = "float16"
+    BFLOAT16 = "bfloat16"
+    FLOAT32 = "float32"
+
+
+@app.command()
+def export(
+    source: Model,
+    destination: Annotated[Path, typer.Argument(help="Directory to write; must not exist.")],
+    as_format: Annotated[
+        Format,
+        typer.Option(
+            "--format",
+            help="hf: Hugging Face, dequantized; hf-spqr: the official packed format; spqr: a checkpoint of spqr.",
+        ),
+    ],
+    dtype: Annotated[Dtype | None, typer.Option(help="Type of the weights of hf; default: float16.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write a checkpoint in another form.
+
+    Example: spqr export smollm2-spqr smollm2-hf --format hf
+    """
+    from converters import export_hf_spqr, export_huggingface
+    from spqr_jax.storage import checkpoint
+    from spqr_jax.storage.directories import bytes_on_disk
+
+    if dtype is not None and as_format is not Format.HF:
+        raise ValueError(f"--dtype {dtype} goes with --format hf, not with {as_format}")
+    kind = dtype or Dtype.FLOAT16
+    checkpoint.check_destination(destination)
+    model, params, tokenizer = load_model(source, kind)
+    if as_format is Format.HF:
+        export_huggingface(destination, model, params, tokenizer=tokenizer, dtype=kind.value)
+    elif as_format is Format.HF_SPQR:
+        export_hf_spqr(destination, model, params, tokenizer=tokenizer)
+    else:
+        checkpoint.save(destination, model, params, tokenizer=tokenizer)
+    result = {"destination": str(destination), "bytes_on_disk": bytes_on_disk(destination)}
+    console.emit(result, as_json)

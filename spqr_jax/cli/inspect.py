@@ -1,0 +1,68 @@
+"""The command `spqr inspect`."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Column, Table
+from rich.text import Text
+
+from spqr_jax.cli import console
+from spqr_jax.cli.app import Json, Model, app
+
+
+@app.command()
+def inspect(source: Model, as_json: Json = False) -> None:
+    """Show what is in a checkpoint, tensor by tensor, without reading the tensors.
+
+    Example: spqr inspect smollm2-spqr
+    """
+    from spqr_jax.storage import checkpoint
+
+    content, table = inspect_own(source) if checkpoint.is_checkpoint(source) else inspect_foreign(source)
+    if as_json:
+        console.emit(content, as_json)
+        return
+    terminal = Console()
+    # Where nobody looks, a file or a pipe, nothing is cut.
+    output = Console(width=None if terminal.is_terminal else 120)
+    for label in ("form", "family"):
+        output.print(f"{label}: {content[label]}", highlight=False, markup=False)
+    output.print(table)
+
+
+def inspect_own(directory: str) -> tuple[dict[str, Any], Table]:
+    """Content of a checkpoint of ours, for machines and for people."""
+    from spqr_jax.storage.checkpoint import describe
+
+    header = describe(directory)
+    columns = ("out x in", "bits", "group", "statistics", "outliers", "bits/weight")
+    table = Table(Column("matrix", no_wrap=True), *columns, box=None)
+    for path, matrix in header["matrices"].items():
+        weights = matrix["shape"][0] * matrix["shape"][1]
+        matrix["bits_per_weight"] = 8 * matrix["bytes"] / weights
+        matrix["outlier_share"] = (matrix["outliers"] or 0) / weights
+        statistics = "16 bit" if matrix["scale_bits"] is None else f"{matrix['scale_bits']} bit"
+        share, size = f"{matrix['outlier_share']:.2%}", f"{matrix['bits_per_weight']:.3f}"
+        numbers = (str(matrix["bits"]), str(matrix["group_size"]), statistics, share, size)
+        table.add_row(path, times(matrix["shape"]), *numbers)
+    for path, array in header["dense"].items():
+        table.add_row(path, times(array["shape"]), array["dtype"], "", "", "", "")
+    return {"form": "spqr-jax checkpoint", **header}, table
+
+
+def inspect_foreign(source: str) -> tuple[dict[str, Any], Table]:
+    """Content of a checkpoint of another project, for machines and for people."""
+    from converters.formats.detect import open_source
+
+    found = open_source(source)
+    table = Table(Column("tensor", no_wrap=True), "shape", "type", box=None)
+    for name, tensor in found.tensors.items():
+        table.add_row(Text(name), times(tensor.shape), tensor.kind)
+    tensors = {name: {"shape": tensor.shape, "kind": tensor.kind} for name, tensor in found.tensors.items()}
+    return {"form": found.form, "path": str(found.path), "family": found.model_type, "tensors": tensors}, table
+
+
+def times(shape: Sequence[int]) -> str:
+    """A shape as people write it."""
+    return " x ".join(map(str, shape))

@@ -1,0 +1,25 @@
+"""The command `spqr report`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from spqr_jax.cli import console
+from spqr_jax.cli.app import Json, app
+
+
+@app.command()
+def report(
+    directory: Annotated[Path, typer.Argument(help="A checkpoint of spqr.")],
+    output: Annotated[Path | None, typer.Option(help="File to write; default: DIRECTORY.html.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write one HTML page on a quantization: totals, plots, settings, versions, the errors of every matrix.
+
+    Example: spqr report smollm2-spqr
+    """
+    from spqr_jax.figures.report import write_report
+
+    page = write_report(directory, output)
+    console.emit({"page": str(page), "bytes": page.stat().st_size}, as_json)

@@ -1,0 +1,194 @@
+"""Perplexity of a language model on a text."""
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, Int
+from numpy.typing import ArrayLike
+
+from spqr_jax.models.decoder import Decoder, Params
+from spqr_jax.models.stacked_blocks import stack_blocks
+from spqr_jax.models.token_ids import check_vocabulary
+
+HEAD_POSITIONS = 256
+"""Positions whose logits are in memory at once."""
+
+WINDOWS_AT_ONCE = 4
+"""Windows that are run together, as far as their number divides: packed matrices are unpacked once for all of them."""
+
+
+def perplexity(
+    model: Decoder,
+    params: Params,
+    tokens: ArrayLike,
+    *,
+    window: int = 1024,
+    stride: int | None = None,
+    max_windows: int | None = None,
+) -> float:
+    """exp of the mean next-token loss over the windows of a text.
+
+    exp( 1/n Σ_w 1/(window − 1) Σ_t −log p(token_{w,t+1} | token_{w,0}, …, token_{w,t}) ): each window is read without
+    the ones before it, the protocol of the GPTQ and SpQR papers. With a stride, windows overlap, and a window counts
+    only what earlier ones have not: every token has at least window − stride tokens before it, but in the first window.
+
+    Args:
+      model: the language model.
+      params: its parameters, dense or packed.
+      tokens: ids of the text, one-dimensional.
+      window: tokens per window.
+      stride: tokens from the start of one window to that of the next; None for windows side by side.
+      max_windows: use only the first so many windows.
+
+    Raises:
+      ValueError: what `counted_windows` and `token_losses` raise.
+
+    Example:
+      >>> perplexity(model, params, tokenizer.encode(text), window=1024)
+      23.3
+    """
+    windows, counted = counted_windows(tokens, window=window, stride=stride, max_windows=max_windows)
+    return counted_perplexity(token_losses(model, params, windows), counted)
+
+
+def counted_perplexity(losses: Iterable[Float[np.ndarray, " _"]], counted: Iterable[int]) -> float:
+    """exp of the mean of so many losses at the end of each window."""
+    kept = [window[-new:] for window, new in zip(losses, counted, strict=True)]
+    return float(np.exp(np.mean(np.concatenate(kept), dtype=np.float64)))
+
+
+def cut_windows(
+    tokens: ArrayLike, *, window: int = 1024, max_windows: int | None = None
+) -> Int[np.ndarray, "windows window"]:
+    """Cuts a text into consecutive windows; what is left over at its end is dropped.
+
+    Args:
+      tokens: ids of the text, one-dimensional.
+      window: tokens per window.
+      max_windows: use only the first so many windows.
+
+    Raises:
+      ValueError: `window` or `max_windows` is out of its range, or the text is shorter than one window.
+
+    Example:
+      >>> cut_windows([5, 6, 7, 8, 9], window=2)
+      array([[5, 6], [7, 8]], dtype=int32)
+    """
+    tokens = np.asarray(tokens)
+    if window < 2:
+        raise ValueError(f"window is {window}, but a loss needs at least 2 tokens")
+    if max_windows is not None and max_windows < 1:
+        raise ValueError(f"max_windows is {max_windows}, but must be at least 1")
+    if len(tokens) < window:
+        raise ValueError(f"the text has {len(tokens)} tokens, fewer than one window of {window}")
+    count = len(tokens) // window
+    return tokens[: count * window].reshape(count, window)[:max_windows].astype(np.int32)
+
+
+def counted_windows(
+    tokens: ArrayLike, *, window: int = 1024, stride: int | None = None, max_windows: int | None = None
+) -> tuple[Int[np.ndarray, "windows window"], list[int]]:
+    """Windows of a text, and how many losses at the end of each count.
+
+    Args:
+      tokens: ids of the text, one-dimensional.
+      window: tokens per window.
+      stride: tokens from one start to the next, the last window being at the end of the text; None gives `cut_windows`.
+      max_windows: use only the first so many windows.
+
+    Returns:
+      The windows, and for each the number of tokens at its end that no earlier window has predicted.
+
+    Raises:
+      ValueError: as `cut_windows`, or `stride` is not between 1 and the window less 1.
+
+    Example:
+      >>> counted_windows([5, 6, 7, 8, 9, 10], window=4, stride=3)
+      (array([[ 5,  6,  7,  8], [ 7,  8,  9, 10]], dtype=int32), [3, 2])
+    """
+    windows = cut_windows(tokens, window=window, max_windows=max_windows)
+    if stride is None:
+        return windows, [window - 1] * len(windows)
+    if not 1 <= stride < window:
+        raise ValueError(f"stride is {stride}, but must be between 1 and {window - 1}, so that windows overlap")
+    tokens = np.asarray(tokens, np.int32)
+    last = len(tokens) - window
+    starts = [*range(0, last, stride), last][:max_windows]
+    counted = [window - 1, *(after - before for before, after in itertools.pairwise(starts))]
+    return np.stack([tokens[start : start + window] for start in starts]), counted
+
+
+def window_losses(model: Decoder, params: Params, windows: Int[np.ndarray, "windows window"]) -> Iterator[float]:
+    """Yields each window's mean next-token loss, in nats; consumed one by one, it shows progress.
+
+    Args and errors are those of `token_losses`.
+
+    Example:
+      >>> losses = list(tqdm(window_losses(model, params, windows), total=len(windows)))
+      >>> math.exp(statistics.fmean(losses))  # the perplexity
+    """
+    return (float(np.mean(losses, dtype=np.float64)) for losses in token_losses(model, params, windows))
+
+
+def token_losses(
+    model: Decoder, params: Params, windows: Int[np.ndarray, "windows window"]
+) -> Iterator[Float[np.ndarray, " window-1"]]:
+    """Yields the losses −log p(token_{t+1} | token_0, …, token_t) of each window, in nats.
+
+    Args:
+      model: the language model.
+      params: its parameters, dense or packed.
+      windows: token ids, as `cut_windows` gives them.
+
+    Raises:
+      ValueError: a window is longer than the model has positions for, an id is outside the vocabulary, or, while
+        iterating, a loss is not finite.
+
+    Example:
+      >>> np.concatenate(list(token_losses(model, params, windows))).max()  # of the worst predicted token
+    """
+    check_windows(model, windows)
+    # On the device once, not once per window.
+    params = jax.device_put(stack_blocks(params))
+
+    def losses() -> Iterator[np.ndarray]:
+        at_once = math.gcd(len(windows), WINDOWS_AT_ONCE)
+        for start in range(0, len(windows), at_once):
+            batch = np.asarray(_losses(model, params, windows[start : start + at_once]))
+            for index, loss in enumerate(batch, start):
+                if not np.isfinite(loss).all():
+                    raise ValueError(f"the loss of window {index} is {loss.mean()}")
+                yield loss
+
+    return losses()
+
+
+def check_windows(model: Decoder, windows: Int[np.ndarray, "windows window"]) -> None:
+    """Raises a ValueError where windows exceed a model's positions, or have an id that is outside its vocabulary."""
+    length, positions = windows.shape[1], model.config.max_positions
+    if length > positions:
+        raise ValueError(f"a window of {length} tokens exceeds the {positions} positions of the model")
+    check_vocabulary(windows, model.config.vocab_size)
+
+
+@partial(jax.jit, static_argnames="model")
+def _losses(model: Decoder, params: Params, tokens: Int[Array, "batch window"]) -> Float[Array, "batch window-1"]:
+    apply: Callable[..., Any] = partial(model.apply, {"params": params})
+    hidden, _ = apply(tokens, method="hidden_states")
+
+    def loss(position: tuple[Float[Array, " hidden"], Int[Array, ""]]) -> Float[Array, ""]:
+        features, following = position
+        logits = apply(features, method="head")
+        return optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), following)
+
+    # The logits of a whole window may be hundreds of megabytes; a part of them at a time is faster, too.
+    # Nothing follows the last token: roll wraps around there, and that loss is dropped.
+    positions = hidden.reshape(-1, hidden.shape[-1]), jnp.roll(tokens, -1, axis=1).reshape(-1)
+    return jax.lax.map(loss, positions, batch_size=HEAD_POSITIONS).reshape(tokens.shape)[:, :-1]

@@ -1,0 +1,116 @@
+"""Parameters spread over the devices of a mesh: tensor parallelism, as in Megatron (Shoeybi et al. 2019).
+
+Matrices fed with an input that every device has are split by rows, so that each device computes some heads or some
+features of the MLP; those that multiply the heads' or the MLP's results are split by columns, and a sum over the
+devices ends the attention and the MLP. Which they are is what the blocks declare.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from pallas_kernels import SplitTensor, SpqrTensor, split_columns, split_rows
+from pallas_kernels.format.rows import rows_together
+from pallas_kernels.format.stacks import pad
+from pallas_kernels.sharded import By
+from spqr_jax.models.decoder import Decoder, Params, fused_name
+from spqr_jax.models.stacked_blocks import alike_layers, unstack_blocks
+from spqr_jax.runtime.devices import along, flat, put
+
+
+def shard_params(params: Params, model: Decoder, mesh: Mesh) -> Params:
+    """Spreads the parameters of a model over the devices of a mesh; the model then runs on all of them.
+
+    Packed matrices become a `SplitTensor`, of which each device holds its part; dense matrices are split alike, the
+    embedding and the head by the vocabulary. What does not divide stays whole on every device: heads by the number of
+    devices, rows by that and a statistics group, columns by that and a group. So do norms.
+
+    Args:
+      params: parameters of `model`, stacked or not, in host memory or on a device, their projections not fused.
+      model: the Flax module.
+      mesh: the devices; it may have several axes, which count as one.
+
+    Returns:
+      Parameters with the blocks unstacked, for `model.apply`, `generate` and `perplexity`. They cannot be saved or
+      exported: keep the ones given for that.
+
+    Raises:
+      ValueError: the blocks differ in structure, projections are fused, or the parameters are split already.
+
+    Example:
+      >>> sharded = shard_params(params, model, jax.make_mesh((8,), ("model",)))
+      >>> generate(model, sharded, prompts, max_new_tokens=100)  # the tokens of params
+    """
+    over = flat(mesh)
+    assert over is not None
+    layers = alike_layers(unstack_blocks(params))
+    _check(layers["layers_0"], model)
+    block = model.new_block()
+    sharded: dict[str, Params] = {name: {} for name in layers}
+    for key in layers["layers_0"]:
+        parts = [layer[key] for layer in layers.values()]
+        if key in block.matrices():
+            by: By = "columns" if key in block.by_columns else "rows"
+            parts = _linear_layers(parts, by, block.heads().get(key), over)
+        else:
+            parts = _whole(parts, over)
+        for layer, part in zip(sharded.values(), parts, strict=True):
+            layer[key] = part
+    rest = {key: _whole(params[key], over) for key in params if key not in (*layers, "blocks")}
+    embedding = params["embed_tokens"]["embedding"]
+    if len(embedding) % over.size == 0:
+        rest["embed_tokens"] = {"embedding": put(embedding, along(over, 0))}
+    if "lm_head" in params:
+        (rest["lm_head"],) = _linear_layers([params["lm_head"]], "rows", None, over)
+    return {**rest, **sharded}
+
+
+def _check(layer: Params, model: Decoder) -> None:
+    for names in model.new_block().feeds().values():
+        if len(names) > 1 and fused_name(names) in layer:
+            raise ValueError(f"{fused_name(names)} cannot be split; shard the parameters from before they were fused")
+    if any(isinstance(part.get("kernel"), SplitTensor) for part in layer.values()):
+        raise ValueError("the parameters are split over devices already; shard those that they were made from")
+
+
+def _linear_layers(layers: Sequence[Params], by: By, heads: int | None, mesh: Mesh) -> list[Params]:
+    """One linear layer of every block, on the devices."""
+    kernels = [layer["kernel"] for layer in layers]
+    if not all(_divides(kernel, by, heads, mesh.size) for kernel in kernels):
+        return _whole(list(layers), mesh)
+    biases = along(mesh, 0 if by == "rows" else None)
+    return [
+        {"kernel": kernel} | ({"bias": put(layer["bias"], biases)} if "bias" in layer else {})
+        for kernel, layer in zip(_split(kernels, by, mesh), layers, strict=True)
+    ]
+
+
+def _divides(kernel: Any, by: By, heads: int | None, devices: int) -> bool:
+    packed = isinstance(kernel, SpqrTensor)
+    out, columns = kernel.shape if packed else kernel.shape[::-1]
+    if by == "columns":
+        return columns % (devices * (kernel.group_size if packed else 1)) == 0
+    return out % (devices * (rows_together(kernel) if packed else 1)) == 0 and (heads or devices) % devices == 0
+
+
+def _split(kernels: Sequence[Any], by: By, mesh: Mesh) -> list[Any]:
+    """The kernels of one layer of every block, their parts with room for the same number of outliers."""
+    if not isinstance(kernels[0], SpqrTensor):
+        return [put(kernel, along(mesh, 1 if by == "rows" else 0)) for kernel in kernels]
+    # In host memory until all of them are known: no device needs room for more than one whole matrix.
+    split = [
+        jax.device_get((split_rows(kernel, mesh.size), None) if by == "rows" else split_columns(kernel, mesh.size))
+        for kernel in kernels
+    ]
+    padded = pad([parts for parts, _ in split])
+    pairs = jax.tree.map(
+        lambda array: put(array, along(mesh, 0)), list(zip(padded, [f for _, f in split], strict=True))
+    )
+    return [SplitTensor(parts, features, by=by, mesh=mesh) for parts, features in pairs]
+
+
+def _whole(tree: Any, mesh: Mesh) -> Any:
+    """A copy for every device."""
+    return jax.tree.map(lambda array: put(array, along(mesh, None)), tree)

@@ -1,0 +1,85 @@
+"""The smallest size at which a model is nearly as good as before, found by trying."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Int
+
+from spqr_jax.config import COMPACT, NEAR_LOSSLESS, SMALL, Method, SpqrConfig
+from spqr_jax.search.sweep import Cell, sweep
+from spqr_jax.search.target_bits import dividing, kernel_shapes
+from spqr_jax.storage.model_source import ModelSource
+
+LARGEST_RISE = 0.01
+"""Of perplexity: what the paper calls near-lossless."""
+
+SETTINGS: tuple[SpqrConfig, ...] = (
+    *(replace(SMALL, outlier_threshold=threshold) for threshold in (0.8, 0.4, 0.2)),
+    *(replace(COMPACT, outlier_threshold=threshold) for threshold in (1.2, 0.2)),
+    *(replace(NEAR_LOSSLESS, outlier_threshold=threshold) for threshold in (0.4, 0.2, 0.1, 0.07)),
+)
+"""What is tried, by size: from 3.5 to 5 bits per weight."""
+
+
+class Search(NamedTuple):
+    """What a search has found.
+
+    Attributes:
+      config: the smallest settings within the limit; None where the largest are not.
+      original_perplexity: on the held-out text.
+      tried: results as `sweep` gives them, in the order of trying.
+    """
+
+    config: SpqrConfig | None
+    original_perplexity: float
+    tried: list[dict[str, Any]]
+
+
+def smallest_near_lossless(
+    source: ModelSource,
+    directory: Path,
+    calibration_tokens: Int[np.ndarray, "sequences tokens"],
+    windows: Int[np.ndarray, "windows window"],
+    *,
+    settings: Sequence[SpqrConfig] = SETTINGS,
+    mesh: Mesh | None = None,
+) -> Search:
+    """The first settings with which perplexity on held-out text rises by less than 1 %, by bisection.
+
+    Settings are taken to lose less the more bits they take; so of n settings log₂ n are tried.
+
+    Args:
+      source: the model.
+      directory: where results are kept, as `sweep` keeps them.
+      calibration_tokens: token ids of sequences of equal length.
+      windows: token ids of text that is not among them, see `cut_windows`.
+      settings: what may be chosen, by size; those whose groups do not divide the model's features or rows are left out.
+      mesh: devices that share the work of quantizing.
+
+    Raises:
+      ValueError, CheckpointError: what `sweep` raises.
+
+    Example:
+      >>> found = smallest_near_lossless(source, Path("search"), calibration, held_out)
+      >>> found.config or "none of these settings is near-lossless"
+    """
+    settings = dividing(kernel_shapes(source), settings)
+    original, tried = 0.0, []
+    # Settings before `low` are too small; those from `high` on are within the limit.
+    low, high = 0, len(settings)
+    while low < high:
+        middle = (low + high) // 2
+        before, result = sweep(
+            source, directory, [Cell(Method.SPQR, settings[middle])], calibration_tokens, windows, mesh=mesh
+        )
+        original = before["perplexity"]
+        tried.append(result)
+        if result["perplexity"] < (1 + LARGEST_RISE) * original:
+            high = middle
+        else:
+            low = middle + 1
+    return Search(settings[low] if low < len(settings) else None, original, tried)

@@ -1,0 +1,269 @@
+"""A grid of methods and settings over one model: what each gives, and at what size.
+
+Source: the tables of Dettmers et al. 2023 (arXiv 2306.03078): round-to-nearest, GPTQ and SpQR at several sizes, and the
+ablation of SpQR's parts.
+"""
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Int
+
+from spqr_jax.config import Method, SpqrConfig
+from spqr_jax.measure.perplexity import counted_perplexity, token_losses
+from spqr_jax.models.decoder import Decoder, Params, layer_name
+from spqr_jax.quantization.model import check_weights
+from spqr_jax.storage.checkpoint import describe_model, is_checkpoint, load, read_json
+from spqr_jax.storage.directories import remove_directory, write_text
+from spqr_jax.storage.disk_to_disk import digest, quantize_checkpoint
+from spqr_jax.storage.model_source import ModelSource
+from spqr_jax.storage.partial_run import claim
+from spqr_jax.storage.record import Record, new_record, read_record
+from spqr_jax.storage.totals import summarize
+
+DEFAULT_GRID: tuple[Mapping[str, Any], ...] = (
+    {"method": "rtn", "stats_bits": 3},
+    {"method": "rtn", "bits": 4, "group_size": 64, "stats_bits": None},
+    {"method": "gptq", "group_size": [16, 32, 64]},
+    {"method": "gptq", "bits": 4, "group_size": [32, 64]},
+    {"method": "spqr", "group_size": 64, "outlier_threshold": [0.4, 1.2], "fit": "error"},
+    {"method": "spqr", "group_size": 32, "outlier_threshold": [0.3, 0.6], "fit": "error"},
+    {"method": "spqr", "bits": 4, "group_size": 64, "outlier_threshold": [0.3, 1.2], "fit": "error"},
+    {"method": "spqr", "bits": 4, "group_size": 64, "outlier_threshold": 1.2},
+    {"method": "spqr", "bits": 4, "group_size": 32, "outlier_threshold": 0.1, "fit": ["min_max", "error"]},
+    {"method": "spqr", "bits": 4, "group_size": 32, "outlier_threshold": 0.6, "fit": "error", "stats_group_size": 64},
+    {"method": "spqr", "bits": 4, "outlier_threshold": 0.1, "fit": "error", "stats_group_size": 64},
+    # The presets: small, compact and near-lossless.
+    {"method": "spqr", "outlier_threshold": 0.8, "fit": "error", "stats_group_size": 64},
+    {"method": "spqr", "bits": 4, "group_size": 64, "outlier_threshold": 1.2, "fit": "error", "stats_group_size": 32},
+    {"method": "spqr", "bits": 4, "group_size": 32, "outlier_threshold": 0.1, "fit": "error", "stats_group_size": 32},
+    # The ablation: the paper's setting with one part changed.
+    {"method": "spqr"},
+    {"method": "spqr", "stats_bits": None},
+    {"method": "spqr", "permutation": "identity"},
+    {"method": "spqr", "simplified": True},
+    {"method": "spqr", "whole_rows": True},
+    {"method": "spqr", "fit": "error"},
+    {"method": "spqr", "damping": 1.0},
+    {"method": "spqr", "shrinkage": 0.0},
+    {"method": "spqr", "refit": False},
+    {"method": "spqr", "sequential": False},
+)
+"""Settings by name, a list standing for each of its values; see `cells`. Sizes are from 3.2 to 5 bits."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One setting of a grid.
+
+    Attributes:
+      method: what to quantize with.
+      config: its settings.
+      whole_rows: instead of single weights, keep whole rows in 16 bits: as large a share as the same cell with single
+        weights has kept.
+    """
+
+    method: Method
+    config: SpqrConfig
+    whole_rows: bool = False
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What tells cells apart, as JSON has it."""
+        return {"method": self.method.value, **dataclasses.asdict(self.config), "whole_rows": self.whole_rows}
+
+    @property
+    def name(self) -> str:
+        """The method, the width of a code, and the settings that are not the default; a file name."""
+        changed = [
+            f"{setting.replace('_', '-')}-{value}"
+            for setting, value in self.settings.items()
+            if setting not in ("method", "bits") and value != _DEFAULTS[setting]
+        ]
+        return "_".join([self.method.value, f"{self.config.bits}bit", *changed])
+
+
+_DEFAULTS = Cell(Method.SPQR, SpqrConfig()).settings
+
+
+def cells(grid: Iterable[Mapping[str, Any]]) -> list[Cell]:
+    """The cells of a grid, each once, in order; those that keep whole rows last.
+
+    Args:
+      grid: entries with `method` and any fields of `SpqrConfig`, `stats_bits` for both kinds of statistics, and
+        `whole_rows`; a list stands for each of its values.
+
+    Raises:
+      ValueError: a name is unknown, or a cell with whole rows has no cell with single weights to get its share from.
+
+    Example:
+      >>> [cell.name for cell in cells([{"method": "gptq", "bits": [3, 4]}])]
+      ['gptq_3bit_outlier-threshold-None', 'gptq_4bit_outlier-threshold-None']
+    """
+    found = list(dict.fromkeys(itertools.chain.from_iterable(map(_expand, grid))))
+    for cell in found:
+        if cell.whole_rows and replace(cell, whole_rows=False) not in found:
+            raise ValueError(
+                f"{cell.name} keeps the share of {replace(cell, whole_rows=False).name}: add that cell to the grid"
+            )
+    return sorted(found, key=lambda cell: cell.whole_rows)
+
+
+def _expand(entry: Mapping[str, Any]) -> Iterator[Cell]:
+    names = [name for field in entry for name in (("scale_bits", "zero_bits") if field == "stats_bits" else (field,))]
+    if unknown := set(names) - {*_DEFAULTS} or {"method"} - set(names):
+        raise ValueError(f"the grid's entry {dict(entry)} has no method or an unknown setting: {', '.join(unknown)}")
+    lists = [value if isinstance(value, list) else [value] for value in entry.values()]
+    for values in itertools.product(*lists):
+        chosen = dict(zip(entry, values, strict=True))
+        method = Method(chosen.pop("method"))
+        if "stats_bits" in chosen:
+            chosen["scale_bits"] = chosen["zero_bits"] = chosen.pop("stats_bits")
+        whole_rows = chosen.pop("whole_rows", False)
+        yield Cell(method, method.config(SpqrConfig(**chosen)), whole_rows)
+
+
+def sweep(
+    source: ModelSource,
+    directory: Path,
+    grid: Sequence[Cell],
+    calibration_tokens: Int[np.ndarray, "sequences tokens"],
+    windows: Int[np.ndarray, "windows window"],
+    *,
+    mesh: Mesh | None = None,
+) -> Iterator[dict[str, Any]]:
+    """Quantizes and measures a model in every cell of a grid, the model itself first.
+
+    What is finished is a JSON file per cell in the directory, and is not done again; a cell that was stopped goes on
+    with its first block that is not finished. All cells have the calibration tokens, the windows and what JAX has
+    compiled in common. Their calibration passes differ from the first block on, because each follows the model that
+    its own blocks make; round-to-nearest has none.
+
+    Args:
+      source: the model.
+      directory: where results are kept.
+      grid: see `cells`.
+      calibration_tokens: token ids of sequences of equal length.
+      windows: token ids on which perplexity is measured, see `cut_windows`.
+      mesh: devices that share the work of quantizing.
+
+    Returns:
+      An iterator over the results as they come: settings, `bits_per_weight`, `outlier_share`, `perplexity`,
+      `seconds` to quantize, and where and with which versions it was found.
+
+    Raises:
+      CheckpointError: the directory holds the results of another model, calibration or text, the first difference is
+        named; or what `quantize_checkpoint` raises.
+      ValueError: what `quantize_checkpoint` and `token_losses` raise.
+
+    Example:
+      >>> for result in sweep(source, Path("results"), cells(DEFAULT_GRID), calibration, windows):
+      ...     print(result["name"], result["bits_per_weight"], result["perplexity"])
+    """
+    description = {
+        "model": describe_model(source.model),
+        "calibration": {"shape": list(calibration_tokens.shape), "tokens": digest(calibration_tokens)},
+        "text": {"shape": list(windows.shape), "tokens": digest(windows)},
+    }
+    first = {layer_name(0): source.parts[layer_name(0)]()}
+    for planned in grid:  # before long work
+        check_weights(first, source.model, planned.config)
+    del first
+    directory = directory.resolve()
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with claim(directory, description):
+        shares: dict[str, float] = {}
+        for cell in (None, *grid):
+            name = "original" if cell is None else cell.name
+            path = directory / f"{name}.json"
+            if path.is_file():
+                result = read_json(path)
+            elif cell is None:
+                perplexity = _perplexity(source.model, source.read(), windows)
+                result = {"name": name, "method": name, "bits_per_weight": 16.0, "perplexity": perplexity}
+                result |= _circumstances(new_record(SpqrConfig(), None, [], mesh))
+                write_text(path, json.dumps(result, indent=1) + "\n")
+            else:
+                result = _result(source, directory / name, cell, shares, calibration_tokens, windows, mesh)
+                write_text(path, json.dumps(result, indent=1) + "\n")
+                remove_directory(directory / name)
+                # A cell's programs are for its settings and its numbers of outliers; those of some thirty cells take
+                # all the memory mappings that Linux gives a process.
+                jax.clear_caches()
+            shares[name] = result.get("outlier_share", 0.0)
+            yield result
+
+
+def _result(
+    source: ModelSource,
+    checkpoint: Path,
+    cell: Cell,
+    shares: Mapping[str, float],
+    calibration_tokens: Int[np.ndarray, "sequences tokens"],
+    windows: Int[np.ndarray, "windows window"],
+    mesh: Mesh | None,
+) -> dict[str, Any]:
+    """The result of one cell; its checkpoint stays on the disk, for the case that what follows is stopped."""
+    config = cell.config
+    if cell.whole_rows:
+        config = replace(config, outlier_threshold=None, outlier_rows=shares[replace(cell, whole_rows=False).name])
+    if not is_checkpoint(checkpoint):
+        tokens = None if cell.method is Method.RTN else calibration_tokens
+        quantize_checkpoint(source, checkpoint, tokens, config=config, mesh=mesh)
+    model, params, _ = load(checkpoint)
+    totals = summarize(params)
+    record: Any = read_record(checkpoint)
+    return {
+        "name": checkpoint.name,
+        **cell.settings,
+        "bits_per_weight": totals.bits_per_weight,
+        "outlier_share": totals.outlier_share,
+        "perplexity": _perplexity(model, params, windows),
+        "seconds": sum(block.seconds for block in record.blocks),
+        **_circumstances(record),
+    }
+
+
+def _circumstances(record: Record) -> dict[str, Any]:
+    """Where and when, and with what."""
+    return {name: getattr(record, name) for name in ("device", "devices", "machine", "versions", "date")}
+
+
+def _perplexity(model: Decoder, params: Params, windows: Int[np.ndarray, "windows window"]) -> float:
+    return counted_perplexity(token_losses(model, params, windows), [windows.shape[1] - 1] * len(windows))
+
+
+def front(results: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The results than which none of the same size or a smaller one has a lower perplexity, by size."""
+    best: list[Mapping[str, Any]] = []
+    for result in sorted(results, key=lambda r: (r["bits_per_weight"], r["perplexity"])):
+        if not best or result["perplexity"] < best[-1]["perplexity"]:
+            best.append(result)
+    return best
+
+
+def ablations(results: Iterable[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    """The results in which at most one part of the default is changed, by what is changed; nothing is ""."""
+    found: dict[str, Mapping[str, Any]] = {}
+    for result in results:
+        changed = changes(result)
+        if result["method"] == Method.SPQR and len(changed) <= 1:
+            found[" ".join(f"{part} {value}" for part, value in changed.items())] = result
+    return dict(sorted(found.items()))
+
+
+def changes(result: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a result that are not the default; both widths of statistics are one."""
+    return {
+        "stats_bits" if name in ("scale_bits", "zero_bits") else name: result[name]
+        for name, value in _DEFAULTS.items()
+        if name in result and name != "method" and result[name] != value
+    }

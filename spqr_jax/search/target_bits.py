@@ -1,0 +1,276 @@
+"""The outlier threshold with which a model gets a wanted size.
+
+Every outlier takes 32 bits, so bits per weight are those without outliers and 32 times the outliers' share. That share,
+as a function of τ, comes from one pass over the original model, in which each matrix is solved with a few thresholds on
+one Hessian; what the pass cannot know, how inputs change once earlier blocks are quantized, one measured size corrects.
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+from scipy.interpolate import PchipInterpolator
+
+from spqr_jax.config import COMPACT, NEAR_LOSSLESS, SMALL, SpqrConfig
+from spqr_jax.models.decoder import layer_name
+from spqr_jax.quantization.hidden_states import Streams, advance, embed
+from spqr_jax.quantization.model import check_tokens, in_type, place
+from spqr_jax.quantization.solver import Factor, factorize, in_order, outlier_threshold, quantize_matrix, solve
+from spqr_jax.runtime.lapack import in_one_thread
+from spqr_jax.storage.checkpoint import check_destination, describe, read_json
+from spqr_jax.storage.directories import write_text
+from spqr_jax.storage.disk_to_disk import digest, quantize_checkpoint
+from spqr_jax.storage.model_source import ModelSource
+from spqr_jax.storage.record import BlockReport
+from spqr_jax.storage.totals import summarize_described
+
+THRESHOLDS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
+"""Thresholds with which every matrix is solved in the pass."""
+
+BITS_PER_OUTLIER = 32
+"""16 of its value and 16 of its column."""
+
+SETTINGS: tuple[SpqrConfig, ...] = (
+    *(SpqrConfig(group_size=size, stats_group_size=32, fit="error") for size in (64, 32)),
+    SMALL,
+    COMPACT,
+    NEAR_LOSSLESS,
+)
+"""From small to large; where two give a size, each with its threshold, the later one is better."""
+
+TOLERANCE = 0.02
+"""How far measured bits per weight may be from what is wanted."""
+
+MOST_RUNS = 4
+"""Quantizations until the search for a threshold is given up."""
+
+
+class Curve(NamedTuple):
+    """Share of outliers of a whole model by threshold.
+
+    Attributes:
+      bits_without_outliers: of the packed matrices without outliers, row offsets and permutations included.
+      thresholds: τ, rising.
+      shares: outliers / weights at each, falling.
+    """
+
+    bits_without_outliers: float
+    thresholds: tuple[float, ...]
+    shares: tuple[float, ...]
+
+
+def outlier_curve(
+    source: ModelSource,
+    calibration_tokens: Int[np.ndarray, "sequences tokens"],
+    config: SpqrConfig,
+    thresholds: Sequence[float] = THRESHOLDS,
+) -> Curve:
+    """Counts outliers by threshold in one pass over the original model, one block in memory at a time.
+
+    Args:
+      source: the model.
+      calibration_tokens: token ids of sequences of equal length.
+      config: what to quantize to, but for its threshold.
+      thresholds: τ, rising.
+
+    Raises:
+      ValueError: what `check_tokens` raises.
+
+    Example:
+      >>> curve = outlier_curve(source, calibration, COMPACT)
+      >>> threshold_for(curve, target_bits=3.9)
+      0.37
+    """
+    # Without a second stream: what the refit changes, it changes little in these counts.
+    hidden = embed(source.model, {"embed_tokens": source.parts["embed_tokens"]()}, calibration_tokens)
+    streams = Streams({"hidden": hidden}, None)
+    block = source.model.new_block()
+    counts, weights, size = np.zeros(len(thresholds)), 0, 0
+    for index in range(source.model.config.num_layers):
+        params = jax.tree.map(partial(place, mesh=None), source.parts[layer_name(index)]())
+        if index == 0:
+            check_tokens(calibration_tokens, params, source.model)
+        running = in_type(params, block, hidden.dtype)
+        for number, stage in enumerate(block.stages):
+            streams, moments = advance(block, number, running, running, streams)
+            for feed, matrices in stage.feeds.items():
+                kernels = tuple(params[matrix]["kernel"] for matrix in matrices)
+                found = moments.pop(feed)
+                factor = in_one_thread(factorize, found.hessian, config, config.shrinkage * found.chance)
+                counts += np.asarray(outlier_counts(kernels, factor, jnp.asarray(thresholds), config))
+                weights += sum(kernel.size for kernel in kernels)
+                size += sum(_bytes_without_outliers(kernel.shape, config) for kernel in kernels)
+    return Curve(8 * size / weights, tuple(thresholds), tuple((counts / weights).tolist()))
+
+
+def threshold_for(curve: Curve, target_bits: float, measured: tuple[float, float] | None = None) -> float:
+    """The threshold τ at which bits without outliers + 32 · share(τ) is the target.
+
+    Between the thresholds of the curve, log share is interpolated monotonically over log τ.
+
+    Args:
+      curve: of `outlier_curve`.
+      target_bits: bits per weight.
+      measured: a threshold, and the bits per weight that the quantized model had with it; the curve is shifted to go
+        through it.
+
+    Raises:
+      ValueError: no threshold of the curve's range gives that size.
+
+    Example:
+      >>> threshold_for(curve, target_bits=3.9, measured=(0.37, 3.93))
+      0.39
+    """
+    # A share of nothing has no logarithm; less than one outlier in a billion weights is nothing.
+    log_shares = np.log(np.maximum(curve.shares, 1e-9))
+    interpolate = PchipInterpolator(np.log(curve.thresholds), log_shares)
+    shift = 0.0
+    if measured is not None:
+        threshold, bits = measured
+        share = max((bits - curve.bits_without_outliers) / BITS_PER_OUTLIER, 1e-9)
+        shift = math.log(share) - float(interpolate(math.log(threshold)))
+    smallest, largest = (
+        curve.bits_without_outliers + BITS_PER_OUTLIER * math.exp(log_shares[end] + shift) for end in (-1, 0)
+    )
+    if not smallest <= target_bits <= largest:
+        raise ValueError(
+            f"{target_bits} bits per weight cannot be reached by a threshold: outliers bring these settings from "
+            f"{smallest:.2f} to {largest:.2f} bits; for less take larger groups or fewer bits, for more the opposite"
+        )
+    wanted = math.log((target_bits - curve.bits_without_outliers) / BITS_PER_OUTLIER) - shift
+    return math.exp(min(interpolate.solve(wanted, extrapolate=False), key=abs))
+
+
+def settings_for(source: ModelSource, target_bits: float) -> SpqrConfig:
+    """The last of `SETTINGS` with which the model, without outliers, has no more bits per weight than that.
+
+    Groups divide the model's features and rows; where nothing is small enough, the smallest.
+
+    Example:
+      >>> settings_for(source, 4.3) == COMPACT
+      True
+    """
+    shapes = kernel_shapes(source)
+
+    def fits(config: SpqrConfig) -> bool:
+        size = sum(_bytes_without_outliers(shape, config) for shape in shapes)
+        return 8 * size <= target_bits * sum(map(math.prod, shapes))
+
+    possible = dividing(shapes, SETTINGS)
+    return next(filter(fits, reversed(possible)), possible[0])
+
+
+def kernel_shapes(source: ModelSource) -> list[tuple[int, int]]:
+    """Sizes (in, out) of the matrices of a block."""
+    params = source.parts[layer_name(0)]()
+    return [params[matrix]["kernel"].shape for matrix in source.model.new_block().matrices()]
+
+
+def dividing(shapes: Sequence[tuple[int, int]], settings: Sequence[SpqrConfig]) -> Sequence[SpqrConfig]:
+    """Those settings whose groups divide matrices of these sizes (in, out); where none do, the first, to be refused."""
+
+    def divides(config: SpqrConfig) -> bool:
+        return all(columns % config.group_size == out % config.stats_group_size == 0 for columns, out in shapes)
+
+    return list(filter(divides, settings)) or settings[:1]
+
+
+def quantize_to_bits(
+    source: ModelSource,
+    destination: Path,
+    calibration_tokens: Int[np.ndarray, "sequences tokens"],
+    *,
+    config: SpqrConfig,
+    target_bits: float,
+    overwrite: bool = False,
+    **options: Any,
+) -> list[BlockReport]:
+    """Quantizes a model so that it has `target_bits` per weight, to 0.02, by the right outlier threshold.
+
+    The threshold is that of `outlier_curve`; where the measured size is off, the model is quantized again with what
+    that size says. `<destination>.budget.json` keeps what has been found: the same call goes on after a stop.
+
+    Args:
+      source: the model.
+      destination: directory of the checkpoint.
+      calibration_tokens: token ids of sequences of equal length.
+      config: what to quantize to, but for the threshold.
+      target_bits: bits per weight of the packed matrices.
+      overwrite: replace a checkpoint that is there.
+      options: the others of `quantize_checkpoint`.
+
+    Raises:
+      ValueError: thresholds cannot give that size, or four of them have not; and what `quantize_checkpoint` raises.
+
+    Example:
+      >>> quantize_to_bits(source, Path("smollm2"), calibration, config=COMPACT, target_bits=3.9)
+    """
+    notes = destination.with_name(f"{destination.name}.budget.json")
+    search = {
+        "config": dataclasses.asdict(config),
+        "target_bits": target_bits,
+        "calibration": digest(calibration_tokens),
+    }
+    found = read_json(notes) if notes.is_file() else {}
+    begun = {name: found.get(name) for name in search} == search
+    if begun:
+        curve, tried = Curve(*found["curve"]), found["tried"]
+    else:
+        check_destination(destination, overwrite=overwrite)  # before long work
+        curve, tried = outlier_curve(source, calibration_tokens, config), []
+    while len(tried) < MOST_RUNS:
+        threshold = threshold_for(curve, target_bits, tried[-1] if tried else None)
+        write_text(notes, json.dumps(search | {"curve": curve, "tried": tried}))
+        blocks = quantize_checkpoint(
+            source,
+            destination,
+            calibration_tokens,
+            config=replace(config, outlier_threshold=threshold),
+            # What is there may be of this search.
+            overwrite=overwrite or begun,
+            **options,
+        )
+        bits = summarize_described(describe(destination)).bits_per_weight
+        if abs(bits - target_bits) <= TOLERANCE:
+            notes.unlink()
+            return blocks
+        tried, begun = [*tried, (threshold, bits)], True
+    raise ValueError(
+        f"{MOST_RUNS} thresholds have not given {target_bits} bits per weight: "
+        + ", ".join(f"{bits:.3f} with {threshold:.3g}" for threshold, bits in tried)
+    )
+
+
+@partial(jax.jit, static_argnames="config")
+def outlier_counts(
+    kernels: tuple[Float[Array, "in _"], ...], factor: Factor, thresholds: Float[Array, " n"], config: SpqrConfig
+) -> Int[Array, " n"]:
+    """Outliers of matrices of one input for each threshold τ."""
+    ordered = tuple(in_order(kernel.T, factor) for kernel in kernels)
+    units = jnp.concatenate(
+        [jnp.full(len(weight), outlier_threshold(weight, factor.inverse_factor, 1.0)) for weight in ordered]
+    )
+    weight = jnp.concatenate(ordered)
+
+    def count(threshold: Float[Array, ""]) -> Int[Array, ""]:
+        outliers: Any = solve(weight, factor.inverse_factor, threshold * units, config).outliers
+        return outliers[0].sum()
+
+    return jax.lax.map(count, thresholds)
+
+
+def _bytes_without_outliers(kernel_shape: tuple[int, int], config: SpqrConfig) -> int:
+    columns, out = kernel_shape
+    some = replace(config, outlier_threshold=1.0)
+    shapes = jax.ShapeDtypeStruct((out, columns), jnp.float32), jax.ShapeDtypeStruct((columns, columns), jnp.float32)
+    packed = jax.eval_shape(partial(quantize_matrix, config=some), *shapes)
+    return replace(packed, outlier_columns=None, outlier_values=None).nbytes

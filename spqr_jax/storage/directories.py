@@ -1,0 +1,122 @@
+"""Directories, and files, that get their name only when all of their content is on the disk."""
+
+import ctypes
+import os
+import re
+import shutil
+import sys
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+# Of linux/fcntl.h and linux/fs.h, for renameat2(2).
+AT_FDCWD = -100
+RENAME_EXCHANGE = 2
+
+LEFTOVER = re.compile(r"\.(incomplete|replaced)-[0-9a-f]{8}$")
+
+
+@contextmanager
+def new_directory(destination: Path) -> Iterator[Path]:
+    """An empty directory to be filled, which takes the place of `destination` when the block ends without an error.
+
+    Until then it is `<name>.incomplete-<random>` beside it, and after an error it is deleted. What had the name before
+    keeps it up to that moment and is deleted last. What is missing above the destination is made.
+
+    Raises:
+      OSError: writing failed, as on a full disk; the destination is then as it was.
+
+    Example:
+      >>> with new_directory(Path("results")) as directory:
+      ...     (directory / "report.txt").write_text("done")
+    """
+    incomplete = _sibling(destination, "incomplete")
+    incomplete.mkdir(parents=True)
+    try:
+        yield incomplete
+        synchronize_all(incomplete)
+        publish(incomplete, destination)
+    finally:
+        shutil.rmtree(incomplete, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file at once: who reads it finds the old content or the new one."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        synchronize(partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def remove_leftovers(directory: Path) -> None:
+    """Deletes what a killed `new_directory` or `remove_directory` has left in a directory."""
+    for path in directory.iterdir():
+        if LEFTOVER.search(path.name):
+            shutil.rmtree(path)
+
+
+def remove_directory(directory: Path) -> None:
+    """Deletes a directory; it loses its name at once, before its content goes."""
+    nameless = _sibling(directory, "replaced")
+    directory.rename(nameless)
+    shutil.rmtree(nameless)
+
+
+def synchronize_all(directory: Path) -> None:
+    """Waits until a directory and all that is in it is on the disk."""
+    for path in (directory, *directory.rglob("*")):
+        synchronize(path)
+
+
+def synchronize(path: Path) -> None:
+    """Waits until a file, or the list of files in a directory, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def existing_parent(path: Path) -> Path:
+    """The nearest directory above `path` that exists."""
+    return next(parent for parent in path.parents if parent.exists())
+
+
+def publish(complete: Path, destination: Path) -> None:
+    """Gives a complete directory its name; what had it before gets the other name, to be deleted."""
+    if destination.exists():
+        _exchange(complete, destination)
+    else:
+        complete.rename(destination)
+    synchronize(destination.parent)
+
+
+def _exchange(first: Path, second: Path) -> None:
+    """Exchanges the names of two directories, in one step where the operating system can (Linux, most file systems).
+
+    Elsewhere a process killed between the renames leaves what `second` named as `<name>.replaced-<random>`.
+    """
+    renameat2 = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
+    if renameat2 and not renameat2(AT_FDCWD, os.fsencode(first), AT_FDCWD, os.fsencode(second), RENAME_EXCHANGE):
+        return
+    replaced = _sibling(second, "replaced")
+    second.rename(replaced)
+    try:
+        first.rename(second)
+    except BaseException:
+        replaced.rename(second)
+        raise
+    replaced.rename(first)
+
+
+def _sibling(destination: Path, purpose: str) -> Path:
+    return destination.with_name(f"{destination.name}.{purpose}-{uuid.uuid4().hex[:8]}")
+
+
+def bytes_on_disk(directory: Path) -> int:
+    """Bytes of all files below a directory."""
+    return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())

@@ -1,0 +1,14 @@
+"""Trees of arrays that are equal to the bit."""
+
+from typing import Any
+
+import jax
+import numpy as np
+
+
+def assert_identical(found: Any, expected: Any) -> None:
+    def check(a: Any, b: Any) -> None:
+        assert (a.dtype, a.shape, np.asarray(a).tobytes()) == (b.dtype, b.shape, np.asarray(b).tobytes())
+
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    jax.tree.map(check, found, expected)

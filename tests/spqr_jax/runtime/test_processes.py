@@ -1,0 +1,125 @@
+"""`spqr quantize --distributed`: two processes of two devices each, over the loopback interface."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from helpers.byte_tokenizer import byte_tokenizer
+from helpers.same import assert_identical
+from helpers.tiny_models import random_tensors, tiny_config, write_checkpoint
+from helpers.virtual_devices import environment
+
+from spqr_jax import load
+
+pytestmark = pytest.mark.slow
+Start = Callable[..., list[subprocess.Popen[str]]]
+BLOCKS = 3
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Start:
+    """Starts the command in so many processes on so many devices each."""
+    directory = tmp_path_factory.mktemp("source")
+    config = tiny_config(num_hidden_layers=BLOCKS, vocab_size=300)
+    source = write_checkpoint(directory / "model", config, random_tensors(config))
+    byte_tokenizer().save_pretrained(source)
+    (directory / "text").write_text("The sky is blue, and the sea is green. " * 200)
+    common = ["--calibration", str(directory / "text"), "--sequences", "8", "--sequence-length", "32", "--json"]
+    common += ["--preset", "paper"]
+
+    def run(destination: Path, processes: int, devices: int, *options: tuple[str, ...]) -> list[subprocess.Popen[str]]:
+        with socket.create_server(("localhost", 0)) as free:
+            port = free.getsockname()[1]
+        started = []
+        for index in range(processes):
+            variables = {
+                **environment(devices),
+                "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
+                "JAX_NUM_PROCESSES": str(processes),
+                "JAX_PROCESS_ID": str(index),
+            }
+            command = [sys.executable, "-m", "spqr_jax.cli", "quantize", str(source), str(destination), *common]
+            command += ["--distributed"] * (processes > 1) + list(options[index] if options else ())
+            started.append(
+                subprocess.Popen(
+                    command,
+                    env=variables,
+                    cwd=Path(__file__).parents[3],
+                    text=True,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                )
+            )
+        return started
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def alone(start: Start, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What one process with as many devices writes."""
+    destination = tmp_path_factory.mktemp("alone") / "out"
+    (process,) = start(destination, 1, 4)
+    _, complaint = process.communicate()
+    assert process.returncode == 0, complaint
+    return destination
+
+
+def test_two_processes_write_what_one_writes(start: Start, alone: Path, tmp_path: Path) -> None:
+    processes = start(tmp_path / "out", 2, 2)
+    (result, log), (silence, no_log) = (process.communicate() for process in processes)
+    assert [process.returncode for process in processes] == [0, 0], log + no_log
+    assert len(json.loads(result)["seconds_per_block"]) == BLOCKS
+    assert silence == ""
+    assert "block 3 of 3" in log
+    assert "block 3 of 3" not in no_log
+    assert_identical(load(tmp_path / "out").params, load(alone).params)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_process_that_dies_ends_the_other_and_the_run_goes_on(
+    start: Start, alone: Path, tmp_path: Path, victim: int
+) -> None:
+    processes = start(tmp_path / "out", 2, 2)
+    while not (tmp_path / "out.partial" / "state-1").exists():
+        assert all(process.poll() is None for process in processes)
+        time.sleep(0.05)
+    processes[victim].send_signal(signal.SIGKILL)
+    survivor = processes[1 - victim]
+    _, complaint = survivor.communicate(timeout=60)
+    assert survivor.returncode != 0
+    assert complaint.strip()
+    processes[victim].communicate()
+    assert not (tmp_path / "out").exists()
+    again = start(tmp_path / "out", 2, 2)
+    (result, log), _ = (process.communicate() for process in again)
+    assert again[0].returncode == 0, log
+    assert len(json.loads(result)["seconds_per_block"]) == BLOCKS
+    assert "block 1 of 3" not in log
+    assert_identical(load(tmp_path / "out").params, load(alone).params)
+
+
+def test_processes_that_are_not_to_do_the_same_end_with_the_difference(start: Start, tmp_path: Path) -> None:
+    processes = start(tmp_path / "out", 2, 2, (), ("--bits", "4"))
+    for process in processes:
+        _, complaint = process.communicate(timeout=120)
+        assert process.returncode == 1
+        assert "error: process 1 has config.bits 4, process 0 has 3: all must be given the same" in complaint
+    assert not list(tmp_path.iterdir())
+
+
+def test_who_the_others_are_must_be_known() -> None:
+    command = [sys.executable, "-m", "spqr_jax.cli", "quantize", "source", "out", "--distributed"]
+    without = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
+    result = subprocess.run(command, env=without, cwd=Path(__file__).parents[3], capture_output=True, text=True)
+    assert result.returncode == 1
+    assert result.stderr.startswith("error: the other processes are not known")
+    assert len(result.stderr.splitlines()) == 1

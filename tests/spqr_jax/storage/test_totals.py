@@ -1,0 +1,42 @@
+"""Totals over packed matrices, counted from their parts."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers.random_formats import random_packed
+
+from pallas_kernels import SpqrTensor, bits_per_weight, split_rows
+from pallas_kernels.format.stacks import stack
+from spqr_jax import summarize
+from spqr_jax.storage.totals import summarize_described
+
+
+def described(packed: SpqrTensor) -> dict[str, Any]:
+    outliers = None if packed.outlier_values is None else len(packed.outlier_values)
+    return {"shape": packed.shape, "bytes": packed.nbytes, "outliers": outliers}
+
+
+def test_totals_over_matrices_with_and_without_outliers() -> None:
+    some, none = random_packed(0, out=64), random_packed(1, columns=128, outliers="none")
+    params = {"a": {"kernel": some}, "b": {"kernel": none, "bias": np.ones(32)}, "norm": np.ones(64)}
+    totals = summarize(params)
+    assert totals.weights == 64 * 64 + 32 * 128
+    bits = (bits_per_weight(some) * 64 * 64 + bits_per_weight(none) * 32 * 128) / totals.weights
+    assert totals.bits_per_weight == pytest.approx(bits)
+    assert totals.outlier_share == len(some.outlier_values) / totals.weights
+    header = {"matrices": {"a": described(some), "b": described(none)}}
+    assert summarize_described(header) == pytest.approx(totals)
+
+
+def test_stacks_count_as_their_matrices() -> None:
+    matrices = [random_packed(seed, out=64) for seed in range(3)]
+    apart = summarize(matrices)
+    for stacked in (stack(matrices), [split_rows(matrix, 2) for matrix in matrices]):
+        totals = summarize(stacked)
+        assert (totals.weights, totals.outlier_share) == (apart.weights, apart.outlier_share)
+        assert totals.bits_per_weight > apart.bits_per_weight
+
+
+def test_a_dense_model_has_no_packed_weights() -> None:
+    assert summarize({"kernel": np.ones((4, 4))}) == (0, 0, 0)
