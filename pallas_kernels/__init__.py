@@ -2,6 +2,7 @@
 
 from pallas_kernels.dequantize import spqr_dequantize
 from pallas_kernels.format.columns import split_columns
+from pallas_kernels.format.outliers import Outliers
 from pallas_kernels.format.rows import concatenate_rows, join_rows, split_rows
 from pallas_kernels.format.tensor import (
     QuantizedStatistics,
@@ -16,6 +17,7 @@ from pallas_kernels.matmul import spqr_matmul
 from pallas_kernels.sharded import SplitTensor, split_matmul
 
 __all__ = [
+    "Outliers",
     "QuantizedStatistics",
     "SplitTensor",
     "SpqrTensor",

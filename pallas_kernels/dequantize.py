@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from pallas_kernels.backends.devices import Implementation, choose, device_kind
 from pallas_kernels.backends.triton.dequantize import dequantize_matrix
@@ -42,11 +42,10 @@ def dequantize_in_order(tensor: SpqrTensor) -> Float[Array, "out in"]:
     grouped = codes.reshape(out, -1, tensor.group_size)
     weight = scales(tensor)[..., None] * (grouped - zeros(tensor)[..., None])
     weight = weight.reshape(out, columns)
-    if tensor.outlier_values is None:
+    if (outliers := tensor.outliers) is None:
         return weight
     # Residuals at one place each: adding is writing, and the zeros of the padding do no harm.
-    values = tensor.outlier_values.astype(jnp.float32)
-    return weight.at[outlier_rows(tensor), tensor.outlier_columns].add(values)
+    return weight.at[outliers.rows(), outliers.columns].add(outliers.values.astype(jnp.float32))
 
 
 def scales(tensor: SpqrTensor) -> Float[Array, "out groups"]:
@@ -57,14 +56,6 @@ def scales(tensor: SpqrTensor) -> Float[Array, "out groups"]:
 def zeros(tensor: SpqrTensor) -> Float[Array, "out groups"]:
     """First-level zeros, float32."""
     return _statistics(tensor.zero, tensor.zero_codes, tensor.zero_scale, tensor.zero_zero)
-
-
-def outlier_rows(tensor: SpqrTensor) -> Int[Array, " nnz"]:
-    """Row of each outlier; padding gets the last row."""
-    assert tensor.row_offsets is not None
-    assert tensor.outlier_values is not None
-    starts = jnp.zeros(tensor.outlier_values.shape[0] + 1, jnp.int32).at[tensor.row_offsets[1:-1]].add(1)
-    return jnp.cumsum(starts[:-1])
 
 
 def _statistics(plain: Array | None, planes: Array | None, scale: Array | None, zero: Array | None) -> Array:

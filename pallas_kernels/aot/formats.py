@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.format.bit_layout import BLOCK
+from pallas_kernels.format.outliers import Outliers
 from pallas_kernels.format.tensor import SpqrTensor, check_format
 
 _SPELLING = re.compile(r"(\d+)b-g(\d+)(?:-s(\d+))?(?:-o(\d+(?:\.\d+)?)%)?")
@@ -67,7 +68,7 @@ class Format:
         bits, stats_bits = self.bits, self.stats_bits
         check_format(out, columns, bits=bits, group_size=self.group_size, scale_bits=stats_bits, zero_bits=stats_bits)
         blocks, groups = -(-columns // BLOCK), columns // self.group_size
-        outliers = round(out * columns * self.outlier_percent / 100)
+        count = round(out * columns * self.outlier_percent / 100)
 
         def array(dtype: type, *sizes: int, present: bool = True) -> Any:
             return jax.ShapeDtypeStruct(sizes, dtype) if present else None
@@ -76,13 +77,12 @@ class Format:
         plain = array(jnp.float16, out, groups, present=not quantized)
         planes = array(jnp.uint16, stats_bits or 0, out // BLOCK, groups, present=quantized)
         second = array(jnp.float16, out // BLOCK, groups, present=quantized)
+        sparse = Outliers(array(jnp.int32, out + 1), array(jnp.uint16, count), array(jnp.float16, count))
         return SpqrTensor(
             codes=array(jnp.uint32, bits, out, -(-blocks // 2)),
             **{"scale": plain, "scale_codes": planes, "scale_scale": second, "scale_zero": second},
             **{"zero": plain, "zero_codes": planes, "zero_scale": second, "zero_zero": second},
-            row_offsets=array(jnp.int32, out + 1, present=outliers > 0),
-            outlier_columns=array(jnp.uint16, outliers, present=outliers > 0),
-            outlier_values=array(jnp.float16, outliers, present=outliers > 0),
+            outliers=sparse if count else None,
             permutation=array(jnp.uint16, columns),
             in_features=columns,
             group_size=self.group_size,

@@ -77,8 +77,8 @@ def jax_contestants(
     # As the layers of models have it: [in, out].
     kernel = weight.T.astype(jnp.bfloat16)
     yield _contestant(BFLOAT16, "bfloat16", jnp.bfloat16, jnp.dot, kernel, kernel.T)
-    if packed.outlier_values is not None:
-        dense = replace(packed, row_offsets=None, outlier_columns=None, outlier_values=None)
+    if packed.outliers is not None:
+        dense = replace(packed, outliers=None)
         dense_form = str(replace(form, outlier_percent=0))
         dense_weight = exact_weight(dense)
         yield _contestant(DENSE_PART, dense_form, jnp.bfloat16, multiply, dense, dense_weight)
@@ -96,14 +96,13 @@ def exact_weight(packed: SpqrTensor) -> Float[Array, "out in"]:
 
 def sparse_part(packed: SpqrTensor) -> sparse.BCSR:
     """The residuals of the outliers, columns in the order of the input features."""
-    assert packed.outlier_columns is not None
-    assert packed.outlier_values is not None
-    assert packed.row_offsets is not None
-    columns = packed.outlier_columns.astype(jnp.int32)
+    assert packed.outliers is not None
+    outliers = packed.outliers
+    columns = jnp.asarray(outliers.columns, jnp.int32)
     if packed.permutation is not None:
         columns = packed.permutation[columns].astype(jnp.int32)
-    values = packed.outlier_values.astype(jnp.float32)
-    return sparse.BCSR((values, columns, packed.row_offsets), shape=packed.shape, unique_indices=True)
+    values = jnp.asarray(outliers.values, jnp.float32)
+    return sparse.BCSR((values, columns, jnp.asarray(outliers.offsets)), shape=packed.shape, unique_indices=True)
 
 
 def _contestant(

@@ -12,6 +12,7 @@ from jaxtyping import Array, Int, UInt16
 
 from pallas_kernels.aot.formats import Format
 from pallas_kernels.format.bit_layout import pack_codes
+from pallas_kernels.format.outliers import Outliers
 from pallas_kernels.format.tensor import SpqrTensor
 
 WEIGHT = 0.03
@@ -34,8 +35,8 @@ def random_matrix(form: Format, shape: tuple[int, int], seed: int | Array) -> Sp
       ValueError: the format does not support these sizes; the message says which.
 
     Example:
-      >>> random_matrix(Format.parse("3b-g16-s3-o1%"), (4096, 11008), seed=0).outlier_values.shape
-      (450888,)
+      >>> random_matrix(Format.parse("3b-g16-s3-o1%"), (4096, 11008), seed=0).outliers.capacity
+      450888
     """
     return _random_matrix(form, shape, seed)
 
@@ -53,7 +54,7 @@ def _random_matrix(form: Format, shape: tuple[int, int], seed: int | Array) -> S
         codes=_bits(next(keys), like.codes) & present,
         **_statistics("scale", like, scale / 2, 3 * scale / 2, keys),
         **_statistics("zero", like, steps / 4, 3 * steps / 4, keys),
-        **_outliers(like, keys),
+        outliers=_outliers(like, keys),
         permutation=jax.random.permutation(next(keys), columns).astype(jnp.uint16),
     )
 
@@ -79,11 +80,11 @@ def _statistics(name: str, like: SpqrTensor, low: float, high: float, keys: Iter
     }
 
 
-def _outliers(like: SpqrTensor, keys: Iterator[Array]) -> dict[str, Any]:
+def _outliers(like: SpqrTensor, keys: Iterator[Array]) -> Outliers | None:
     """Outliers in CSR form: each is in a random row, and they share out the columns of theirs."""
-    if like.outlier_values is None:
-        return {}
-    (out, columns), count = like.shape, like.outlier_values.shape[0]
+    if like.outliers is None:
+        return None
+    (out, columns), count = like.shape, like.outliers.capacity
     per_row = jnp.bincount(jax.random.randint(next(keys), (count,), 0, out), length=out)
     # More outliers than columns are possible in small matrices only; what is cut off there is padding.
     per_row = jnp.minimum(per_row, columns).astype(jnp.uint32)
@@ -91,11 +92,11 @@ def _outliers(like: SpqrTensor, keys: Iterator[Array]) -> dict[str, Any]:
     place = jnp.arange(count, dtype=jnp.uint32)
     row = jnp.minimum(jnp.searchsorted(offsets, place, side="right") - 1, out - 1)
     values = jnp.where(place < offsets[-1], RESIDUAL * jax.random.normal(next(keys), (count,)), 0)
-    return {
-        "row_offsets": offsets.astype(jnp.int32),
-        "outlier_columns": _columns(next(keys), place - offsets[row], per_row[row], columns),
-        "outlier_values": values.astype(jnp.float16),
-    }
+    return Outliers(
+        offsets=offsets.astype(jnp.int32),
+        columns=_columns(next(keys), place - offsets[row], per_row[row], columns),
+        values=values.astype(jnp.float16),
+    )
 
 
 def _columns(key: Array, number: Array, of: Array, columns: int) -> UInt16[Array, " nnz"]:

@@ -1,16 +1,14 @@
 """Columns of packed matrices taken apart, for tensor parallelism."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, UInt16, UInt32
 
 from pallas_kernels.format.bit_layout import pack_codes, unpack_codes
+from pallas_kernels.format.outliers import Outliers
 from pallas_kernels.format.rows import ROW_FIELDS
 from pallas_kernels.format.stacks import stack
 from pallas_kernels.format.tensor import SpqrTensor
@@ -52,9 +50,12 @@ def split_columns(tensor: SpqrTensor, parts: int) -> tuple[SpqrTensor, UInt16[Ar
     }
     pieces = {"codes": _split_codes(tensor.codes, columns, parts), **statistics}
     whole = replace(tensor, permutation=None, in_features=columns // parts)
+    outliers: list[Outliers | None] = [None] * parts
+    if tensor.outliers is not None:
+        outliers = [*tensor.outliers.split_columns(columns // parts, parts)]
     split = [
-        replace(whole, **{name: pieces[name][index] for name in pieces}, **outliers)
-        for index, outliers in enumerate(_split_outliers(tensor, parts))
+        replace(whole, **{name: pieces[name][index] for name in pieces}, outliers=outliers[index])
+        for index in range(parts)
     ]
     return stack(split), None if tensor.permutation is None else tensor.permutation.reshape(parts, -1)
 
@@ -63,23 +64,3 @@ def split_columns(tensor: SpqrTensor, parts: int) -> tuple[SpqrTensor, UInt16[Ar
 def _split_codes(words: UInt32[Array, "bits out half_blocks"], columns: int, parts: int) -> list[Array]:
     """Packed again: a word holds codes that are half a row apart, and a part may begin within a block."""
     return [pack_codes(part, len(words)) for part in jnp.split(unpack_codes(words, columns), parts, axis=1)]
-
-
-def _split_outliers(tensor: SpqrTensor, parts: int) -> Iterator[dict[str, Any]]:
-    """CSR of each part, in NumPy: JAX would compile anew for each number of outliers."""
-    if tensor.row_offsets is None:
-        yield from [{}] * parts
-        return
-    out, columns = tensor.shape
-    offsets = np.asarray(tensor.row_offsets)
-    rows = np.repeat(np.arange(out), np.diff(offsets))
-    part, column = np.divmod(np.asarray(tensor.outlier_columns)[: len(rows)], columns // parts)
-    values = np.asarray(tensor.outlier_values)[: len(rows)]
-    for index in range(parts):
-        own = part == index
-        counts = np.bincount(rows[own], minlength=out)
-        yield {
-            "row_offsets": np.cumsum([0, *counts], dtype=np.int32),
-            "outlier_columns": column[own].astype(np.uint16),
-            "outlier_values": values[own],
-        }

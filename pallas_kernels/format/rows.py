@@ -13,8 +13,9 @@ import numpy as np
 from jaxtyping import Array
 
 from pallas_kernels.format.bit_layout import BLOCK
+from pallas_kernels.format.outliers import join
 from pallas_kernels.format.stacks import element, stack
-from pallas_kernels.format.tensor import SpqrTensor, trim
+from pallas_kernels.format.tensor import SpqrTensor
 
 ROW_FIELDS = (
     "codes",
@@ -58,7 +59,7 @@ def concatenate_rows(tensors: Sequence[SpqrTensor]) -> SpqrTensor:
         for name in ROW_FIELDS
         if getattr(first, name) is not None
     }
-    return replace(first, **joined, **_joined_outliers(tensors))
+    return replace(first, **joined, outliers=join([(tensor.outliers, tensor.shape[0]) for tensor in tensors]))
 
 
 def why_not_one(tensors: Sequence[SpqrTensor]) -> str | None:
@@ -136,12 +137,8 @@ def slice_rows(tensor: SpqrTensor, start: int, stop: int) -> SpqrTensor:
         for name in ROW_FIELDS
         if (array := getattr(tensor, name)) is not None
     }
-    if tensor.row_offsets is not None:
-        offsets, columns, values = map(np.asarray, (tensor.row_offsets, tensor.outlier_columns, tensor.outlier_values))
-        own = offsets[start : stop + 1]
-        used = slice(own[0], own[-1])
-        pieces |= {"row_offsets": own - own[0], "outlier_columns": columns[used], "outlier_values": values[used]}
-    return replace(tensor, **pieces)
+    outliers = None if tensor.outliers is None else tensor.outliers.slice_rows(start, stop)
+    return replace(tensor, **pieces, outliers=outliers)
 
 
 def rows_together(tensor: SpqrTensor) -> int:
@@ -180,20 +177,3 @@ def _joined_arrays(arrays: Sequence[Any]) -> Any:
     """Joined where they are: a device may not have room for all matrices of a model twice."""
     module = np if all(isinstance(array, np.ndarray) for array in arrays) else jnp
     return module.concatenate(arrays, axis=-2)
-
-
-def _joined_outliers(tensors: Sequence[SpqrTensor]) -> dict[str, Any]:
-    """CSR of all rows, in NumPy: JAX would compile anew for each number of outliers."""
-    with_outliers = [tensor for tensor in tensors if tensor.row_offsets is not None]
-    if not with_outliers:
-        return {}
-    counts = [
-        np.zeros(tensor.shape[0], np.int32) if tensor.row_offsets is None else np.diff(np.asarray(tensor.row_offsets))
-        for tensor in tensors
-    ]
-    trimmed = [trim(tensor) for tensor in with_outliers]
-    return {
-        "row_offsets": jnp.asarray(np.cumsum([0, *np.concatenate(counts)], dtype=np.int32)),
-        "outlier_columns": jnp.asarray(np.concatenate([tensor.outlier_columns for tensor in trimmed])),
-        "outlier_values": jnp.asarray(np.concatenate([tensor.outlier_values for tensor in trimmed])),
-    }

@@ -2,12 +2,9 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array
 
 from pallas_kernels.format.tensor import SpqrTensor, trim
 
@@ -39,15 +36,18 @@ def pad(tensors: Sequence[SpqrTensor]) -> list[SpqrTensor]:
       ValueError: the matrices differ in format.
 
     Example:
-      >>> {tensor.outlier_values.shape for tensor in pad(tensors)}
-      {(451723,)}
+      >>> {tensor.outliers.capacity for tensor in pad(tensors)}
+      {451723}
     """
     if len({jax.tree.structure(tensor) for tensor in tensors}) > 1:
         raise ValueError("matrices of different formats cannot be stacked")
-    if tensors[0].outlier_values is None:
-        return list(tensors)
-    capacity = max(_capacity(tensor) for tensor in tensors)
-    return [tensor if _capacity(tensor) == capacity else _pad_outliers(tensor, capacity) for tensor in tensors]
+    capacity = max((tensor.outliers.capacity for tensor in tensors if tensor.outliers is not None), default=0)
+    return [
+        tensor
+        if tensor.outliers is None or tensor.outliers.capacity == capacity
+        else replace(tensor, outliers=tensor.outliers.pad(capacity))
+        for tensor in tensors
+    ]
 
 
 def element(stacked: SpqrTensor, index: int) -> SpqrTensor:
@@ -57,17 +57,3 @@ def element(stacked: SpqrTensor, index: int) -> SpqrTensor:
       >>> element(stack(tensors), 2)  # tensors[2]
     """
     return trim(jax.tree.map(lambda array: array[index], stacked))
-
-
-def _capacity(tensor: SpqrTensor) -> int:
-    assert tensor.outlier_values is not None
-    return tensor.outlier_values.shape[-1]
-
-
-def _pad_outliers(tensor: SpqrTensor, capacity: int) -> SpqrTensor:
-    def padded(array: Array | None) -> Any:
-        # Through NumPy: JAX would compile anew for each length.
-        host = np.asarray(array)
-        return np.pad(host, [(0, 0)] * (host.ndim - 1) + [(0, capacity - _capacity(tensor))])
-
-    return replace(tensor, outlier_columns=padded(tensor.outlier_columns), outlier_values=padded(tensor.outlier_values))

@@ -1,14 +1,15 @@
 """The packed matrix as a pytree: what it stores, how it is made, how many bits it takes."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Float16, Int, UInt8, UInt16, UInt32
 
 from pallas_kernels.format.bit_layout import BLOCK, pack_codes, pack_planes
+from pallas_kernels.format.outliers import Outliers
 
 BITS = (2, 3, 4, 5, 8)
 GROUP_SIZES = (8, 16, 32, 64, 128)
@@ -42,9 +43,7 @@ class SpqrTensor:
       scale, zero: statistics of each group, where they are not quantized.
       scale_codes, zero_codes: codes of the statistics, see `bit_layout.pack_planes`.
       scale_scale, scale_zero, zero_scale, zero_zero: second-level statistics, one per statistics group and group.
-      row_offsets, outlier_columns, outlier_values: the outliers in CSR form: positions in quantization order and
-        residuals w − ŵ; all None for a matrix quantized without outliers. Entries from `row_offsets[-1]` on are
-        padding and zero.
+      outliers: residuals w − ŵ of single weights; None for a matrix quantized without outliers.
       permutation: quantization order → input feature; None for the identity.
       in_features: number of columns.
       group_size: number of consecutive columns that share a scale and a zero.
@@ -59,9 +58,7 @@ class SpqrTensor:
     zero_codes: UInt16[Array, "*stack zero_bits out/16 groups"] | None
     zero_scale: Float16[Array, "*stack stats_groups groups"] | None
     zero_zero: Float16[Array, "*stack stats_groups groups"] | None
-    row_offsets: Int[Array, "*stack out+1"] | None
-    outlier_columns: UInt16[Array, "*stack nnz"] | None
-    outlier_values: Float16[Array, "*stack nnz"] | None
+    outliers: Outliers | None
     permutation: UInt16[Array, "*stack in"] | None
     in_features: int = field(metadata={"static": True})
     group_size: int = field(metadata={"static": True})
@@ -82,11 +79,25 @@ class SpqrTensor:
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
 
     def arrays(self) -> dict[str, Array]:
-        """The arrays that are present, by field name."""
-        return {name: value for name in ARRAY_FIELDS if (value := getattr(self, name)) is not None}
+        """The arrays that are present, by their names in a checkpoint."""
+        found = {name: getattr(self, name) for name in ARRAY_FIELDS}
+        if self.outliers is not None:
+            found |= self.outliers.arrays()
+        return {name: array for name, array in found.items() if array is not None}
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, Array], *, in_features: int, group_size: int) -> "SpqrTensor":
+        """Inverse of `arrays`."""
+        return cls(
+            **{name: arrays.get(name) for name in ARRAY_FIELDS},  # type: ignore[arg-type]
+            outliers=Outliers.from_arrays(arrays),
+            in_features=in_features,
+            group_size=group_size,
+        )
 
 
-ARRAY_FIELDS = tuple(f.name for f in fields(SpqrTensor) if not f.metadata.get("static"))
+ARRAY_FIELDS = tuple(f.name for f in fields(SpqrTensor) if f.name != "outliers" and not f.metadata.get("static"))
+"""Fields that are one array each."""
 
 
 def bits_per_weight(tensor: SpqrTensor) -> float:
@@ -96,7 +107,7 @@ def bits_per_weight(tensor: SpqrTensor) -> float:
 
 def outlier_share(tensor: SpqrTensor) -> Float[Array, ""]:
     """Number of outliers / number of weights."""
-    return jnp.zeros(()) if tensor.row_offsets is None else jnp.sum(tensor.row_offsets[..., -1]) / _weights(tensor)
+    return jnp.zeros(()) if tensor.outliers is None else jnp.sum(tensor.outliers.count) / _weights(tensor)
 
 
 def pack(
@@ -131,16 +142,11 @@ def pack(
     """
     out, columns = codes.shape
     check_format(out, columns, bits=bits, group_size=group_size, scale_bits=scale_bits, zero_bits=zero_bits)
-    row_offsets = outlier_columns = outlier_values = None
-    if outliers is not None:
-        row_offsets, outlier_columns, outlier_values = _compressed_rows(*outliers)
     return SpqrTensor(
         codes=pack_codes(codes, bits),
         **_statistics("scale", scale, scale_bits, stats_dtype),
         **_statistics("zero", zero, zero_bits, stats_dtype),
-        row_offsets=row_offsets,
-        outlier_columns=outlier_columns,
-        outlier_values=outlier_values,
+        outliers=None if outliers is None else Outliers.from_dense(*outliers),
         permutation=None if permutation is None else permutation.astype(jnp.uint16),
         in_features=columns,
         group_size=group_size,
@@ -149,15 +155,7 @@ def pack(
 
 def trim(tensor: SpqrTensor) -> SpqrTensor:
     """Cuts the padding off the outlier arrays. Needs concrete arrays, so it cannot be traced."""
-    if tensor.row_offsets is None or tensor.outlier_columns is None or tensor.outlier_values is None:
-        return tensor
-    # Through NumPy: JAX would compile a slice anew for each count. Copied, so that the padding is not kept alive.
-    count = int(np.asarray(tensor.row_offsets)[-1])
-    return replace(
-        tensor,
-        outlier_columns=jax.device_put(np.asarray(tensor.outlier_columns)[:count].copy()),
-        outlier_values=jax.device_put(np.asarray(tensor.outlier_values)[:count].copy()),
-    )
+    return tensor if tensor.outliers is None else replace(tensor, outliers=tensor.outliers.trim())
 
 
 def check_format(
@@ -207,19 +205,6 @@ def _statistics(name: str, statistics: Statistics, bits: int | None, dtype: Any)
         f"{name}_scale": None,
         f"{name}_zero": None,
     }
-
-
-def _compressed_rows(mask: Bool[Array, "out in"], residual: Float[Array, "out in"]) -> tuple[Array, Array, Array]:
-    """CSR of the masked residuals, with room for all of them."""
-    out, columns = mask.shape
-    row_offsets = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(mask.sum(axis=1, dtype=jnp.int32))])
-    flat = mask.reshape(-1)
-    slots = jnp.where(flat, jnp.cumsum(flat) - 1, flat.size)
-    column = jnp.tile(jnp.arange(columns, dtype=jnp.uint16), out)
-    value = residual.reshape(-1).astype(jnp.float16)
-    outlier_columns = jnp.zeros(flat.size, jnp.uint16).at[slots].set(column, mode="drop")
-    outlier_values = jnp.zeros(flat.size, jnp.float16).at[slots].set(value, mode="drop")
-    return row_offsets, outlier_columns, outlier_values
 
 
 def _weights(tensor: SpqrTensor) -> int:

@@ -16,7 +16,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 from jax.typing import ArrayLike
-from jaxtyping import Array, DTypeLike, Float, Int, Shaped
+from jaxtyping import Array, DTypeLike, Float, Int
 
 from pallas_kernels import SplitTensor, SpqrTensor, bits_per_weight, join_rows, outlier_share, trim
 from spqr_jax.config import SpqrConfig
@@ -317,21 +317,11 @@ def _solve(
 
 def _joined(parts: SpqrTensor, out: int) -> SpqrTensor:
     """The matrix of which each device has packed its rows."""
-    if parts.row_offsets is not None:
+    if parts.outliers is not None:
         # Not all the room for outliers is to leave the devices; powers of two, so that few programs are compiled.
-        most = int(to_host(parts.row_offsets)[:, -1].max())
-        room = 1 << max(most - 1, 0).bit_length()
-        parts = replace(
-            parts,
-            outlier_columns=_first(parts.outlier_columns, room),
-            outlier_values=_first(parts.outlier_values, room),
-        )
+        most = int(to_host(jnp.asarray(parts.outliers.offsets))[:, -1].max())
+        parts = replace(parts, outliers=parts.outliers.crop(1 << max(most - 1, 0).bit_length()))
     return jax.device_put(join_rows(jax.tree.map(to_host, parts), out))
-
-
-@partial(jax.jit, static_argnames="count")
-def _first(array: Shaped[Array, "parts _"], count: int) -> Shaped[Array, "parts count"]:
-    return array[:, :count]
 
 
 @partial(jax.jit, static_argnames="mesh")

@@ -273,4 +273,5 @@ def _bytes_without_outliers(kernel_shape: tuple[int, int], config: SpqrConfig) -
     some = replace(config, outlier_threshold=1.0)
     shapes = jax.ShapeDtypeStruct((out, columns), jnp.float32), jax.ShapeDtypeStruct((columns, columns), jnp.float32)
     packed = jax.eval_shape(partial(quantize_matrix, config=some), *shapes)
-    return replace(packed, outlier_columns=None, outlier_values=None).nbytes
+    assert packed.outliers is not None
+    return packed.nbytes - packed.outliers.capacity * BITS_PER_OUTLIER // 8

@@ -32,7 +32,6 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from transformers import PreTrainedTokenizerFast
 
 from pallas_kernels import SpqrTensor, trim
-from pallas_kernels.format.tensor import ARRAY_FIELDS
 from spqr_jax.models import FAMILIES, Decoder
 from spqr_jax.models.decoder import Params
 from spqr_jax.models.layers import mesh_of
@@ -147,8 +146,10 @@ def _read_part(root: Path, header: Mapping[str, Any], name: str) -> Params:
     leaves: dict[str, Any] = {path: arrays[path] for path in header["dense"] if path in arrays}
     for path, entry in header["matrices"].items():
         if f"{path}.codes" in arrays:
-            fields: dict[str, Any] = {field: arrays.get(f"{path}.{field}") for field in ARRAY_FIELDS}
-            leaves[path] = SpqrTensor(**fields, in_features=entry["shape"][1], group_size=entry["group_size"])
+            own = {
+                name.removeprefix(f"{path}."): array for name, array in arrays.items() if name.startswith(f"{path}.")
+            }
+            leaves[path] = SpqrTensor.from_arrays(own, in_features=entry["shape"][1], group_size=entry["group_size"])
     return unflatten_dict(leaves, sep=".")[name]
 
 
@@ -247,7 +248,7 @@ def _packed_entry(tensor: SpqrTensor) -> dict[str, Any]:
         "group_size": tensor.group_size,
         "scale_bits": None if tensor.scale_codes is None else tensor.scale_codes.shape[0],
         "zero_bits": None if tensor.zero_codes is None else tensor.zero_codes.shape[0],
-        "outliers": None if tensor.row_offsets is None else int(tensor.row_offsets[-1]),
+        "outliers": None if tensor.outliers is None else int(tensor.outliers.count),
         "bytes": tensor.nbytes,
     }
 

@@ -36,8 +36,7 @@ def summarize(params: PyTree) -> Summary:
     packed = [leaf for leaf in leaves if isinstance(leaf, SpqrTensor)]
     weights = sum(math.prod((*tensor.codes.shape[:-3], *tensor.shape)) for tensor in packed)
     size = sum(tensor.nbytes for tensor in packed)
-    offsets = [np.asarray(tensor.row_offsets) for tensor in packed if tensor.row_offsets is not None]
-    outliers = sum(int(per_row[..., -1].sum()) for per_row in offsets)
+    outliers = sum(int(np.sum(tensor.outliers.count)) for tensor in packed if tensor.outliers is not None)
     return Summary(weights, 8 * size / max(weights, 1), outliers / max(weights, 1))
 
 

@@ -36,7 +36,7 @@ from transformers import PreTrainedTokenizerFast
 
 from converters import ConversionError, from_pretrained
 from converters.formats.official.hf_spqr import ADDED
-from converters.formats.official.quantized_matrix import Outliers, StoredStatistics
+from converters.formats.official.quantized_matrix import StoredOutliers, StoredStatistics
 from converters.formats.official.tiles import TiledMatrix, encode_arrays
 from pallas_kernels import SpqrTensor
 
@@ -93,7 +93,7 @@ def random_matrix(out: int, columns: int, rng: np.random.Generator) -> TiledMatr
         return StoredStatistics(rng.integers(8, size=(out, columns // 16), dtype=np.uint8), scale, zero)
 
     values = rng.normal(size=out).astype(np.float16)
-    outliers = Outliers(np.arange(out + 1), rng.integers(columns, size=out, dtype=np.uint16), values)
+    outliers = StoredOutliers(np.arange(out + 1), rng.integers(columns, size=out, dtype=np.uint16), values)
     codes = rng.integers(8, size=(out, columns), dtype=np.uint8)
     return TiledMatrix(codes, statistics(), statistics(), outliers, rng.permutation(columns).astype(np.uint16))
 
@@ -276,7 +276,7 @@ def test_neither_crash_nor_memory_nor_time(count: int, root: Path) -> None:
     for form in forms:
         written(root, form)
     # conftest has the cache of compiled functions.
-    program = f"import conftest, pathlib, test_fuzz; test_fuzz.batch(pathlib.Path({str(root)!r}), {forms}, {count})"
+    program = f"import pathlib, sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import conftest, test_fuzz; test_fuzz.batch(pathlib.Path({str(root)!r}), {forms}, {count})"
     command = [sys.executable, "-X", "faulthandler", "-c", program]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=600)

@@ -28,10 +28,10 @@ DENSE_ONLY = "dequantized_dense_only_fp16_permuted_order"
 
 def weight_in_order(tensor: SpqrTensor) -> np.ndarray:
     """What `dequantize_in_order` gives, compiled once for all numbers of outliers."""
-    weight = np.array(DEQUANTIZE(replace(tensor, row_offsets=None, outlier_columns=None, outlier_values=None)))
-    if tensor.row_offsets is not None:
-        rows = np.repeat(np.arange(len(weight)), np.diff(tensor.row_offsets))
-        weight[rows, tensor.outlier_columns] += tensor.outlier_values.astype(np.float32)
+    weight = np.array(DEQUANTIZE(replace(tensor, outliers=None)))
+    if (outliers := tensor.outliers) is not None:
+        rows = np.repeat(np.arange(len(weight)), np.diff(outliers.offsets))
+        weight[rows, outliers.columns] += outliers.values.astype(np.float32)
     return weight
 
 

@@ -4,7 +4,6 @@ from dataclasses import replace
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from hypothesis import strategies as st
 
@@ -69,8 +68,7 @@ def random_packed(
     )
     if outliers == "none":
         return packed
-    padded = {name: jnp.pad(getattr(packed, name), (0, padding)) for name in ("outlier_columns", "outlier_values")}
-    return replace(packed, **padded)
+    return replace(packed, outliers=packed.outliers.pad(packed.outliers.capacity + padding))
 
 
 @st.composite

@@ -64,8 +64,7 @@ def test_product_with_and_without_outliers_and_permutation(share, permuted):
 def test_padded_outliers_change_nothing(packed):
     padded = dataclasses.replace(
         packed,
-        outlier_columns=jnp.pad(packed.outlier_columns, (0, 9)),
-        outlier_values=jnp.pad(packed.outlier_values, (0, 9)),
+        outliers=packed.outliers.pad(packed.outliers.capacity + 9),
     )
     np.testing.assert_array_equal(MATMUL(random_x(4), padded), MATMUL(random_x(4), packed))
 

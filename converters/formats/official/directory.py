@@ -17,8 +17,8 @@ from jaxtyping import Shaped, UInt8
 
 from converters.errors import ConversionError
 from converters.formats.official.quantized_matrix import (
-    Outliers,
     Statistics,
+    StoredOutliers,
     StoredStatistics,
     check_outliers,
     check_permutation,
@@ -226,7 +226,7 @@ def _in_range(values: Shaped[np.ndarray, "rows columns"], bits: int, name: str) 
     return codes
 
 
-def _outliers(matrix: Any, shape: tuple[int, int], path: Path) -> Outliers:
+def _outliers(matrix: Any, shape: tuple[int, int], path: Path) -> StoredOutliers:
     """A sparse torch matrix in CSR form; as for the official reader, zeros in it are no outliers."""
     # The rows of a sparse tensor may be dense.
     if not getattr(matrix, "is_sparse", False) or tuple(matrix.shape) != shape or matrix.sparse_dim() != 2:
@@ -234,7 +234,7 @@ def _outliers(matrix: Any, shape: tuple[int, int], path: Path) -> Outliers:
     matrix = matrix.coalesce()
     values = stored_tensor(matrix.values(), "outliers_matrix", path).read().astype(np.float32)
     (rows, columns), values = matrix.indices().numpy()[:, values != 0], values[values != 0]
-    row_offsets = np.searchsorted(rows, np.arange(shape[0] + 1))
-    outliers = Outliers(row_offsets, columns, values)
+    offsets = np.searchsorted(rows, np.arange(shape[0] + 1))
+    outliers = StoredOutliers(offsets, columns, values)
     check_outliers(outliers, shape[1], str(path))
     return outliers

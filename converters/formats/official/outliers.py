@@ -1,4 +1,4 @@
-"""Outliers in the official GPU format, in either of its two orders.
+"""StoredOutliers in the official GPU format, in either of its two orders.
 
 An entry of `col_vals` is an int32: the column in quantization order in its low half, a float16 value in its high half.
 In CSR the entries of a row follow one another; `row_offsets` is `[out + 1]`. In PTCSR sixteen rows take turns, each
@@ -12,14 +12,14 @@ import numpy as np
 from jaxtyping import Int32, Shaped
 
 from converters.errors import ConversionError
-from converters.formats.official.quantized_matrix import Outliers
+from converters.formats.official.quantized_matrix import StoredOutliers
 
 ROWS = 16
 
 
 def decode_outliers(
     row_offsets: Int32[np.ndarray, " offsets"], col_vals: Shaped[np.ndarray, " entries"], out: int, name: str
-) -> Outliers:
+) -> StoredOutliers:
     """Outliers in CSR form, in the order of the entries; the length of `row_offsets` tells which order they are in.
 
     Raises:
@@ -40,15 +40,15 @@ def decode_outliers(
     words = col_vals.view(np.uint32) if col_vals.size else np.zeros(0, np.uint32)
     if row_offsets.size != out + 1:
         row_offsets, words = _compressed_rows(row_offsets, words, name)
-    return Outliers(row_offsets, words.astype(np.uint16), (words >> 16).astype(np.uint16).view(np.float16))
+    return StoredOutliers(row_offsets, words.astype(np.uint16), (words >> 16).astype(np.uint16).view(np.float16))
 
 
 def encode_outliers(
-    outliers: Outliers, order: Literal["csr", "ptcsr"]
+    outliers: StoredOutliers, order: Literal["csr", "ptcsr"]
 ) -> tuple[Int32[np.ndarray, " offsets"], Int32[np.ndarray, " entries"]]:
     """`row_offsets` and `col_vals`; inverse of `decode_outliers`."""
     words = outliers.values.view(np.uint16).astype(np.uint32) << 16 | outliers.columns
-    row_offsets = outliers.row_offsets
+    row_offsets = outliers.offsets
     if order == "ptcsr":
         row_offsets, words = _taking_turns(row_offsets, words, outliers.rows)
     return row_offsets.astype(np.int32), words.view(np.int32)

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float, Float32, Int, UInt8
 
 from converters.errors import ConversionError
-from pallas_kernels import QuantizedStatistics, SpqrTensor, pack
+from pallas_kernels import Outliers, QuantizedStatistics, SpqrTensor, pack
 from pallas_kernels.dequantize import dequantize_in_order
 
 # The most by which rounding to float16 may change statistics: some sixteen times what is usual.
@@ -35,20 +35,20 @@ class StoredStatistics(NamedTuple):
 Statistics = Float[np.ndarray, "out groups"] | StoredStatistics
 
 
-class Outliers(NamedTuple):
+class StoredOutliers(NamedTuple):
     """Outliers in CSR form, columns in quantization order; what the values stand for, the context says."""
 
-    row_offsets: Int[np.ndarray, " out+1"]
+    offsets: Int[np.ndarray, " out+1"]
     columns: Int[np.ndarray, " nnz"]
     values: Float[np.ndarray, " nnz"]
 
     @property
     def rows(self) -> Int[np.ndarray, " nnz"]:
         """Row of each outlier."""
-        return np.repeat(np.arange(len(self.row_offsets) - 1), np.diff(self.row_offsets))
+        return np.repeat(np.arange(len(self.offsets) - 1), np.diff(self.offsets))
 
 
-def check_outliers(outliers: Outliers, in_features: int, name: str) -> None:
+def check_outliers(outliers: StoredOutliers, in_features: int, name: str) -> None:
     """Raises a ConversionError where a column is beyond the matrix or repeated in a row, or a value is not finite."""
     columns = outliers.columns.astype(np.int64)
     if columns.size and columns.max() >= in_features:
@@ -73,13 +73,12 @@ def check_finite(values: Float[np.ndarray, "..."], what: str) -> None:
         raise ConversionError(f"The {what} have {bad} of {values.size} values that are not finite in float16.")
 
 
-def stored_outliers(tensor: SpqrTensor) -> Outliers:
+def stored_outliers(tensor: SpqrTensor) -> StoredOutliers:
     """A packed matrix's outliers without padding, in host memory; their values are residuals."""
-    if tensor.row_offsets is None:
-        return Outliers(np.zeros(tensor.shape[0] + 1, np.int32), np.zeros(0, np.uint16), np.zeros(0, np.float16))
-    row_offsets = np.asarray(tensor.row_offsets)
-    columns, residuals = (np.asarray(a)[: row_offsets[-1]] for a in (tensor.outlier_columns, tensor.outlier_values))
-    return Outliers(row_offsets, columns, residuals)
+    if tensor.outliers is None:
+        return StoredOutliers(np.zeros(tensor.shape[0] + 1, np.int32), np.zeros(0, np.uint16), np.zeros(0, np.float16))
+    trimmed = tensor.outliers.trim()
+    return StoredOutliers(*map(np.asarray, (trimmed.offsets, trimmed.columns, trimmed.values)))
 
 
 def weight_in_order(tensor: SpqrTensor) -> Float32[np.ndarray, "out in"]:
@@ -87,8 +86,7 @@ def weight_in_order(tensor: SpqrTensor) -> Float32[np.ndarray, "out in"]:
 
     The outliers go on afterwards, because JAX would compile anew for each number of them.
     """
-    dense = replace(tensor, row_offsets=None, outlier_columns=None, outlier_values=None)
-    weight = np.array(DEQUANTIZE(dense))
+    weight = np.array(DEQUANTIZE(replace(tensor, outliers=None)))
     outliers = stored_outliers(tensor)
     weight[outliers.rows, outliers.columns] += outliers.values.astype(np.float32)
     return weight
@@ -98,7 +96,7 @@ def quantized_tensor(
     codes: UInt8[np.ndarray, "out in"],
     scale: Statistics,
     zero: Statistics,
-    outliers: Outliers,
+    outliers: StoredOutliers,
     permutation: Int[np.ndarray, " in"] | None,
     *,
     name: str,
@@ -148,9 +146,7 @@ def quantized_tensor(
         permutation = None
     packed = replace(
         packed,
-        row_offsets=outliers.row_offsets.astype(np.int32),
-        outlier_columns=outliers.columns.astype(np.uint16),
-        outlier_values=residuals,
+        outliers=Outliers(outliers.offsets.astype(np.int32), outliers.columns.astype(np.uint16), residuals),
         permutation=None if permutation is None else permutation.astype(np.uint16),
     )
     return jax.tree.map(np.asarray, packed)

@@ -22,7 +22,7 @@ from jaxtyping import Float16, Float32, UInt8, UInt16, UInt64
 from converters.errors import ConversionError
 from converters.formats.official.outliers import decode_outliers, encode_outliers
 from converters.formats.official.quantized_matrix import (
-    Outliers,
+    StoredOutliers,
     StoredStatistics,
     check_finite,
     check_outliers,
@@ -62,7 +62,7 @@ class TiledMatrix:
     codes: UInt8[np.ndarray, "out in"]
     scale: StoredStatistics
     zero: StoredStatistics
-    outliers: Outliers
+    outliers: StoredOutliers
     permutation: UInt16[np.ndarray, " in"] | None
 
 

@@ -81,7 +81,7 @@ def arrange(
     else:
         values = output(tokens, 2, BLOCK, padded)
     programs, ordering = padded // columns * tokens, 0
-    if w.row_offsets is not None:
+    if w.outliers is not None:
         ordering = pl.cdiv(w.in_features, FEATURES) * pl.cdiv(tokens, tokens_at_once(tokens))
     kernel = functools.partial(_kernel, w=w, columns=columns, together=together, programs=programs, interpret=interpret)
     return pl.pallas_call(

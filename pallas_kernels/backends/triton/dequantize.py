@@ -37,7 +37,7 @@ def dequantize_matrix(
         interpret=interpret,
         name="spqr_dequantize",
     )(w)
-    return dense if w.row_offsets is None else add_outliers(dense, w, interpret=interpret)
+    return dense if w.outliers is None else add_outliers(dense, w, interpret=interpret)
 
 
 def launch(w: SpqrTensor, tokens: int, tile: Tile) -> Launch:

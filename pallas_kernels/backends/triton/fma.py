@@ -68,7 +68,7 @@ def _kernel(x: Any, w: Any, out_ref: Any, *, tile: Tile, interpret: bool) -> Non
     token = pl.program_id(1)
     dense = functools.partial(_dense_part, x, w, out_ref, token=token, tiles=tiles, tile=tile, interpret=interpret)
     sparse = functools.partial(sparse_part, x.ordered, w, out_ref, block=token, at_once=AT_ONCE, interpret=interpret)
-    first_and_rest(tiles * tile.blocks(w.shape[0]), dense, None if w.row_offsets is None else sparse)
+    first_and_rest(tiles * tile.blocks(w.shape[0]), dense, None if w.outliers is None else sparse)
 
 
 def _dense_part(

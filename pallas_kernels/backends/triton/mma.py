@@ -72,7 +72,7 @@ def _kernel(x: Any, w: Any, out_ref: Any, *, tile: Tile, at_once: int, interpret
     options: Any = {"block": pl.program_id(1), "at_once": at_once, "interpret": interpret}
     dense = functools.partial(_dense_part, x, w, out_ref, tiles=tiles, tile=tile, **options)
     sparse = functools.partial(sparse_part, x.ordered, w, out_ref, **options)
-    first_and_rest(tiles * tile.blocks(w.shape[0]), dense, None if w.row_offsets is None else sparse)
+    first_and_rest(tiles * tile.blocks(w.shape[0]), dense, None if w.outliers is None else sparse)
 
 
 def _dense_part(

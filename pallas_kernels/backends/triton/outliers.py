@@ -44,7 +44,7 @@ def sparse_tile(at_once: int) -> SparseTile:
 
 def shares(w: SpqrTensor, at_once: int) -> int:
     """Sums of the sparse part for each row, beside those of the dense part; none where there are no outliers."""
-    return 0 if w.row_offsets is None else sparse_tile(at_once).shares
+    return 0 if w.outliers is None else sparse_tile(at_once).shares
 
 
 def sparse_programs(w: SpqrTensor, at_once: int) -> int:
@@ -63,11 +63,11 @@ def sparse_part(
 
     x is in quantization order: memory serves one place after the other, and the permutation would take as long again.
     """
-    out, tokens, tile = w.row_offsets.shape[0] - 1, x_ref.shape[1], sparse_tile(at_once)
+    out, tokens, tile = w.outliers.offsets.shape[0] - 1, x_ref.shape[1], sparse_tile(at_once)
     share, row = number % tile.shares, number // tile.shares * tile.rows + jnp.arange(tile.rows)
     token = block * at_once + jnp.arange(at_once)
     known, shape = token < tokens, (tile.rows, tile.lanes, at_once)
-    start, stop = (plgpu.load(w.row_offsets.at[jnp.minimum(row + place, out)]) for place in range(2))
+    start, stop = (plgpu.load(w.outliers.offsets.at[jnp.minimum(row + place, out)]) for place in range(2))
     size = _ceil(stop - start, tile.shares)
     start = start + share * size
     stop = jnp.minimum(start + size, stop)
@@ -75,7 +75,7 @@ def sparse_part(
 
     def step(i: Array, total: Array) -> Array:
         place = start[:, None] + i * tile.lanes + jnp.arange(tile.lanes)
-        residual, column = _outlier(w, place, place < stop[:, None])
+        residual, column = _outlier(w.outliers, place, place < stop[:, None])
         at = x_ref.at[column[:, :, None], neighbours[None, None]]
         value = plgpu.load(at, mask=jnp.broadcast_to(known[None, None], shape), other=0).astype(jnp.float32)
         return multiply_add(jnp.broadcast_to(residual[:, :, None], shape), value, total, interpret=interpret)
@@ -88,21 +88,12 @@ def sparse_part(
 
 def sparse_launch(w: SpqrTensor, tokens: int, at_once: int) -> Launch:
     """The programs of the sparse part, and their loop where outliers are spread evenly."""
-    if w.outlier_values is None:
+    if w.outliers is None:
         return Launch()
     tile = sparse_tile(at_once)
-    share = pl.cdiv(pl.cdiv(w.outlier_values.shape[0], w.shape[0]), tile.shares)
+    share = pl.cdiv(pl.cdiv(w.outliers.capacity, w.shape[0]), tile.shares)
     programs = sparse_programs(w, at_once) * pl.cdiv(tokens, at_once)
     return Launch(sparse_programs=programs, outlier_steps=pl.cdiv(share, tile.lanes))
-
-
-class Outliers(NamedTuple):
-    """The fields of an `SpqrTensor` with which residuals are added to a dense matrix."""
-
-    row_offsets: Array | None
-    outlier_columns: Array | None
-    outlier_values: Array | None
-    permutation: Array | None
 
 
 def add_outliers(dense: Float[Array, "in out"], w: SpqrTensor, *, interpret: bool) -> Float[Array, "in out"]:
@@ -110,42 +101,43 @@ def add_outliers(dense: Float[Array, "in out"], w: SpqrTensor, *, interpret: boo
 
     A kernel of its own: so there can be as many programs as rows, and none waits for the dense part of another.
     """
-    outliers = Outliers(*(getattr(w, name) for name in Outliers._fields))
+    sparse = w.outliers, w.permutation
     return pl.pallas_call(
         _add_kernel,
-        out_shape=result(dense.shape, dense.dtype, (dense, outliers)),
+        out_shape=result(dense.shape, dense.dtype, (dense, sparse)),
         grid=w.shape[:1],
         compiler_params=plgpu.CompilerParams(num_warps=1),
         input_output_aliases={0: 0},
         interpret=interpret,
         name="spqr_add_outliers",
-    )(dense, outliers)
+    )(dense, sparse)
 
 
-def _add_kernel(_: Any, w: Any, out_ref: Any) -> None:
+def _add_kernel(_: Any, sparse: tuple[Any, Any], out_ref: Any) -> None:
+    outliers, permutation = sparse
     row, lane = pl.program_id(0), jnp.arange(ADDED_AT_ONCE)
-    start, stop = (plgpu.load(w.row_offsets.at[row + place]) for place in range(2))
+    start, stop = (plgpu.load(outliers.offsets.at[row + place]) for place in range(2))
 
     def add(i: Array, _: None) -> None:
         place = start + i * ADDED_AT_ONCE + lane
         real = place < stop
-        residual, column = _outlier(w, place, real)
+        residual, column = _outlier(outliers, place, real)
         # Interpreted, a masked store writes what it has read: beside the matrix, where nothing else is written.
-        at = out_ref.at[jnp.where(real, _feature(w, column), out_ref.shape[0]), row]
+        at = out_ref.at[jnp.where(real, _feature(permutation, column), out_ref.shape[0]), row]
         beneath = plgpu.load(at, mask=real, other=0).astype(jnp.float32)
         plgpu.store(at, (beneath + residual).astype(out_ref.dtype), mask=real)
 
     jax.lax.fori_loop(0, _ceil(stop - start, ADDED_AT_ONCE), add, None)
 
 
-def _outlier(w: Any, place: Array, real: Array) -> tuple[Array, Array]:
+def _outlier(outliers: Any, place: Array, real: Array) -> tuple[Array, Array]:
     """Residual and column, in quantization order, of outliers; those that are not real are zero."""
-    column = plgpu.load(w.outlier_columns.at[place], mask=real, other=0).astype(jnp.int32)
-    return plgpu.load(w.outlier_values.at[place], mask=real, other=0).astype(jnp.float32), column
+    column = plgpu.load(outliers.columns.at[place], mask=real, other=0).astype(jnp.int32)
+    return plgpu.load(outliers.values.at[place], mask=real, other=0).astype(jnp.float32), column
 
 
-def _feature(w: Any, column: Array) -> Array:
-    return column if w.permutation is None else plgpu.load(w.permutation.at[column]).astype(jnp.int32)
+def _feature(permutation: Any, column: Array) -> Array:
+    return column if permutation is None else plgpu.load(permutation.at[column]).astype(jnp.int32)
 
 
 def _ceil(a: Array, b: int) -> Array:

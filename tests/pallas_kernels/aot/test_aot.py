@@ -184,7 +184,7 @@ def test_tensor_of_a_format():
     w = Format.parse("3b-g16-s3-o2%").tensor((4096, 11008))
     assert (w.shape, w.bits, w.group_size) == ((4096, 11008), 3, 16)
     assert w.scale_codes.shape == (3, 256, 688)
-    assert w.outlier_values.shape == (round(0.02 * 4096 * 11008),)
+    assert w.outliers.values.shape == (round(0.02 * 4096 * 11008),)
     with pytest.raises(ValueError, match="24 input features do not divide into groups of 16"):
         Format.parse("3b-g16").tensor((16, 24))
 

@@ -43,9 +43,9 @@ def weight_of(w: SpqrTensor) -> np.ndarray:
     assert (codes[:, columns:] == 0).all()
     scale, zero = (np.repeat(statistic(w, name), w.group_size, axis=1) for name in ("scale", "zero"))
     weight = scale * (codes[:, :columns] - zero)
-    if w.row_offsets is not None:
-        for row, (start, stop) in enumerate(itertools.pairwise(np.asarray(w.row_offsets))):
-            weight[row, np.asarray(w.outlier_columns[start:stop])] += np.asarray(w.outlier_values[start:stop])
+    if w.outliers is not None:
+        for row, (start, stop) in enumerate(itertools.pairwise(np.asarray(w.outliers.offsets))):
+            weight[row, np.asarray(w.outliers.columns[start:stop])] += np.asarray(w.outliers.values[start:stop])
     return weight
 
 
@@ -78,7 +78,7 @@ def test_random_matrix_is_one_of_its_format(spelling):
 def test_outliers_of_random_matrices(spelling):
     form, shape = Format.parse(spelling), (64, COLUMNS[spelling])
     w = random_matrix(form, shape, 0)
-    offsets, columns = np.asarray(w.row_offsets), np.asarray(w.outlier_columns).astype(int)
+    offsets, columns = np.asarray(w.outliers.offsets), np.asarray(w.outliers.columns).astype(int)
     assert offsets[0] == 0
     assert offsets[-1] == round(form.outlier_percent / 100 * shape[0] * shape[1])
     counts = np.diff(offsets)
@@ -93,9 +93,9 @@ def test_outliers_of_random_matrices(spelling):
 
 def test_more_outliers_than_a_row_has_columns_are_cut_off():
     w = random_matrix(Format.parse("3b-g16-o90%"), (16, 16), 0)
-    counts = np.diff(w.row_offsets)
+    counts = np.diff(w.outliers.offsets)
     assert counts.max() == 16
-    assert (np.asarray(w.outlier_values)[w.row_offsets[-1] :] == 0).all()
+    assert (np.asarray(w.outliers.values)[w.outliers.offsets[-1] :] == 0).all()
     np.testing.assert_allclose(spqr_dequantize(w)[:, w.permutation], weight_of(w), rtol=1e-5, atol=1e-6)
 
 

@@ -43,10 +43,10 @@ def test_joined_rows_are_the_rows_that_were(options: dict[str, Any], seed: int, 
     assert joined.shape == (sum(tensor.shape[0] for tensor in tensors), options["columns"])
     expected = np.concatenate([DEQUANTIZE(tensor) for tensor in tensors])
     np.testing.assert_array_equal(DEQUANTIZE(joined), expected)
-    assert (joined.row_offsets is None) == all(outliers == "none" for _, outliers in parts)
-    if joined.row_offsets is not None:
-        assert len(joined.outlier_values) == len(joined.outlier_columns) == joined.row_offsets[-1]
-        assert joined.row_offsets.dtype == jnp.int32
+    assert (joined.outliers is None) == all(outliers == "none" for _, outliers in parts)
+    if joined.outliers is not None:
+        assert len(joined.outliers.values) == len(joined.outliers.columns) == joined.outliers.offsets[-1]
+        assert joined.outliers.offsets.dtype == jnp.int32
 
 
 @settings(max_examples=6)
@@ -69,11 +69,11 @@ def test_split_rows_are_the_rows_that_were(
 def test_padding_of_split_outliers_is_zero() -> None:
     tensor = random_packed(0, outliers="one row", padding=5)
     split = split_rows(tensor, 2)
-    assert split.outlier_values is not None
-    assert split.outlier_values.shape == split.outlier_columns.shape == (2, 64)
-    counts = np.asarray(split.row_offsets)[:, -1]
+    assert split.outliers is not None
+    assert split.outliers.values.shape == split.outliers.columns.shape == (2, 64)
+    counts = np.asarray(split.outliers.offsets)[:, -1]
     assert sorted(counts) == [0, 64]
-    for array in (split.outlier_values, split.outlier_columns):
+    for array in (split.outliers.values, split.outliers.columns):
         assert not np.asarray(array)[np.argmin(counts)].any()
 
 

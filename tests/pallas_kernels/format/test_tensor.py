@@ -146,9 +146,9 @@ def test_outliers_are_compressed_rows():
     mask, residuals = random_arguments()["outliers"]
     packed = trim(pack(**random_arguments()))
     rows, columns = np.nonzero(mask)
-    np.testing.assert_array_equal(packed.row_offsets, np.searchsorted(rows, np.arange(33)))
-    np.testing.assert_array_equal(packed.outlier_columns, columns)
-    np.testing.assert_array_equal(packed.outlier_values, residuals[mask].astype(np.float16))
+    np.testing.assert_array_equal(packed.outliers.offsets, np.searchsorted(rows, np.arange(33)))
+    np.testing.assert_array_equal(packed.outliers.columns, columns)
+    np.testing.assert_array_equal(packed.outliers.values, residuals[mask].astype(np.float16))
 
 
 def test_stats_dtype_keeps_statistics_in_float32():

@@ -88,21 +88,18 @@ def test_unstacking_inverts_stacking(kind, request):
 
 
 def test_stacking_pads_outliers_to_the_most_of_any_block(packed):
-    counts = [int(packed[f"layers_{i}"]["q_proj"]["kernel"].row_offsets[-1]) for i in range(CONFIG.num_layers)]
+    counts = [int(packed[f"layers_{i}"]["q_proj"]["kernel"].outliers.offsets[-1]) for i in range(CONFIG.num_layers)]
     assert counts[0] == 0 < counts[1] < counts[2]
     kernel = stack_blocks(packed)["blocks"]["q_proj"]["kernel"]
-    assert kernel.outlier_values.shape == kernel.outlier_columns.shape == (CONFIG.num_layers, counts[2])
+    assert kernel.outliers.values.shape == kernel.outliers.columns.shape == (CONFIG.num_layers, counts[2])
     for index, count in enumerate(counts):
-        assert not kernel.outlier_values[index, count:].any()
-        assert not kernel.outlier_columns[index, count:].any()
+        assert not kernel.outliers.values[index, count:].any()
+        assert not kernel.outliers.columns[index, count:].any()
 
 
 def test_matrices_without_outliers_stack(packed):
     kernels = [packed[f"layers_{i}"]["q_proj"]["kernel"] for i in range(CONFIG.num_layers)]
-    bare = [
-        SpqrTensor(**{**vars(kernel), "row_offsets": None, "outlier_columns": None, "outlier_values": None})
-        for kernel in kernels
-    ]
+    bare = [replace(kernel, outliers=None) for kernel in kernels]
     layers = {f"layers_{index}": {"kernel": kernel} for index, kernel in enumerate(bare)}
     stacked = stack_blocks(layers)
     assert stacked["blocks"]["kernel"].codes.shape == (CONFIG.num_layers, *bare[0].codes.shape)

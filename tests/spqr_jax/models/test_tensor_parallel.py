@@ -54,9 +54,9 @@ def contents(tensor: SpqrTensor) -> dict[str, np.ndarray]:
     """What a matrix is made of, to the bit, its columns or groups along the last axes."""
     out, columns = tensor.shape
     residuals = np.zeros((out, columns), np.float16)
-    if tensor.row_offsets is not None:
-        rows = np.repeat(np.arange(out), np.diff(tensor.row_offsets))
-        residuals[rows, tensor.outlier_columns[: len(rows)]] = tensor.outlier_values[: len(rows)]
+    if tensor.outliers is not None:
+        rows = np.repeat(np.arange(out), np.diff(tensor.outliers.offsets))
+        residuals[rows, tensor.outliers.columns[: len(rows)]] = tensor.outliers.values[: len(rows)]
     statistics = {name: getattr(tensor, name) for name in ROW_FIELDS if name != "codes"}
     present = {name: array for name, array in statistics.items() if array is not None}
     return {"codes": UNPACK(tensor.codes, columns), "residuals": residuals, **present}
@@ -104,7 +104,7 @@ def test_stacks_are_padded_alike() -> None:
         split_rows(random_packed(seed, outliers=outliers), 2) for seed, outliers in enumerate(("one row", "some"))
     ]
     padded = pad(stacks)
-    assert padded[0].outlier_values.shape == padded[1].outlier_values.shape
+    assert padded[0].outliers.values.shape == padded[1].outliers.values.shape
     for before, after in zip(stacks, padded, strict=True):
         for index in range(2):
             np.testing.assert_array_equal(DEQUANTIZE(element(after, index)), DEQUANTIZE(element(before, index)))

@@ -80,11 +80,9 @@ def dequantize_padded(packed: SpqrTensor) -> jax.Array:
 
 def dense(packed: SpqrTensor) -> jax.Array:
     """`dequantize`, compiled once for each shape and not for each number of outliers."""
-    if packed.outlier_values is None:
+    if packed.outliers is None:
         return dequantize_padded(packed)
-    padding = (0, packed.shape[0] * packed.shape[1] - len(packed.outlier_values))
-    columns, values = np.pad(packed.outlier_columns, padding), np.pad(packed.outlier_values, padding)
-    return dequantize_padded(replace(packed, outlier_columns=columns, outlier_values=values))
+    return dequantize_padded(replace(packed, outliers=packed.outliers.pad(packed.shape[0] * packed.shape[1])))
 
 
 def dense_block(params: dict[str, Any]) -> dict[str, Any]:

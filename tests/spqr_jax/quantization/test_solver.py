@@ -29,9 +29,9 @@ def weight_codes(packed: SpqrTensor) -> np.ndarray:
 def outlier_mask(packed: SpqrTensor) -> np.ndarray:
     """Which weights are outliers, in quantization order."""
     mask = np.zeros(packed.shape, bool)
-    if packed.row_offsets is not None:
-        rows = np.repeat(np.arange(packed.shape[0]), np.diff(packed.row_offsets))
-        mask[rows, packed.outlier_columns[: len(rows)]] = True
+    if packed.outliers is not None:
+        rows = np.repeat(np.arange(packed.shape[0]), np.diff(packed.outliers.offsets))
+        mask[rows, packed.outliers.columns[: len(rows)]] = True
     return mask
 
 
@@ -280,7 +280,7 @@ def test_statistics_groups_are_independent():
 
 def test_no_threshold_means_no_outliers():
     packed = quantize_matrix(*random_matrix(0), GPTQ)
-    assert packed.row_offsets is None
+    assert packed.outliers is None
     assert outlier_share(packed) == 0
     assert outlier_share(quantize_matrix(*random_matrix(0), SMALL)) > 0
 
@@ -335,7 +335,7 @@ def test_matrices_that_share_an_input_are_solved_as_each_alone():
 def test_jitted_is_the_same_as_eager():
     weight, hessian = random_matrix(0)
     jitted = jax.jit(quantize_matrix, static_argnames="config")(weight, hessian, config=SMALL)
-    assert jitted.outlier_values.size == weight.size
+    assert jitted.outliers.values.size == weight.size
     assert_same(trim(jitted), quantize_matrix(weight, hessian, SMALL))
 
 

@@ -213,4 +213,4 @@ def test_rows_of_zeros_fill_up_what_does_not_divide(mesh: Mesh) -> None:
         assert part.codes.shape == (DEVICES, 3, rows, 3)
         stacked = np.asarray(part.codes).transpose(1, 0, 2, 3).reshape(3, -1, 3)
         np.testing.assert_array_equal(stacked[:, : whole.shape[0]], whole.codes)
-        assert part.row_offsets[:, -1].sum() == whole.row_offsets[-1]
+        assert part.outliers.offsets[:, -1].sum() == whole.outliers.offsets[-1]

@@ -51,8 +51,8 @@ def test_a_matrix_has_as_many_outliers_as_are_counted() -> None:
     counts = outlier_counts((kernel,), factorize(hessian, SpqrConfig()), jnp.array([0.1, 0.5]), SpqrConfig())
     for threshold, count in zip((0.1, 0.5), counts, strict=True):
         packed = quantize_matrix(kernel.T, hessian, SpqrConfig(outlier_threshold=threshold))
-        assert packed.row_offsets is not None
-        assert int(packed.row_offsets[-1]) == int(count)
+        assert packed.outliers is not None
+        assert int(packed.outliers.offsets[-1]) == int(count)
 
 
 def test_bits_without_outliers_are_those_of_the_packed_arrays() -> None:

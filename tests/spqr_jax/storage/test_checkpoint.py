@@ -17,7 +17,7 @@ import pytest
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from pallas_kernels import QuantizedStatistics, pack, trim
+from pallas_kernels import Outliers, QuantizedStatistics, pack, trim
 from spqr_jax.models import Decoder, Llama, LlamaConfig, RotaryConfig
 from spqr_jax.models.stacked_blocks import stack_blocks
 from spqr_jax.storage import checkpoint
@@ -106,10 +106,13 @@ def random_packed(rng, out, columns, *, bits=3, stats_bits=3, share=0.018, permu
     if share is not None:
         offsets = np.concatenate([[0], np.cumsum(rng.binomial(columns, share, out))]).astype(np.int32)
         count = (int(offsets[-1]),)
-        used = {name: getattr(shapes, name).update(shape=count) for name in ("outlier_columns", "outlier_values")}
-        shapes = dataclasses.replace(shapes, **used)
+        sparse = shapes.outliers
+        sparse = Outliers(sparse.offsets, sparse.columns.update(shape=count), sparse.values.update(shape=count))
+        shapes = dataclasses.replace(shapes, outliers=sparse)
     packed = jax.tree.map(lambda a: np.ndarray(a.shape, a.dtype, rng.bytes(a.size * a.dtype.itemsize)), shapes)
-    return packed if share is None else dataclasses.replace(packed, row_offsets=offsets)
+    if share is None:
+        return packed
+    return dataclasses.replace(packed, outliers=dataclasses.replace(packed.outliers, offsets=offsets))
 
 
 def assert_identical(found, expected):
@@ -178,8 +181,8 @@ np.save(sys.argv[2], jax.jit(model.apply)({"params": params}, tokens))
 
 def test_padding_is_not_saved(tmp_path, quantized):
     trimmed = random_packed(np.random.default_rng(0), 32, 48)
-    padding = {name: np.pad(getattr(trimmed, name), (0, 500)) for name in ("outlier_columns", "outlier_values")}
-    save(tmp_path / "untrimmed", MODEL, {"kernel": dataclasses.replace(trimmed, **padding)})
+    padded = dataclasses.replace(trimmed, outliers=trimmed.outliers.pad(trimmed.outliers.capacity + 500))
+    save(tmp_path / "untrimmed", MODEL, {"kernel": padded})
     assert_identical(load(tmp_path / "untrimmed").params, {"kernel": trimmed})
     save(tmp_path / "stacked", MODEL, stack_blocks(quantized))
     assert_identical(load(tmp_path / "stacked").params, quantized)
@@ -212,7 +215,7 @@ def test_describe_reads_no_arrays(saved, quantized):
         "group_size": 16,
         "scale_bits": 3,
         "zero_bits": 3,
-        "outliers": int(kernel.row_offsets[-1]),
+        "outliers": int(kernel.outliers.offsets[-1]),
         "bytes": kernel.nbytes,
     }
     assert header["dense"]["layers_0.q_proj.bias"] == {"shape": [32], "dtype": "float32", "bytes": 128}

@@ -13,7 +13,7 @@ from spqr_jax.storage.totals import summarize_described
 
 
 def described(packed: SpqrTensor) -> dict[str, Any]:
-    outliers = None if packed.outlier_values is None else len(packed.outlier_values)
+    outliers = None if packed.outliers is None else len(packed.outliers.values)
     return {"shape": packed.shape, "bytes": packed.nbytes, "outliers": outliers}
 
 
@@ -24,7 +24,7 @@ def test_totals_over_matrices_with_and_without_outliers() -> None:
     assert totals.weights == 64 * 64 + 32 * 128
     bits = (bits_per_weight(some) * 64 * 64 + bits_per_weight(none) * 32 * 128) / totals.weights
     assert totals.bits_per_weight == pytest.approx(bits)
-    assert totals.outlier_share == len(some.outlier_values) / totals.weights
+    assert totals.outlier_share == len(some.outliers.values) / totals.weights
     header = {"matrices": {"a": described(some), "b": described(none)}}
     assert summarize_described(header) == pytest.approx(totals)
 

@@ -113,7 +113,7 @@ def test_formats(
     ordered = case == "plain_float32"  # the only one that was quantized in the features' own order
     assert (packed.permutation is None) == ordered
     content = torch.load(directories / case / FILE)
-    assert len(packed.outlier_values) == content["outliers_matrix"].values().count_nonzero()
+    assert len(packed.outliers.values) == content["outliers_matrix"].values().count_nonzero()
 
 
 def test_unquantized_parameters(directories: Path) -> None:

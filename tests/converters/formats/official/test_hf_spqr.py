@@ -87,7 +87,7 @@ def test_the_shape_follows_without_a_permutation(tmp_path: Path, rows: str, outl
     packed = tensor[f"{MODULE}.weight"].read()
     assert tensor[f"{MODULE}.weight"].shape == packed.shape == shape
     assert packed.permutation is None
-    assert len(packed.outlier_values) == (2187 if outliers else 0)
+    assert len(packed.outliers.values) == (2187 if outliers else 0)
 
 
 @pytest.mark.parametrize("rows", ["csr", "ptcsr"])
@@ -107,7 +107,7 @@ def test_where_both_orders_give_a_shape_the_offsets_decide(tmp_path: Path, rows:
     tensors = open_hf_spqr(write(tmp_path, {MODULE: arrays}), configuration({MODULE: arrays}), tmp_path)
     packed = tensors[f"{MODULE}.weight"].read()
     assert packed.shape == (512, 512)
-    np.testing.assert_array_equal(packed.row_offsets, np.arange(513))
+    np.testing.assert_array_equal(packed.outliers.offsets, np.arange(513))
 
 
 def test_an_absent_permutation_is_the_identity(tmp_path: Path) -> None:

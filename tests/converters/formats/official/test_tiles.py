@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from converters import ConversionError
-from converters.formats.official.quantized_matrix import Outliers, StoredStatistics, quantized_tensor
+from converters.formats.official.quantized_matrix import StoredOutliers, StoredStatistics, quantized_tensor
 from converters.formats.official.tiles import (
     TiledMatrix,
     decode_arrays,
@@ -70,7 +70,7 @@ def test_an_outlier_has_its_own_value(name: str) -> None:
     matrix = decode_arrays(arrays, shape, name)
     tensor = decode_tensor(arrays, shape, name)
     weight, official, bound = weight_in_order(tensor), reader_weight(matrix).astype(np.float32), reader_rounding(matrix)
-    residuals = tensor.outlier_values.astype(np.float32)
+    residuals = tensor.outliers.values.astype(np.float32)
     official[places(matrix)] = matrix.outliers.values
     bound[places(matrix)] = 1.01 * ROUNDING * np.abs(residuals)
     assert (np.abs(weight - official) <= bound).all()
@@ -116,7 +116,7 @@ def test_a_word_has_its_bits_where_the_format_says() -> None:
     # The second row of tiles, its third tile, the sixth row.
     assert arrays["dense_weights"][16 * (3 * 1 + 2) + 5] == expected
 
-    first = matrix.outliers.row_offsets[row]
+    first = matrix.outliers.offsets[row]
     entry = int(arrays["col_vals"][first]) & 0xFFFFFFFF
     assert entry & 0xFFFF == matrix.outliers.columns[first]
     assert entry >> 16 == int(matrix.outliers.values[first].view(np.uint16))
@@ -144,7 +144,7 @@ def random_matrix(rng: np.random.Generator, out: int, groups: int, share: float)
         rng.integers(0, 8, shape, np.uint8),
         statistics(0.02, 0.3),
         statistics(-1, 9),
-        Outliers(offsets, np.nonzero(mask)[1].astype(np.uint16), values),
+        StoredOutliers(offsets, np.nonzero(mask)[1].astype(np.uint16), values),
         rng.permutation(shape[1]).astype(np.uint16) if rng.random() < 0.7 else None,
     )
 
@@ -181,7 +181,7 @@ def test_a_tensor_comes_back(matrix: TiledMatrix) -> None:
     back = decode_tensor(arrays, shape, "matrix", added=True)
     weight, returned = weight_in_order(tensor), weight_in_order(back)
     rows, columns = places(matrix)
-    beneath = np.abs(back.outlier_values.astype(np.float32))
+    beneath = np.abs(back.outliers.values.astype(np.float32))
     # The weight, the value that is added, and our residual are each rounded once.
     read = decode_arrays(arrays, shape, "matrix").outliers.values.astype(np.float32)
     bound = 1.01 * ROUNDING * (np.abs(weight[rows, columns]) + np.abs(read) + beneath) + 2.0**-24
@@ -275,7 +275,7 @@ def our_tensor(out: int = 16, columns: int = 32, **options: Any) -> SpqrTensor:
         return StoredStatistics(np.zeros((out, groups), np.uint8), np.ones(coarse), -np.ones(coarse))
 
     scale, zero = statistics(widths["scale_bits"]), statistics(widths["zero_bits"])
-    none = Outliers(np.zeros(out + 1, np.int32), np.zeros(0, np.uint16), np.zeros(0, np.float32))
+    none = StoredOutliers(np.zeros(out + 1, np.int32), np.zeros(0, np.uint16), np.zeros(0, np.float32))
     del widths["stats_group_size"]
     return quantized_tensor(np.zeros((out, columns), np.uint8), scale, zero, none, None, name="ours", **widths)
 
@@ -297,7 +297,7 @@ def test_formats_that_cannot_be_written(options: dict[str, Any], named: str) -> 
 
 
 def test_a_tensor_without_outliers_is_written() -> None:
-    tensor = replace(our_tensor(), row_offsets=None, outlier_columns=None, outlier_values=None)
+    tensor = replace(our_tensor(), outliers=None)
     arrays = encode_tensor(tensor, "k")
     assert arrays["col_vals"].shape == (0,)
     np.testing.assert_array_equal(weight_in_order(decode_tensor(arrays, (16, 32), "k")), weight_in_order(tensor))
@@ -315,7 +315,9 @@ def test_residuals_beyond_float16() -> None:
     matrix = random_matrix(np.random.default_rng(2), out=16, groups=1, share=0.0)
     scale = matrix.scale._replace(scale=np.full((1, 1), 8000, np.float16), zero=np.full((1, 1), -1, np.float16))
     zero = matrix.zero._replace(scale=np.full((1, 1), 1, np.float16), zero=np.full((1, 1), 4, np.float16))
-    outliers = Outliers(np.repeat([0, 1], [1, 16]).astype(np.int32), np.array([3], np.uint16), np.float16([60000]))
+    outliers = StoredOutliers(
+        np.repeat([0, 1], [1, 16]).astype(np.int32), np.array([3], np.uint16), np.float16([60000])
+    )
     zero = zero._replace(codes=np.full((16, 1), 7, np.uint8))
     codes = np.zeros_like(matrix.codes)
     arrays = encode_arrays(TiledMatrix(codes, scale, zero, outliers, None))
