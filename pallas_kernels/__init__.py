@@ -1,6 +1,7 @@
 """The packed SpQR format and the operations on it; usable without the rest of the library."""
 
 from pallas_kernels.dequantize import spqr_dequantize
+from pallas_kernels.errors import SpqrError
 from pallas_kernels.format.columns import split_columns
 from pallas_kernels.format.outliers import Outliers
 from pallas_kernels.format.rows import concatenate_rows, join_rows, split_rows
@@ -20,6 +21,7 @@ __all__ = [
     "Outliers",
     "QuantizedStatistics",
     "SplitTensor",
+    "SpqrError",
     "SpqrTensor",
     "bits_per_weight",
     "check_format",

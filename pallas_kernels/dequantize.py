@@ -22,7 +22,7 @@ def spqr_dequantize(
       implementation: as for `spqr_matmul`.
 
     Raises:
-      ValueError: the implementation cannot run here.
+      SpqrError: the implementation cannot run here.
 
     Example:
       >>> weight = spqr_dequantize(quantize_matrix(weight, hessian, config))

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 from pallas_kernels.backends import triton
 from pallas_kernels.backends.devices import Implementation, choose
 from pallas_kernels.dequantize import dequantize_in_order
+from pallas_kernels.errors import SpqrError
 from pallas_kernels.format.tensor import SpqrTensor
 from pallas_kernels.tuning.regimes import MOST_TOKENS
 
@@ -30,13 +31,13 @@ def spqr_matmul(
         None is Pallas on a supported GPU, and XLA elsewhere.
 
     Raises:
-      ValueError: x's last axis is not w's number of input features, or the implementation cannot run here.
+      SpqrError: x's last axis is not w's number of input features, or the implementation cannot run here.
 
     Example:
       >>> y = spqr_matmul(x, packed)  # [..., in] -> [..., out]
     """
     if x.shape[-1] != w.in_features:
-        raise ValueError(f"x has {x.shape[-1]} features, but the weight of shape {w.shape} takes {w.in_features}")
+        raise SpqrError(f"x has {x.shape[-1]} features, but the weight of shape {w.shape} takes {w.in_features}")
     chosen = choose(implementation)
     if implementation is None and x.dtype.name not in MOST_TOKENS:
         chosen = "xla"

@@ -9,6 +9,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, UInt16
 
 from pallas_kernels.backends.devices import Implementation
+from pallas_kernels.errors import SpqrError
 from pallas_kernels.format.tensor import SpqrTensor
 from pallas_kernels.matmul import spqr_matmul
 
@@ -59,13 +60,13 @@ def split_matmul(
       implementation: as for `spqr_matmul`.
 
     Raises:
-      ValueError: as `spqr_matmul`.
+      SpqrError: as `spqr_matmul`.
 
     Example:
       >>> y = split_matmul(jax.nn.silu(split_matmul(x, up)), down)  # one sum over the devices
     """
     if x.shape[-1] != w.shape[1]:
-        raise ValueError(f"x has {x.shape[-1]} features, but the weight of shape {w.shape} takes {w.shape[1]}")
+        raise SpqrError(f"x has {x.shape[-1]} features, but the weight of shape {w.shape} takes {w.shape[1]}")
     (axis,) = w.mesh.axis_names
     whole, last = P(), P(*[None] * (x.ndim - 1), axis)
 

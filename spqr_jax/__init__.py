@@ -5,7 +5,7 @@ import os
 # transformers, here for its tokenizers, otherwise advises at import to install PyTorch.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
-from pallas_kernels import SpqrTensor, bits_per_weight, spqr_dequantize
+from pallas_kernels import SpqrError, SpqrTensor, bits_per_weight, spqr_dequantize
 from spqr_jax.config import COMPACT, NEAR_LOSSLESS, SMALL, SpqrConfig
 from spqr_jax.generation import generate
 from spqr_jax.measure.perplexity import perplexity
@@ -23,6 +23,7 @@ __all__ = [
     "CheckpointError",
     "MatrixReport",
     "SpqrConfig",
+    "SpqrError",
     "SpqrTensor",
     "bits_per_weight",
     "fuse_projections",

@@ -4,6 +4,8 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Literal, get_args
 
+from pallas_kernels.errors import SpqrError
+
 
 @dataclass(frozen=True)
 class SpqrConfig:
@@ -37,7 +39,7 @@ class SpqrConfig:
       stats_dtype: type of unquantized and of second-level statistics; float32 only to compare with the official code.
 
     Raises:
-      ValueError: permutation, fit or stats_dtype is none of its values; sizes are checked where there is a matrix.
+      SpqrError: permutation, fit or stats_dtype is none of its values; sizes are checked where there is a matrix.
 
     Source: Dettmers et al. 2023 (arXiv 2306.03078), Algorithm 1; `refit` and `shrinkage` are this project's.
 
@@ -65,7 +67,7 @@ class SpqrConfig:
         for name in ("permutation", "fit", "stats_dtype"):
             allowed = get_args(type(self).__annotations__[name])
             if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} is {getattr(self, name)!r}, but can only be {' or '.join(allowed)}")
+                raise SpqrError(f"{name} is {getattr(self, name)!r}, but can only be {' or '.join(allowed)}")
 
 
 SMALL = SpqrConfig(stats_group_size=64, outlier_threshold=0.8, fit="error")

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from pallas_kernels.backends.devices import choose
+from pallas_kernels.errors import SpqrError
 from spqr_jax.models.decoder import Decoder, KVCache, Params
 from spqr_jax.models.fusion import fuse_projections
 from spqr_jax.models.stacked_blocks import level_blocks, stack_blocks
@@ -76,7 +77,7 @@ def generate(
       The new tokens of each prompt, up to its first stop token, which is left out.
 
     Raises:
-      ValueError: an argument is out of its range, a prompt is empty or has an id outside the vocabulary, or a prompt
+      SpqrError: an argument is out of its range, a prompt is empty or has an id outside the vocabulary, or a prompt
         and its new tokens are more than the model has positions for.
 
     Example:
@@ -120,7 +121,7 @@ def stream(
       An iterator over lists of the next tokens of each prompt, empty for one that has stopped.
 
     Raises:
-      ValueError: as `generate`, when called.
+      SpqrError: as `generate`, when called.
 
     Example:
       >>> for (tokens,) in stream(model, params, [prompt], max_new_tokens=100):
@@ -129,7 +130,7 @@ def stream(
     policy = Policy(temperature, top_k, top_p, tuple(stop_tokens))
     _check(model, prompts, max_new_tokens, policy)
     if chunk < 1:
-        raise ValueError(f"chunk is {chunk}, but must be at least 1")
+        raise SpqrError(f"chunk is {chunk}, but must be at least 1")
     params = for_decoding(model, params)
     state, tokens, mask = start(model, params, prompts, max_new_tokens, seed)
 
@@ -280,21 +281,21 @@ def _until_stop(tokens: list[int], stop_tokens: tuple[int, ...]) -> list[int]:
 
 def _check(model: Decoder, prompts: Sequence[Sequence[int]], max_new_tokens: int, policy: Policy) -> None:
     if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens is {max_new_tokens}, but must be at least 1")
+        raise SpqrError(f"max_new_tokens is {max_new_tokens}, but must be at least 1")
     if not 0 <= policy.temperature < math.inf:
-        raise ValueError(f"temperature is {policy.temperature}, but must be 0 or a positive number")
+        raise SpqrError(f"temperature is {policy.temperature}, but must be 0 or a positive number")
     if policy.top_k is not None and policy.top_k < 1:
-        raise ValueError(f"top_k is {policy.top_k}, but must be at least 1")
+        raise SpqrError(f"top_k is {policy.top_k}, but must be at least 1")
     if policy.top_p is not None and not 0 < policy.top_p <= 1:
-        raise ValueError(f"top_p is {policy.top_p}, but must be over 0 and at most 1")
+        raise SpqrError(f"top_p is {policy.top_p}, but must be over 0 and at most 1")
     if not prompts:
-        raise ValueError("there are no prompts")
+        raise SpqrError("there are no prompts")
     for index, prompt in enumerate(prompts):
         if len(prompt) == 0:
-            raise ValueError(f"prompt {index} is empty")
+            raise SpqrError(f"prompt {index} is empty")
         check_vocabulary(prompt, model.config.vocab_size)
     longest, positions = max(map(len, prompts)), model.config.max_positions
     if longest + max_new_tokens > positions:
-        raise ValueError(
+        raise SpqrError(
             f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed the {positions} positions of the model"
         )

@@ -7,6 +7,8 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Int
 
+from pallas_kernels.errors import SpqrError
+
 REFERENCE_STARTS = (
     269234, 219769, 24798, 39685, 177113, 22979, 63272, 16743, 132617, 126748, 87561, 116021, 107131, 240129, 158973,
     21071, 32001, 270403, 178274, 26758, 170281, 228319, 6341, 116199, 39449, 124136, 5504, 139689, 33369, 50625,
@@ -26,13 +28,13 @@ def random_windows(
     """Windows at random places of a text, for calibration.
 
     Raises:
-      ValueError: the text is shorter than one window.
+      SpqrError: the text is shorter than one window.
 
     Example:
       >>> calibration = random_windows(np.array(tokenizer.encode(text)), sequences=32, length=512)
     """
     if len(tokens) <= length:
-        raise ValueError(
+        raise SpqrError(
             f"the calibration text has {len(tokens)} tokens, too few for windows of {length}: "
             "give a longer text or a shorter sequence length"
         )

@@ -18,6 +18,7 @@ from rich.table import Table
 from pallas_kernels.aot.costs import KernelReport, report_all
 from pallas_kernels.aot.gpus import GPUS
 from pallas_kernels.aot.options import parse_format, parse_shape
+from pallas_kernels.errors import SpqrError
 
 FORMATS = ["3b-g16-s3", "4b-g16-s3"]
 TOKENS = [1, 16, 512]
@@ -60,7 +61,7 @@ def main(
     targets = list(GPUS) if Target.ALL in target else [one.value for one in target]
     try:
         reports = report_all(list(itertools.product(targets, form, tokens, shape)))
-    except (ValueError, ModuleNotFoundError) as error:
+    except (SpqrError, ModuleNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(1) from None
     if as_json:

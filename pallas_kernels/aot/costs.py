@@ -17,6 +17,7 @@ from pallas_kernels.aot.kernels import COMPILED
 from pallas_kernels.aot.pointers import loaded_parameters
 from pallas_kernels.aot.sass import Listing, loops, parse, reachable, through
 from pallas_kernels.backends.triton.launch import Launch
+from pallas_kernels.errors import SpqrError
 from pallas_kernels.format.tensor import SpqrTensor
 from pallas_kernels.tuning.measurements import best_tile
 from pallas_kernels.tuning.tiles import Tile
@@ -82,7 +83,7 @@ def report(target: str, form: Format, tokens: int, shape: tuple[int, int]) -> li
 
     Raises:
       ModuleNotFoundError: the compiler is not installed.
-      ValueError: the format does not support these sizes, or a kernel's instructions are not understood.
+      SpqrError: the format does not support these sizes, or a kernel's instructions are not understood.
 
     Example:
       >>> report("h100", Format.parse("3b-g16-s3"), 1, (4096, 4096))[1].spill_bytes
@@ -102,7 +103,7 @@ def report_all(
 
     Raises:
       ModuleNotFoundError: the compiler is not installed.
-      ValueError: a format does not support these sizes, or a kernel's instructions are not understood.
+      SpqrError: a format does not support these sizes, or a kernel's instructions are not understood.
     """
     reports = []
     for result in try_reports(settings, tiles):
@@ -126,7 +127,7 @@ def _try_report(
 ) -> list[KernelReport] | ValueError:
     try:
         return _report(setting, tile)
-    except ValueError as error:
+    except ValueError as error:  # Pallas raises plain ones for tiles that it cannot lower
         return error
 
 
@@ -143,8 +144,8 @@ def _report(setting: tuple[str, Format, int, tuple[int, int]], tile: Tile | None
             for kernel in compile_program(function, x, w, gpu=GPUS[target]).kernels:
                 try:
                     costs = _costs(kernel, w, launch, GPUS[target])
-                except ValueError as error:
-                    raise ValueError(f"{kernel.name} for {target}, {form}, {tokens} tokens: {error}") from None
+                except SpqrError as error:
+                    raise SpqrError(f"{kernel.name} for {target}, {form}, {tokens} tokens: {error}") from None
                 reports.append(
                     KernelReport(kernel.name, format=str(form), tokens=tokens, shape=shape, target=target, **costs)
                 )
@@ -190,7 +191,7 @@ def _costs(kernel: Kernel, w: SpqrTensor, launch: Launch, gpu: Gpu) -> dict[str,
     """The fields of `KernelReport` that tell what one kernel costs.
 
     Raises:
-      ValueError: the loops that a launch tells of are not found, or not all loads of codes.
+      SpqrError: the loops that a launch tells of are not found, or not all loads of codes.
     """
     listing = parse(kernel.sass)
     parts = _parts(listing, _code_loads(kernel, listing, w, gpu))
@@ -201,7 +202,7 @@ def _costs(kernel: Kernel, w: SpqrTensor, launch: Launch, gpu: Gpu) -> dict[str,
     code_reads = None
     if parts.code_loads:
         if bool(parts.outlier) != bool(launch.outlier_steps):
-            raise ValueError(
+            raise SpqrError(
                 f"{launch.outlier_steps} steps over outliers, in a loop of {len(parts.outlier)} instructions"
             )
         code_bytes = steps * _bytes(listing, parts.main & parts.code_loads) + _bytes(
@@ -209,7 +210,7 @@ def _costs(kernel: Kernel, w: SpqrTensor, launch: Launch, gpu: Gpu) -> dict[str,
         )
         code_reads = threads * code_bytes / ArrayType("u32", w.codes.shape).nbytes
         if code_reads < 1:
-            raise ValueError(f"only {code_reads:.2f} of the codes seem to be loaded")
+            raise SpqrError(f"only {code_reads:.2f} of the codes seem to be loaded")
     dense = threads * (len(parts.once) + steps * len(parts.main))
     sparse = sparse_programs * kernel.threads * (len(parts.sparse) + launch.outlier_steps * len(parts.outlier))
     issue, outlier = (1e6 * instructions / gpu.instruction_rate for instructions in (dense + sparse, sparse))
@@ -236,7 +237,7 @@ def _code_loads(kernel: Kernel, listing: Listing, w: SpqrTensor, gpu: Gpu) -> fr
     """The instructions that load codes; none where the kernel is not given them.
 
     Raises:
-      ValueError: what some load reads is not certain.
+      SpqrError: what some load reads is not certain.
     """
     codes = {i for i, array in enumerate(kernel.reads) if array == ArrayType("u32", w.codes.shape)}
     if not codes:
@@ -244,7 +245,7 @@ def _code_loads(kernel: Kernel, listing: Listing, w: SpqrTensor, gpu: Gpu) -> fr
     loaded = loaded_parameters(listing, gpu.parameters)
     uncertain = sum(len(parameters) != 1 for parameters in loaded.values())
     if uncertain or not any(parameters <= codes for parameters in loaded.values()):
-        raise ValueError(f"{uncertain} of {len(loaded)} loads cannot be traced to one array, or none to the codes")
+        raise SpqrError(f"{uncertain} of {len(loaded)} loads cannot be traced to one array, or none to the codes")
     return frozenset(number for number, parameters in loaded.items() if parameters <= codes)
 
 

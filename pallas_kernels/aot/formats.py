@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.errors import SpqrError
 from pallas_kernels.format.bit_layout import BLOCK
 from pallas_kernels.format.outliers import Outliers
 from pallas_kernels.format.tensor import SpqrTensor, check_format
@@ -38,7 +39,7 @@ class Format:
         """The format of this spelling.
 
         Raises:
-          ValueError: nothing is spelled so.
+          SpqrError: nothing is spelled so.
 
         Example:
           >>> Format.parse("4b-g16-s3-o0.5%")
@@ -46,7 +47,7 @@ class Format:
         """
         match = _SPELLING.fullmatch(spelling)
         if match is None:
-            raise ValueError(
+            raise SpqrError(
                 f"{spelling!r} is not a format; one of 3 bits, groups of 16, statistics of 3 bits and 2 % outliers is "
                 "3b-g16-s3-o2%, and the last two parts can be left out"
             )
@@ -62,7 +63,7 @@ class Format:
         """A matrix of shape (out, in) whose arrays are `jax.ShapeDtypeStruct`s.
 
         Raises:
-          ValueError: the format does not support these sizes; the message says which.
+          SpqrError: the format does not support these sizes; the message says which.
         """
         out, columns = shape
         bits, stats_bits = self.bits, self.stats_bits

@@ -6,13 +6,14 @@ from collections.abc import Callable, Collection
 import typer
 
 from pallas_kernels.aot.formats import Format
+from pallas_kernels.errors import SpqrError
 
 
 def parse_format(spelling: str) -> Format:
     """A format such as 3b-g16-s3-o2%."""
     try:
         return Format.parse(spelling)
-    except ValueError as error:
+    except SpqrError as error:
         raise typer.BadParameter(str(error)) from None
 
 

@@ -5,6 +5,8 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from pallas_kernels.errors import SpqrError
+
 KINDS = {
     "load global": ("LDG", "LDGSTS"),
     "store global": ("STG", "RED", "ATOM"),
@@ -207,7 +209,7 @@ def _successors(number: int, instruction: Instruction, labels: dict[str, int]) -
     if name == "EXIT":
         return (number + 1,) if instruction.guarded else ()
     if name in ("RET", "BRX", "JMX"):
-        raise ValueError(f"where {name} goes is not known")
+        raise SpqrError(f"where {name} goes is not known")
     # Far branches are CALL.REL.NOINC, from where none returns. Where the threads of a warp have parted, BRA.DIV goes to
     # code for each apart, and BRA.CONV does not pass by what brings them together; here they have not.
     if name in ("BRA", "CALL") and not instruction.name.startswith("BRA.DIV"):

@@ -5,6 +5,8 @@ from typing import Any, Literal
 
 import jax
 
+from pallas_kernels.errors import SpqrError
+
 Implementation = Literal["pallas", "xla", "interpret"]
 
 LEAST_CAPABILITY = 8.0
@@ -14,14 +16,14 @@ def choose(implementation: Implementation | None) -> Implementation:
     """The implementation asked for, or the best one for the device that JAX computes on.
 
     Raises:
-      ValueError: there is none of this name, or it needs another device.
+      SpqrError: there is none of this name, or it needs another device.
     """
     if implementation is None:
         return "pallas" if _supported(_device()) else "xla"
     if implementation not in ("pallas", "xla", "interpret"):
-        raise ValueError(f"implementation is {implementation!r}, but must be 'pallas', 'xla', 'interpret' or None")
+        raise SpqrError(f"implementation is {implementation!r}, but must be 'pallas', 'xla', 'interpret' or None")
     if implementation == "pallas" and not _supported(device := _device()):
-        raise ValueError(
+        raise SpqrError(
             f"implementation='pallas' needs an NVIDIA GPU of compute capability {LEAST_CAPABILITY} or more, but JAX "
             f"computes on {device.device_kind} ({device.platform}); leave it out, or ask for 'xla'"
         )

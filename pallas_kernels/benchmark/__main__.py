@@ -27,6 +27,7 @@ from pallas_kernels.benchmark.rows import Results, Row, now, versions, write
 from pallas_kernels.benchmark.shapes import MODELS, TOKENS, names, plan
 from pallas_kernels.benchmark.timing import bandwidth
 from pallas_kernels.benchmark.torch_contestants import missing
+from pallas_kernels.errors import SpqrError
 
 FORMAT = "3b-g16-s3-o1%"
 TARGET = "h100"
@@ -82,7 +83,7 @@ def main(
             results = dataclasses.replace(results, rows=(*results.rows, *rows))
             if output is not None:
                 write(results, output)
-    except (ValueError, ModuleNotFoundError) as error:
+    except (SpqrError, ModuleNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(1) from None
     if any(row.error and row.contestant in (SPQR, DENSE_PART) for row in results.rows):

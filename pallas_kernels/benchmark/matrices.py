@@ -32,7 +32,7 @@ def random_matrix(form: Format, shape: tuple[int, int], seed: int | Array) -> Sp
       seed: equal ones give equal matrices on devices of one kind.
 
     Raises:
-      ValueError: the format does not support these sizes; the message says which.
+      SpqrError: the format does not support these sizes; the message says which.
 
     Example:
       >>> random_matrix(Format.parse("3b-g16-s3-o1%"), (4096, 11008), seed=0).outliers.capacity

@@ -13,6 +13,7 @@ from pallas_kernels.backends.devices import Implementation
 from pallas_kernels.benchmark.contestants import Contestant, Prepared, jax_contestants
 from pallas_kernels.benchmark.rows import Row
 from pallas_kernels.benchmark.torch_contestants import torch_contestants
+from pallas_kernels.errors import SpqrError
 
 MOST_ERROR = 2.0**-8
 """‖Δ‖ / ‖y‖ of a right product: a number is rounded to bfloat16 by as much at most."""
@@ -100,15 +101,15 @@ def checked_error(y: Float[Array, "tokens out"], x: Float[Array, "tokens in"], w
     """‖y − x · weightᵀ‖ / ‖x · weightᵀ‖, the product in float32.
 
     Raises:
-      ValueError: it is above `MOST_ERROR`, or y has another shape, so y is wrong.
+      SpqrError: it is above `MOST_ERROR`, or y has another shape, so y is wrong.
     """
     expected = np.asarray(_exact(x, weight), np.float64)
     if y.shape != expected.shape:
-        raise ValueError(f"the product is wrong: its shape is {y.shape}, not {expected.shape}")
+        raise SpqrError(f"the product is wrong: its shape is {y.shape}, not {expected.shape}")
     error = float(np.linalg.norm(np.asarray(y, np.float64) - expected) / np.linalg.norm(expected))
     # Not >, because of NaN.
     if not error <= MOST_ERROR:
-        raise ValueError(f"the product is wrong: its relative error is {error:.2g}, but may be {MOST_ERROR:.2g}")
+        raise SpqrError(f"the product is wrong: its relative error is {error:.2g}, but may be {MOST_ERROR:.2g}")
     return error
 
 

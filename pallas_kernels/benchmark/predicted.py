@@ -23,7 +23,7 @@ def checked(form: Format) -> dict[int, float]:
     """Relative errors of the interpreted kernels on a small matrix, by number of tokens.
 
     Raises:
-      ValueError: a product is wrong.
+      SpqrError: a product is wrong.
     """
     packed = random_matrix(form, CHECKED_SHAPE, 0)
     weight = exact_weight(packed)
@@ -55,7 +55,7 @@ def predicted_rows(
 
     Raises:
       ModuleNotFoundError: the compiler is not installed.
-      ValueError: the format does not support these sizes.
+      SpqrError: the format does not support these sizes.
     """
     gpu = GPUS[target]
     # Beyond the tensor core kernel all numbers of tokens have the same kernel.

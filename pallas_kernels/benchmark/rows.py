@@ -10,6 +10,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
+from pallas_kernels.errors import SpqrError
+
 Source = Literal["measured", "compile-ahead", "roofline"]
 
 
@@ -72,7 +74,7 @@ class Results:
 
     def __post_init__(self) -> None:
         if any((row.source == "measured") != self.measured for row in self.rows):
-            raise ValueError("measured and predicted rows cannot be in the same results")
+            raise SpqrError("measured and predicted rows cannot be in the same results")
 
 
 def versions() -> dict[str, str]:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, UInt16, UInt32
 
+from pallas_kernels.errors import SpqrError
 from pallas_kernels.format.bit_layout import pack_codes, unpack_codes
 from pallas_kernels.format.outliers import Outliers
 from pallas_kernels.format.rows import ROW_FIELDS
@@ -30,17 +31,17 @@ def split_columns(tensor: SpqrTensor, parts: int) -> tuple[SpqrTensor, UInt16[Ar
       in order, the first `in / parts` for the first part.
 
     Raises:
-      ValueError: the columns do not divide into parts between two groups; or it is a stack already.
+      SpqrError: the columns do not divide into parts between two groups; or it is a stack already.
 
     Example:
       >>> split, features = split_columns(w, 4)
       >>> sum(spqr_matmul(x[..., features[i]], element(split, i)) for i in range(4))  # spqr_matmul(x, w)
     """
     if tensor.codes.ndim > 3:
-        raise ValueError(f"a stack of {len(tensor.codes)} matrices cannot be split by columns; split each of them")
+        raise SpqrError(f"a stack of {len(tensor.codes)} matrices cannot be split by columns; split each of them")
     columns = tensor.in_features
     if parts < 1 or columns % (parts * tensor.group_size):
-        raise ValueError(
+        raise SpqrError(
             f"{columns} input features do not divide into {parts} parts of whole groups of {tensor.group_size}"
         )
     statistics = {

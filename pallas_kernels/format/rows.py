@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from pallas_kernels.errors import SpqrError
 from pallas_kernels.format.bit_layout import BLOCK
 from pallas_kernels.format.outliers import join
 from pallas_kernels.format.stacks import element, stack
@@ -43,13 +44,13 @@ def concatenate_rows(tensors: Sequence[SpqrTensor]) -> SpqrTensor:
       `[Σ out_i, in]`.
 
     Raises:
-      ValueError: there are no matrices, or they differ in something that rows of one matrix share.
+      SpqrError: there are no matrices, or they differ in something that rows of one matrix share.
 
     Example:
       >>> queries_keys_values = spqr_matmul(x, concatenate_rows([q, k, v]))
     """
     if reason := why_not_one(tensors):
-        raise ValueError(reason)
+        raise SpqrError(reason)
     first = tensors[0]
     if first.codes.ndim > 3:
         elements = [[element(tensor, index) for tensor in tensors] for index in range(len(first.codes))]
@@ -96,7 +97,7 @@ def split_rows(tensor: SpqrTensor, parts: int) -> SpqrTensor:
       A stack of matrices `[out / parts, in]`.
 
     Raises:
-      ValueError: the rows do not divide into parts, or not between two statistics groups; or it is a stack already.
+      SpqrError: the rows do not divide into parts, or not between two statistics groups; or it is a stack already.
 
     Example:
       >>> def rows(x, part):  # a device's slice keeps the leading axis, of length 1
@@ -106,12 +107,12 @@ def split_rows(tensor: SpqrTensor, parts: int) -> SpqrTensor:
       >>> y = over(x, parts)  # spqr_matmul(x, w)
     """
     if tensor.codes.ndim > 3:
-        raise ValueError(f"a stack of {len(tensor.codes)} matrices cannot be split by rows; split each of them")
+        raise SpqrError(f"a stack of {len(tensor.codes)} matrices cannot be split by rows; split each of them")
     out, _ = tensor.shape
     unit = rows_together(tensor)
     if parts < 1 or out % (parts * unit):
         groups = "" if unit == 1 else f" of whole statistics groups of {unit} rows"
-        raise ValueError(f"{out} output rows do not divide into {parts} parts{groups}")
+        raise SpqrError(f"{out} output rows do not divide into {parts} parts{groups}")
     rows = out // parts
     return stack([slice_rows(tensor, start, start + rows) for start in range(0, out, rows)])
 

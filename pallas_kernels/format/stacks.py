@@ -6,6 +6,7 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.errors import SpqrError
 from pallas_kernels.format.tensor import SpqrTensor, trim
 
 
@@ -18,7 +19,7 @@ def stack(tensors: Sequence[SpqrTensor]) -> SpqrTensor:
       tensors: matrices of the same shape and format. They must be concrete: the padding cannot be traced.
 
     Raises:
-      ValueError: the matrices differ in shape or format.
+      SpqrError: the matrices differ in shape or format.
 
     Example:
       >>> blocks = stack([pack_block(i) for i in range(30)])
@@ -33,14 +34,14 @@ def pad(tensors: Sequence[SpqrTensor]) -> list[SpqrTensor]:
     What is compiled for one of them then serves all.
 
     Raises:
-      ValueError: the matrices differ in format.
+      SpqrError: the matrices differ in format.
 
     Example:
       >>> {tensor.outliers.capacity for tensor in pad(tensors)}
       {451723}
     """
     if len({jax.tree.structure(tensor) for tensor in tensors}) > 1:
-        raise ValueError("matrices of different formats cannot be stacked")
+        raise SpqrError("matrices of different formats cannot be stacked")
     capacity = max((tensor.outliers.capacity for tensor in tensors if tensor.outliers is not None), default=0)
     return [
         tensor

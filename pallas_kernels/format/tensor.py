@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float16, Int, UInt8, UInt16, UInt32
 
+from pallas_kernels.errors import SpqrError
 from pallas_kernels.format.bit_layout import BLOCK, pack_codes, pack_planes
 from pallas_kernels.format.outliers import Outliers
 
@@ -135,7 +136,7 @@ def pack(
       stats_dtype: type in which unquantized and second-level statistics are held.
 
     Raises:
-      ValueError: the format does not support these sizes; the message says which.
+      SpqrError: the format does not support these sizes; the message says which.
 
     Example:
       >>> packed = trim(pack(codes, scale, zero, bits=3, group_size=16, outliers=(mask, residual)))
@@ -168,31 +169,31 @@ def check_format(
     zero_bits: int | None,
     stats_group_size: int = BLOCK,
 ) -> None:
-    """Raises a ValueError with the numbers in it where a matrix or its settings do not fit the packed format."""
+    """Raises a SpqrError with the numbers in it where a matrix or its settings do not fit the packed format."""
     if bits not in BITS:
-        raise ValueError(f"bits is {bits}, but must be one of {BITS}")
+        raise SpqrError(f"bits is {bits}, but must be one of {BITS}")
     if group_size not in GROUP_SIZES:
-        raise ValueError(f"group_size is {group_size}, but must be one of {GROUP_SIZES}")
+        raise SpqrError(f"group_size is {group_size}, but must be one of {GROUP_SIZES}")
     if columns % group_size:
-        raise ValueError(f"{columns} input features do not divide into groups of {group_size}")
+        raise SpqrError(f"{columns} input features do not divide into groups of {group_size}")
     if columns > MAX_COLUMNS:
-        raise ValueError(f"{columns} input features are more than the format's {MAX_COLUMNS}")
+        raise SpqrError(f"{columns} input features are more than the format's {MAX_COLUMNS}")
     for name, stats_bits in (("scale_bits", scale_bits), ("zero_bits", zero_bits)):
         if stats_bits is None:
             continue
         if stats_bits not in BITS:
-            raise ValueError(f"{name} is {stats_bits}, but must be one of {BITS} or None")
+            raise SpqrError(f"{name} is {stats_bits}, but must be one of {BITS} or None")
         if stats_group_size % BLOCK or stats_group_size < BLOCK:
-            raise ValueError(f"stats_group_size is {stats_group_size}, but must be a multiple of {BLOCK}")
+            raise SpqrError(f"stats_group_size is {stats_group_size}, but must be a multiple of {BLOCK}")
         if out % stats_group_size:
-            raise ValueError(f"{out} output rows do not divide into statistics groups of {stats_group_size}")
+            raise SpqrError(f"{out} output rows do not divide into statistics groups of {stats_group_size}")
 
 
 def _statistics(name: str, statistics: Statistics, bits: int | None, dtype: Any) -> dict[str, Array | None]:
     """The four fields of `SpqrTensor` that hold the scales, or the zeros."""
     if isinstance(statistics, QuantizedStatistics):
         if bits is None:
-            raise ValueError(f"quantized {name}s need {name}_bits")
+            raise SpqrError(f"quantized {name}s need {name}_bits")
         return {
             name: None,
             f"{name}_codes": pack_planes(statistics.codes, bits),

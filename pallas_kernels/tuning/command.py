@@ -32,6 +32,7 @@ from pallas_kernels.backends.devices import choose, device_kind
 from pallas_kernels.backends.triton.matmul import MATMULS
 from pallas_kernels.benchmark.matrices import random_matrix
 from pallas_kernels.benchmark.timing import Calls, compile_calls, measure
+from pallas_kernels.errors import SpqrError
 from pallas_kernels.format.tensor import SpqrTensor
 from pallas_kernels.matmul import spqr_matmul
 from pallas_kernels.tuning.measurements import Setting, Trial, Trials, best_tile, file_of, read, write
@@ -86,7 +87,7 @@ def main(
             predict_tiles(predict, shape[0])
         else:
             tune(seconds, shape)
-    except (ValueError, OSError, RuntimeError, ModuleNotFoundError) as error:
+    except (SpqrError, OSError, RuntimeError, ModuleNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(1) from None
 
@@ -116,14 +117,14 @@ def tune(seconds: float, shapes: Sequence[tuple[int, int]]) -> None:
     """Measures as many tiles as there is time for.
 
     Raises:
-      ValueError: there is no GPU, and the matrices are large.
+      SpqrError: there is no GPU, and the matrices are large.
       OSError: the file of this GPU cannot be written.
       RuntimeError: the GPU no longer works.
     """
     largest = max(shapes, key=math.prod)
     if choose(None) != "pallas" and math.prod(largest) > MOST_INTERPRETED:
         out, columns = largest
-        raise ValueError(
+        raise SpqrError(
             f"there is no supported GPU here, and interpreted kernels would take hours for {out}x{columns}; "
             "give a small matrix, such as --shape 64x256"
         )

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pallas_kernels.errors import SpqrError
 from pallas_kernels.format.tensor import SpqrTensor
 from pallas_kernels.tuning.tiles import DEFAULT, Regime, Tile
 
@@ -77,7 +78,7 @@ def read(path: Path) -> Trials:
     """The trials in a file; none where there is no file.
 
     Raises:
-      ValueError: the file is damaged.
+      SpqrError: the file is damaged.
     """
     if not path.exists():
         return Trials({}, ())
@@ -85,7 +86,7 @@ def read(path: Path) -> Trials:
         content = json.loads(path.read_text())
         return Trials(dict(content["device"]), tuple(map(_trial, content["trials"])))
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is not a file of trials ({error!r}); delete it, or restore it") from None
+        raise SpqrError(f"{path} is not a file of trials ({error!r}); delete it, or restore it") from None
 
 
 def write(path: Path, trials: Trials) -> None:

@@ -5,6 +5,7 @@ import itertools
 from jax.typing import DTypeLike
 from numpy import dtype as numpy_dtype
 
+from pallas_kernels.errors import SpqrError
 from pallas_kernels.tuning.measurements import most_tokens
 from pallas_kernels.tuning.tiles import Regime
 
@@ -26,7 +27,7 @@ def regime(tokens: int, dtype: DTypeLike, device_kind: str = "") -> Regime:
     """The regime of so many tokens: as measured on this kind of GPU, or by the table.
 
     Raises:
-      ValueError: there are no kernels for activations of this type.
+      SpqrError: there are no kernels for activations of this type.
 
     Example:
       >>> regime(16, jnp.bfloat16)
@@ -34,7 +35,7 @@ def regime(tokens: int, dtype: DTypeLike, device_kind: str = "") -> Regime:
     """
     name = numpy_dtype(dtype).name
     if name not in MOST_TOKENS:
-        raise ValueError(f"the Pallas kernels take activations in {', '.join(MOST_TOKENS)}, not {name}")
+        raise SpqrError(f"the Pallas kernels take activations in {', '.join(MOST_TOKENS)}, not {name}")
     table = MOST_TOKENS[name]
     for first, second in itertools.pairwise((*table, "dequantize")):
         # Measured with bfloat16.

@@ -13,6 +13,7 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.errors import SpqrError
 from spqr_jax.config import SpqrConfig
 from spqr_jax.models.decoder import Block, layer_name
 from spqr_jax.quantization.group_fit import decode, encode
@@ -77,7 +78,7 @@ def sensitivity(weight: Float[Array, "out in"], hessian: Float[Array, "in in"], 
       config: what to quantize to.
 
     Raises:
-      ValueError: the sizes do not fit the format, or a value is not finite, or the Hessian cannot be factorized.
+      SpqrError: the sizes do not fit the format, or a value is not finite, or the Hessian cannot be factorized.
 
     Source: Dettmers et al. 2023 (arXiv 2306.03078), formula 2.
 
@@ -97,7 +98,7 @@ def sensitivities(
     One block's weights are in memory at a time, beside the hidden states of the calibration sequences.
 
     Raises:
-      ValueError: as for `quantize`.
+      SpqrError: as for `quantize`.
 
     Example:
       >>> source = open_pretrained("HuggingFaceTB/SmolLM2-135M")
@@ -143,7 +144,7 @@ def matrix_heads(block: Block) -> dict[str, Heads]:
 def _factor(name: str, hessian: Float[Array, "in in"], config: SpqrConfig) -> Factor:
     factor = in_one_thread(factorize, hessian, config)
     if not jnp.isfinite(factor.inverse_factor[0, 0]):  # a failed factorization is NaN throughout
-        raise ValueError(f"{name}: the Hessian cannot be factorized: it has NaNs, or is far from positive definite")
+        raise SpqrError(f"{name}: the Hessian cannot be factorized: it has NaNs, or is far from positive definite")
     return factor
 
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.aot import GPUS, Format, Gpu, KernelReport, report_all
 from pallas_kernels.aot.compiler import Program, compile_program, run_apart
+from pallas_kernels.errors import SpqrError
 from spqr_jax import generation
 from spqr_jax.benchmark.decode import BATCHES, PREFIXES, empty_row, start
 from spqr_jax.benchmark.random_model import MODELS, fused_shapes, random_params
@@ -67,7 +68,7 @@ def predicted_rows(
 
     Raises:
       ModuleNotFoundError: the compiler is not installed.
-      ValueError: the format does not support the sizes of the model, or the program has other kernels than expected.
+      SpqrError: the format does not support the sizes of the model, or the program has other kernels than expected.
     """
     model, gpu = MODELS[name], GPUS[target]
     shapes = list(fused_shapes(model).values())
@@ -107,7 +108,7 @@ def _predicted(row: Row, step: Step, ours: Sequence[KernelReport], model: Decode
         dense += layers * sum(out * columns for out, columns in fused_shapes(model).values())
     dense_bytes = jnp.dtype(model.dtype).itemsize * dense
     if step.ours != layers * len(ours) or step.other_bytes < dense_bytes + row.cache_bytes:
-        raise ValueError(
+        raise SpqrError(
             f"{step.ours} kernels of this project, of {layers * len(ours)} expected, and others that read and write "
             f"{step.other_bytes} bytes, of at least {dense_bytes + row.cache_bytes} expected"
         )

@@ -52,7 +52,7 @@ def random_params(model: Decoder, form: Format | None, seed: int = 0) -> Params:
       seed: of the random numbers.
 
     Raises:
-      ValueError: the format does not support the sizes of the model.
+      SpqrError: the format does not support the sizes of the model.
 
     Example:
       >>> generate(MODELS["llama-7b"], random_params(MODELS["llama-7b"], Format.parse("3b-g16-s3-o1%")), [[1]], ...)

@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Column, Table
 
+from pallas_kernels.errors import SpqrError
 from spqr_jax.cli import console
 from spqr_jax.cli.app import Json, Model, app
 from spqr_jax.cli.models import open_model
@@ -104,13 +105,13 @@ def chosen(patterns: str, names: Sequence[str]) -> set[str]:
     """The names that match one of several patterns, of which a comma stands between two.
 
     Raises:
-      ValueError: one of them matches no name.
+      SpqrError: one of them matches no name.
     """
     found: set[str] = set()
     for pattern in patterns.split(","):
         matching = fnmatch.filter(names, pattern.strip())
         if not matching:
-            raise ValueError(f"no matrix is called {pattern.strip()}: they are {names[0]} to {names[-1]}")
+            raise SpqrError(f"no matrix is called {pattern.strip()}: they are {names[0]} to {names[-1]}")
         found.update(matching)
     return found
 

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from pallas_kernels.errors import SpqrError
 from spqr_jax.storage.record import BlockReport
 
 T = TypeVar("T")
@@ -87,7 +88,7 @@ def run(command: Callable[[], Any]) -> None:
     """Runs a command; what a user can cause ends in one line on standard error and exit status 1."""
     try:
         command()
-    except (ValueError, OSError) as error:
+    except (SpqrError, OSError) as error:
         message = " ".join(str(error).split())
         print(f"error: {message}", file=sys.stderr, flush=True)
         _leave(1)

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from pallas_kernels.errors import SpqrError
 from spqr_jax.cli import console
 from spqr_jax.cli.app import Json, Model, app
 from spqr_jax.cli.models import encode_text, load_model, require
@@ -75,7 +76,7 @@ def compare(
     model, before, tokenizer = load_model(original, "float32")
     other, after, _ = load_model(quantized, "float32")
     if model.config != other.config:
-        raise ValueError(f"{original} and {quantized} are not the same model: {model.config} and {other.config}")
+        raise SpqrError(f"{original} and {quantized} are not the same model: {model.config} and {other.config}")
     started = time.perf_counter()
     parts = cut_windows(_tokens(tokenizer, text, protocol, window), window=window, max_windows=windows)
     divergences = console.track(window_divergences(model, before, after, parts), len(parts), "distributions")
@@ -98,7 +99,7 @@ def _tokens(tokenizer: Any, text: Path | None, protocol: Protocol | None, window
     """Token ids of a text file, of a protocol's text, or of the package's."""
     if protocol is not None:
         if text is not None:
-            raise ValueError(f"give a text file or the protocol {protocol}, not both")
+            raise SpqrError(f"give a text file or the protocol {protocol}, not both")
         require(tokenizer)
         return protocol_tokens(protocol, tokenizer, window)
     return encode_text(tokenizer, text, "test")

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from pallas_kernels.errors import SpqrError
 from spqr_jax.cli import console
 from spqr_jax.cli.app import Json, Model, app
 from spqr_jax.cli.models import load_model
@@ -50,7 +51,7 @@ def export(
     from spqr_jax.storage.directories import bytes_on_disk
 
     if dtype is not None and as_format is not Format.HF:
-        raise ValueError(f"--dtype {dtype} goes with --format hf, not with {as_format}")
+        raise SpqrError(f"--dtype {dtype} goes with --format hf, not with {as_format}")
     kind = dtype or Dtype.FLOAT16
     checkpoint.check_destination(destination)
     model, params, tokenizer = load_model(source, kind)

@@ -25,6 +25,7 @@ from lm_eval.models.utils import (
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
+from pallas_kernels.errors import SpqrError
 from spqr_jax.cli.models import load_model, require
 from spqr_jax.generation import for_decoding, stream
 from spqr_jax.measure.likelihood import likelihoods
@@ -48,7 +49,7 @@ class SpqrLM(TemplateLM):
       device, max_batch_size: what lm-eval says to PyTorch; JAX has its own devices.
 
     Raises:
-      ValueError: the checkpoint has no tokenizer, or an argument is out of its range.
+      SpqrError: the checkpoint has no tokenizer, or an argument is out of its range.
 
     Example:
       >>> results = lm_eval.simple_evaluate(SpqrLM("smollm2-spqr"), tasks=["piqa"])["results"]
@@ -66,7 +67,7 @@ class SpqrLM(TemplateLM):
     ) -> None:
         super().__init__()
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
-            raise ValueError(f"batch_size is {batch_size}, but must be a number of at least 1")
+            raise SpqrError(f"batch_size is {batch_size}, but must be a number of at least 1")
         self.batch_size = int(batch_size)
         model, params, self.tokenizer = load_model(pretrained, dtype)
         require(self.tokenizer)
@@ -75,7 +76,7 @@ class SpqrLM(TemplateLM):
         positions = self.model.config.max_positions
         self.max_length = positions if max_length is None else max_length
         if not 1 <= self.max_length <= positions:
-            raise ValueError(f"max_length is {max_length}, but must be at least 1 and at most the model's {positions}")
+            raise SpqrError(f"max_length is {max_length}, but must be at least 1 and at most the model's {positions}")
         self.params = for_decoding(self.model, params)
 
     @property
@@ -88,7 +89,7 @@ class SpqrLM(TemplateLM):
         start = self.tokenizer.bos_token_id
         first = self.eot_token_id if start is None else start
         if first is None:
-            raise ValueError("the tokenizer has no token for the start or the end of a text, but the task needs one")
+            raise SpqrError("the tokenizer has no token for the start or the end of a text, but the task needs one")
         return first
 
     @property
@@ -124,7 +125,7 @@ class SpqrLM(TemplateLM):
         """The context without as much of its start as is too long; the last token of all is never run."""
         room = self.max_length + 1 - len(continuation)
         if room < 1:
-            raise ValueError(
+            raise SpqrError(
                 f"a continuation of {len(continuation)} tokens is too long for a max_length of {self.max_length}"
             )
         return context[-room:], continuation
@@ -172,10 +173,10 @@ class SpqrLM(TemplateLM):
         asked = normalize_gen_kwargs(options)
         if unknown := asked.keys() - OPTIONS:
             known = ", ".join(sorted(OPTIONS))
-            raise ValueError(f"a task asks for generation with {', '.join(sorted(unknown))}, but there is only {known}")
+            raise SpqrError(f"a task asks for generation with {', '.join(sorted(unknown))}, but there is only {known}")
         room = self.max_length - asked["max_gen_toks"]
         if room < 1:
-            raise ValueError(
+            raise SpqrError(
                 f"{asked['max_gen_toks']} new tokens (max_gen_toks) leave no room for a prompt in a max_length of "
                 f"{self.max_length}"
             )

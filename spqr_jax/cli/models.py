@@ -4,6 +4,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from pallas_kernels.errors import SpqrError
+
 
 def load_model(source: str, dtype: str) -> tuple[Any, Any, Any]:
     """Model, parameters and tokenizer of a checkpoint of ours or of another project.
@@ -37,9 +39,9 @@ def open_model(source: str, dtype: str) -> Any:
 
 
 def require(tokenizer: Any) -> None:
-    """Raises a ValueError where a checkpoint came without a tokenizer."""
+    """Raises a SpqrError where a checkpoint came without a tokenizer."""
     if tokenizer is None:
-        raise ValueError("the checkpoint has no tokenizer; add its tokenizer.json and tokenizer_config.json")
+        raise SpqrError("the checkpoint has no tokenizer; add its tokenizer.json and tokenizer_config.json")
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from pallas_kernels.errors import SpqrError
 from spqr_jax.cli import console
 from spqr_jax.cli.app import Json, Model, app
 from spqr_jax.cli.models import encode_text, open_model
@@ -112,13 +113,13 @@ def quantize(
         "shrinkage": shrinkage,
     }
     if target_bits is not None and (method is not Method.SPQR or outlier_threshold is not None or distributed):
-        raise ValueError(
+        raise SpqrError(
             "--target-bits finds the threshold of SpQR in one process: leave out --method, --outlier-threshold and "
             "--distributed"
         )
     others = [*chosen.values(), preset, stats_bits, target_bits]
     if near_lossless and (distributed or method is not Method.SPQR or any(value is not None for value in others)):
-        raise ValueError("--near-lossless chooses all settings, in one process: leave the others out")
+        raise SpqrError("--near-lossless chooses all settings, in one process: leave the others out")
 
     presets = {
         Preset.SMALL: SMALL,
@@ -182,7 +183,7 @@ def search(
     """The smallest near-lossless settings and the calibration tokens; results stay in DESTINATION.search.
 
     Raises:
-      ValueError: none of the settings is near-lossless; or the text is no text, or too short to hold a part of it out.
+      SpqrError: none of the settings is near-lossless; or the text is no text, or too short to hold a part of it out.
     """
     import numpy as np
 
@@ -191,14 +192,14 @@ def search(
     from spqr_jax.texts import random_windows
 
     if text is not None and text.suffix == ".npy":
-        raise ValueError(
+        raise SpqrError(
             f"--near-lossless holds a part of the calibration text out, but {text} has token ids: give text"
         )
     ids = np.array(encode_text(source.tokenizer, text, "valid"))
     window = min(1024, source.model.config.max_positions)
     held_out = min(HELD_OUT, len(ids) // (4 * window))
     if not held_out:
-        raise ValueError(f"the calibration text has {len(ids)} tokens, but --near-lossless needs {4 * window}")
+        raise SpqrError(f"the calibration text has {len(ids)} tokens, but --near-lossless needs {4 * window}")
     split = len(ids) - held_out * window
     tokens = random_windows(ids[:split], sequences, length, seed)
     directory = destination.with_name(f"{destination.name}.search")
@@ -208,7 +209,7 @@ def search(
         print(f"{result['bits_per_weight']:.2f} bits per weight: perplexity {rise:+.2%}", file=sys.stderr)
     if found.config is None:
         largest = max(found.tried, key=lambda result: result["bits_per_weight"])
-        raise ValueError(
+        raise SpqrError(
             f"no settings under 5 bits are near-lossless here: with {largest['bits_per_weight']:.2f} bits per weight, "
             f"perplexity on held-out text rises by {largest['perplexity'] / found.original_perplexity - 1:.1%}, not by "
             f"less than {LARGEST_RISE:.0%}; take --bits 5, or the results in {directory} as they are"

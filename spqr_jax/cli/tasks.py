@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from pallas_kernels.errors import SpqrError
 from spqr_jax.cli import console
 from spqr_jax.cli.app import Json, Model, app
 
@@ -42,12 +43,12 @@ def tasks(
 
         from spqr_jax.cli.harness import SpqrLM
     except ModuleNotFoundError as error:
-        raise ValueError(f"tasks come from lm-eval, but {error.name} is not installed: pip install lm-eval") from None
+        raise SpqrError(f"tasks come from lm-eval, but {error.name} is not installed: pip install lm-eval") from None
 
     names = [name.strip() for name in tasks.split(",")]
     manager = TaskManager(include_path=include_path)
     if unknown := [name for name in names if name not in manager.all_tasks]:
-        raise ValueError(f"there is no task {', '.join(unknown)}: `lm-eval ls tasks` lists what there is")
+        raise SpqrError(f"there is no task {', '.join(unknown)}: `lm-eval ls tasks` lists what there is")
     model = SpqrLM(source, batch_size=batch)
     started = time.perf_counter()
     found: dict[str, Any] = lm_eval.simple_evaluate(

@@ -16,6 +16,7 @@ from flax.traverse_util import flatten_dict
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from pallas_kernels.errors import SpqrError
 from spqr_jax.figures.report_plots import bars, lines
 from spqr_jax.quantization.model import MatrixReport
 from spqr_jax.storage.checkpoint import describe
@@ -66,7 +67,7 @@ def write_report(directory: str | PathLike[str], output: str | PathLike[str] | N
 
     Raises:
       CheckpointError: there is no checkpoint, or what it says of itself is damaged.
-      ValueError: it has no packed matrix, matplotlib is not installed, or the file has no place: it is a directory, is
+      SpqrError: it has no packed matrix, matplotlib is not installed, or the file has no place: it is a directory, is
         in none, or is in the checkpoint.
 
     Example:
@@ -77,11 +78,11 @@ def write_report(directory: str | PathLike[str], output: str | PathLike[str] | N
     page = report_page(root)
     path = root.with_name(f"{root.name}.html") if output is None else Path(os.path.abspath(output))
     if path.is_dir():
-        raise ValueError(f"{path} is a directory: give the name of a file")
+        raise SpqrError(f"{path} is a directory: give the name of a file")
     if not path.parent.is_dir():
-        raise ValueError(f"{path} cannot be written, because {path.parent} is not a directory")
+        raise SpqrError(f"{path} cannot be written, because {path.parent} is not a directory")
     if path.resolve().is_relative_to(root.resolve()):
-        raise ValueError(f"{path} is in the checkpoint, which stays as it is: choose a place outside of {root}")
+        raise SpqrError(f"{path} is in the checkpoint, which stays as it is: choose a place outside of {root}")
     write_text(path, page)
     return path
 
@@ -92,7 +93,7 @@ def report_page(directory: str | PathLike[str]) -> str:
     header, record = describe(root), read_record(root)
     matrices = _matrices(header, record)
     if not matrices:
-        raise ValueError(f"{root} has no packed matrix to report on: quantize the model first")
+        raise SpqrError(f"{root} has no packed matrix to report on: quantize the model first")
     environment = Environment(
         loader=PackageLoader("spqr_jax", "data"),
         autoescape=True,

@@ -7,6 +7,8 @@ from xml.etree import ElementTree
 
 import numpy as np
 
+from pallas_kernels.errors import SpqrError
+
 COLORS = ["#3f90da", "#f0a010", "#d9432b", "#8a9a98", "#a05fd0", "#a96b59", "#3d9a50", "#d874a8"]
 """Told apart on white and on black."""
 
@@ -40,7 +42,7 @@ def lines(
       scale: of the values; a linear one begins with 0.
 
     Raises:
-      ValueError: matplotlib is not installed.
+      SpqrError: matplotlib is not installed.
 
     Example:
       >>> lines("errors", {"q_proj": {0: 0.02, 1: 0.01}}, "relative error", "log")
@@ -94,7 +96,7 @@ def _draw(name: str, draw: Callable[[Any], None]) -> str:
         from matplotlib import rc_context
         from matplotlib.figure import Figure
     except ModuleNotFoundError:
-        raise ValueError("the plots are drawn by matplotlib, which is not installed: pip install matplotlib") from None
+        raise SpqrError("the plots are drawn by matplotlib, which is not installed: pip install matplotlib") from None
     svg = io.StringIO()
     with rc_context({**STYLE, "svg.hashsalt": name}):
         figure = Figure(figsize=(6.4, 3.6), layout="constrained")

@@ -6,6 +6,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from pallas_kernels.errors import SpqrError
+
 CELLS = 1024
 """Cells that a map has at most along each side."""
 
@@ -30,7 +32,7 @@ def draw_map(values: Float[np.ndarray, "out in"], title: str) -> Any:
     Colours go from the fifth percentile of the cells to their largest.
 
     Raises:
-      ValueError: matplotlib is not installed.
+      SpqrError: matplotlib is not installed.
 
     Example:
       >>> draw_map(np.asarray(matrix.sensitivity.values), matrix.name).savefig("map.png")
@@ -64,7 +66,7 @@ def draw_by_depth(measures: Mapping[str, Mapping[str, Mapping[int, float]]]) -> 
       measures: for each measure and kind, the value at each depth.
 
     Raises:
-      ValueError: matplotlib is not installed.
+      SpqrError: matplotlib is not installed.
 
     Example:
       >>> draw_by_depth({"row outliers": {"q_proj": {0: 0.2, 1: 0.1}}}).savefig("patterns.png")
@@ -87,7 +89,7 @@ def draw_errors(shares: Sequence[float], left: Mapping[str, Sequence[float]]) ->
     """A matplotlib figure of the error that is left against the share of weights that are kept, a line for each kind.
 
     Raises:
-      ValueError: matplotlib is not installed.
+      SpqrError: matplotlib is not installed.
 
     Example:
       >>> draw_errors([0, 0.01, 0.1], {"q_proj": [1, 0.8, 0.4]}).savefig("errors.png")
@@ -108,10 +110,10 @@ def new_figure(size: tuple[float, float]) -> Any:
     """An empty matplotlib figure, width and height in inches, which belongs to no window.
 
     Raises:
-      ValueError: matplotlib is not installed.
+      SpqrError: matplotlib is not installed.
     """
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError:
-        raise ValueError("pictures are drawn by matplotlib, which is not installed: pip install matplotlib") from None
+        raise SpqrError("pictures are drawn by matplotlib, which is not installed: pip install matplotlib") from None
     return Figure(figsize=size, dpi=150, layout="constrained")

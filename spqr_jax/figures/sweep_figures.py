@@ -65,7 +65,7 @@ def perplexity_figure(results: Sequence[Mapping[str, Any]], path: Path) -> None:
       path: of the picture; its ending says what kind.
 
     Raises:
-      ValueError: matplotlib is not installed.
+      SpqrError: matplotlib is not installed.
     """
     original, *found = results
     figure = new_figure((8, 4.5))

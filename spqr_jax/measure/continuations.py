@@ -38,7 +38,7 @@ def continuation_perplexity(
       continuations: the token ids that follow each.
 
     Raises:
-      ValueError: what `token_losses` raises.
+      SpqrError: what `token_losses` raises.
 
     Example:
       >>> continuation_perplexity(model, params, prompts, continue_greedily(model, quantized, prompts, 64))
@@ -55,7 +55,7 @@ def continue_greedily(
     """The likeliest tokens after each prompt, one after the other, whatever they are.
 
     Raises:
-      ValueError: what `generate` raises.
+      SpqrError: what `generate` raises.
 
     Example:
       >>> continue_greedily(model, params, np.array([[504, 3575]]), 3)

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.errors import SpqrError
 from spqr_jax.measure.perplexity import HEAD_POSITIONS, check_windows
 from spqr_jax.models.decoder import Decoder, Params
 from spqr_jax.models.stacked_blocks import stack_blocks
@@ -39,7 +40,7 @@ def window_divergences(
       windows: token ids, as `cut_windows` gives them.
 
     Raises:
-      ValueError: a window is longer than the model has positions for, an id is outside the vocabulary, or, while
+      SpqrError: a window is longer than the model has positions for, an id is outside the vocabulary, or, while
         iterating, a divergence is not finite.
 
     Example:
@@ -54,7 +55,7 @@ def window_divergences(
         for index, tokens in enumerate(windows):
             divergence = Divergence(*map(float, _divergence(model, original, quantized, tokens)))
             if not np.isfinite(divergence.kl):
-                raise ValueError(f"the divergence of window {index} is {divergence.kl}")
+                raise SpqrError(f"the divergence of window {index} is {divergence.kl}")
             yield divergence
 
     return divergences()

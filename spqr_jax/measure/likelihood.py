@@ -10,6 +10,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
+from pallas_kernels.errors import SpqrError
 from spqr_jax.generation import for_decoding, pad_left
 from spqr_jax.measure.perplexity import HEAD_POSITIONS
 from spqr_jax.models.decoder import Decoder, KVCache, Params, State
@@ -48,7 +49,7 @@ def likelihoods(
       An iterator over the places of the pairs, in an order of its own, and their likelihoods.
 
     Raises:
-      ValueError: a context or a continuation is empty, both together have more tokens than the model has positions and
+      SpqrError: a context or a continuation is empty, both together have more tokens than the model has positions and
         one (nothing follows the last), an id is outside the vocabulary, `batch_size` is not positive, or, while
         iterating, a likelihood is not finite.
 
@@ -86,7 +87,7 @@ def _batch(model: Decoder, params: Params, pairs: list[tuple[Tokens, Tokens]], b
     for (_, continuation), log, top in zip(pairs, logs, likeliest, strict=False):
         total = float(log[: len(continuation)].sum(dtype=np.float64))
         if not np.isfinite(total):
-            raise ValueError(f"the log-likelihood of a continuation of {len(continuation)} tokens is {total}")
+            raise SpqrError(f"the log-likelihood of a continuation of {len(continuation)} tokens is {total}")
         yield Likelihood(total, bool(top[: len(continuation)].all()))
 
 
@@ -145,13 +146,13 @@ def _power_of_two(count: int) -> int:
 
 def _check(model: Decoder, pairs: list[tuple[Tokens, Tokens]], batch_size: int) -> None:
     if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}, but must be at least 1")
+        raise SpqrError(f"batch_size is {batch_size}, but must be at least 1")
     most = model.config.max_positions + 1
     for index, (context, continuation) in enumerate(pairs):
         if not context or not continuation:
-            raise ValueError(f"the {'continuation' if context else 'context'} of pair {index} has no tokens")
+            raise SpqrError(f"the {'continuation' if context else 'context'} of pair {index} has no tokens")
         if len(context) + len(continuation) > most:
-            raise ValueError(
+            raise SpqrError(
                 f"a context of {len(context)} tokens and a continuation of {len(continuation)} are more than the "
                 f"{most} that a model of {model.config.max_positions} positions takes: cut the context on the left"
             )

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
+from pallas_kernels.errors import SpqrError
+
 
 class Protocol(StrEnum):
     """The papers' texts, and two that the GPTQ code later cut in another way."""
@@ -50,7 +52,7 @@ def protocol_tokens(protocol: Protocol, tokenizer: Any, window: int) -> Int[np.n
       window: tokens per window.
 
     Raises:
-      ValueError: `datasets` is not installed, or no document of C4 is as long as a window.
+      SpqrError: `datasets` is not installed, or no document of C4 is as long as a window.
 
     Example:
       >>> perplexity(model, params, protocol_tokens(Protocol.C4, tokenizer, 2048), window=2048)
@@ -77,7 +79,7 @@ def random_document_windows(documents: Sequence[str], encode: Callable[[str], li
     """The protocol c4 on given documents.
 
     Raises:
-      ValueError: no document is as long as a window.
+      SpqrError: no document is as long as a window.
     """
     source = random.Random(0)
     drawn = (encode(documents[source.randint(0, len(documents) - 1)]) for _ in itertools.count())
@@ -85,7 +87,7 @@ def random_document_windows(documents: Sequence[str], encode: Callable[[str], li
     for _ in range(C4_WINDOWS):
         document = next((d for d in itertools.islice(drawn, MOST_DRAWS) if len(d) >= window), None)
         if document is None:
-            raise ValueError(f"none of {MOST_DRAWS:,} documents has {window} tokens: ask for shorter windows")
+            raise SpqrError(f"none of {MOST_DRAWS:,} documents has {window} tokens: ask for shorter windows")
         # The official code draws no place in a document of just one window.
         start = 0 if len(document) == window else source.randint(0, len(document) - window - 1)
         ids += document[start : start + window]
@@ -108,5 +110,5 @@ def _column(path: str, column: str, **options: Any) -> Sequence[str]:
     try:
         from datasets import load_dataset
     except ModuleNotFoundError:
-        raise ValueError("this text comes through datasets, which is not installed: pip install datasets") from None
+        raise SpqrError("this text comes through datasets, which is not installed: pip install datasets") from None
     return load_dataset(path, **options)[column]

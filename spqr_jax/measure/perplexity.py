@@ -13,6 +13,7 @@ import optax
 from jaxtyping import Array, Float, Int
 from numpy.typing import ArrayLike
 
+from pallas_kernels.errors import SpqrError
 from spqr_jax.models.decoder import Decoder, Params
 from spqr_jax.models.stacked_blocks import stack_blocks
 from spqr_jax.models.token_ids import check_vocabulary
@@ -48,7 +49,7 @@ def perplexity(
       max_windows: use only the first so many windows.
 
     Raises:
-      ValueError: what `counted_windows` and `token_losses` raise.
+      SpqrError: what `counted_windows` and `token_losses` raise.
 
     Example:
       >>> perplexity(model, params, tokenizer.encode(text), window=1024)
@@ -75,7 +76,7 @@ def cut_windows(
       max_windows: use only the first so many windows.
 
     Raises:
-      ValueError: `window` or `max_windows` is out of its range, or the text is shorter than one window.
+      SpqrError: `window` or `max_windows` is out of its range, or the text is shorter than one window.
 
     Example:
       >>> cut_windows([5, 6, 7, 8, 9], window=2)
@@ -83,11 +84,11 @@ def cut_windows(
     """
     tokens = np.asarray(tokens)
     if window < 2:
-        raise ValueError(f"window is {window}, but a loss needs at least 2 tokens")
+        raise SpqrError(f"window is {window}, but a loss needs at least 2 tokens")
     if max_windows is not None and max_windows < 1:
-        raise ValueError(f"max_windows is {max_windows}, but must be at least 1")
+        raise SpqrError(f"max_windows is {max_windows}, but must be at least 1")
     if len(tokens) < window:
-        raise ValueError(f"the text has {len(tokens)} tokens, fewer than one window of {window}")
+        raise SpqrError(f"the text has {len(tokens)} tokens, fewer than one window of {window}")
     count = len(tokens) // window
     return tokens[: count * window].reshape(count, window)[:max_windows].astype(np.int32)
 
@@ -107,7 +108,7 @@ def counted_windows(
       The windows, and for each the number of tokens at its end that no earlier window has predicted.
 
     Raises:
-      ValueError: as `cut_windows`, or `stride` is not between 1 and the window less 1.
+      SpqrError: as `cut_windows`, or `stride` is not between 1 and the window less 1.
 
     Example:
       >>> counted_windows([5, 6, 7, 8, 9, 10], window=4, stride=3)
@@ -117,7 +118,7 @@ def counted_windows(
     if stride is None:
         return windows, [window - 1] * len(windows)
     if not 1 <= stride < window:
-        raise ValueError(f"stride is {stride}, but must be between 1 and {window - 1}, so that windows overlap")
+        raise SpqrError(f"stride is {stride}, but must be between 1 and {window - 1}, so that windows overlap")
     tokens = np.asarray(tokens, np.int32)
     last = len(tokens) - window
     starts = [*range(0, last, stride), last][:max_windows]
@@ -148,7 +149,7 @@ def token_losses(
       windows: token ids, as `cut_windows` gives them.
 
     Raises:
-      ValueError: a window is longer than the model has positions for, an id is outside the vocabulary, or, while
+      SpqrError: a window is longer than the model has positions for, an id is outside the vocabulary, or, while
         iterating, a loss is not finite.
 
     Example:
@@ -164,17 +165,17 @@ def token_losses(
             batch = np.asarray(_losses(model, params, windows[start : start + at_once]))
             for index, loss in enumerate(batch, start):
                 if not np.isfinite(loss).all():
-                    raise ValueError(f"the loss of window {index} is {loss.mean()}")
+                    raise SpqrError(f"the loss of window {index} is {loss.mean()}")
                 yield loss
 
     return losses()
 
 
 def check_windows(model: Decoder, windows: Int[np.ndarray, "windows window"]) -> None:
-    """Raises a ValueError where windows exceed a model's positions, or have an id that is outside its vocabulary."""
+    """Raises a SpqrError where windows exceed a model's positions, or have an id that is outside its vocabulary."""
     length, positions = windows.shape[1], model.config.max_positions
     if length > positions:
-        raise ValueError(f"a window of {length} tokens exceeds the {positions} positions of the model")
+        raise SpqrError(f"a window of {length} tokens exceeds the {positions} positions of the model")
     check_vocabulary(windows, model.config.vocab_size)
 
 

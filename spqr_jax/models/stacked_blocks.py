@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import SplitTensor, SpqrTensor
+from pallas_kernels.errors import SpqrError
 from pallas_kernels.format.stacks import element, pad, stack
 from spqr_jax.models.decoder import Params, layer_name
 
@@ -21,7 +22,7 @@ def stack_blocks(params: Params) -> Params:
       params: parameters of a `Decoder`.
 
     Raises:
-      ValueError: there are no blocks, or they differ in structure, as when only some of them are quantized.
+      SpqrError: there are no blocks, or they differ in structure, as when only some of them are quantized.
 
     Example:
       >>> model.apply({"params": stack_blocks(params)}, tokens)  # the same logits, compiled in the time of one block
@@ -63,7 +64,7 @@ def level_blocks(params: Params) -> Params:
       params: parameters of a `Decoder`, stacked or not.
 
     Raises:
-      ValueError: as `stack_blocks`.
+      SpqrError: as `stack_blocks`.
 
     Example:
       >>> cache = model.init_cache(level_blocks(params), batch=1, slots=128)
@@ -92,12 +93,12 @@ def alike_layers(params: Params) -> dict[str, Params]:
     """The blocks of unstacked parameters, or a ValueError where they do not hold the same arrays."""
     layers = {name: params[name] for name in block_names(params)}
     if not layers:
-        raise ValueError("the parameters hold no blocks: neither 'blocks' nor 'layers_0'")
+        raise SpqrError("the parameters hold no blocks: neither 'blocks' nor 'layers_0'")
     structures: dict[str, Any] = {name: jax.tree.structure(layer) for name, layer in layers.items()}
     first = layer_name(0)
     for name, structure in structures.items():
         if structure != structures[first]:
-            raise ValueError(f"{first} and {name} hold different arrays, so the blocks cannot be stacked")
+            raise SpqrError(f"{first} and {name} hold different arrays, so the blocks cannot be stacked")
     return layers
 
 

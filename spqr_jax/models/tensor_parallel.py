@@ -12,6 +12,7 @@ import jax
 from jax.sharding import Mesh
 
 from pallas_kernels import SplitTensor, SpqrTensor, split_columns, split_rows
+from pallas_kernels.errors import SpqrError
 from pallas_kernels.format.rows import rows_together
 from pallas_kernels.format.stacks import pad
 from pallas_kernels.sharded import By
@@ -37,7 +38,7 @@ def shard_params(params: Params, model: Decoder, mesh: Mesh) -> Params:
       exported: keep the ones given for that.
 
     Raises:
-      ValueError: the blocks differ in structure, projections are fused, or the parameters are split already.
+      SpqrError: the blocks differ in structure, projections are fused, or the parameters are split already.
 
     Example:
       >>> sharded = shard_params(params, model, jax.make_mesh((8,), ("model",)))
@@ -70,9 +71,9 @@ def shard_params(params: Params, model: Decoder, mesh: Mesh) -> Params:
 def _check(layer: Params, model: Decoder) -> None:
     for names in model.new_block().feeds().values():
         if len(names) > 1 and fused_name(names) in layer:
-            raise ValueError(f"{fused_name(names)} cannot be split; shard the parameters from before they were fused")
+            raise SpqrError(f"{fused_name(names)} cannot be split; shard the parameters from before they were fused")
     if any(isinstance(part.get("kernel"), SplitTensor) for part in layer.values()):
-        raise ValueError("the parameters are split over devices already; shard those that they were made from")
+        raise SpqrError("the parameters are split over devices already; shard those that they were made from")
 
 
 def _linear_layers(layers: Sequence[Params], by: By, heads: int | None, mesh: Mesh) -> list[Params]:

@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, PyTree
 
+from pallas_kernels.errors import SpqrError
 from spqr_jax.config import SpqrConfig
 from spqr_jax.models.decoder import Block, Decoder, Params, State, make_context
 from spqr_jax.quantization.moments import InputMoments, MomentSums, complete, moment_sums
@@ -57,9 +58,9 @@ def start(hidden: Float[Any, "sequences tokens hidden"], config: SpqrConfig) -> 
 
 
 def check_shares(sequences: int, mesh: Mesh | None) -> None:
-    """Raises a ValueError where the devices of a mesh cannot have equally many sequences."""
+    """Raises a SpqrError where the devices of a mesh cannot have equally many sequences."""
     if sequences % shares(mesh):
-        raise ValueError(
+        raise SpqrError(
             f"{sequences} calibration sequences cannot be shared evenly by {shares(mesh)} devices: give a multiple of "
             f"{shares(mesh)}"
         )

@@ -19,6 +19,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, DTypeLike, Float, Int
 
 from pallas_kernels import SplitTensor, SpqrTensor, bits_per_weight, join_rows, outlier_share, trim
+from pallas_kernels.errors import SpqrError
 from spqr_jax.config import SpqrConfig
 from spqr_jax.models.decoder import Block, Decoder, Params, layer_name
 from spqr_jax.models.stacked_blocks import unstack_blocks
@@ -83,7 +84,7 @@ def quantize(
       The tree with an `SpqrTensor` in the place of each quantized kernel, and a report per matrix.
 
     Raises:
-      ValueError: sizes that do not fit the format, values that are not finite, token ids outside the vocabulary, too
+      SpqrError: sizes that do not fit the format, values that are not finite, token ids outside the vocabulary, too
         few tokens, or sequences that the devices cannot share evenly; the message names the tensor and the numbers.
 
     Example:
@@ -108,9 +109,7 @@ def quantize_blocks(
 ) -> Iterator[QuantizedBlock]:
     """The same, block by block, for callers that show progress or write each block when it is finished."""
     if mesh is not None and is_traced((params, calibration_tokens)):
-        raise ValueError(
-            "with a mesh, quantize cannot be traced: call it outside jax.jit, it compiles its parts itself"
-        )
+        raise SpqrError("with a mesh, quantize cannot be traced: call it outside jax.jit, it compiles its parts itself")
     mesh = flat(mesh)
     params = unstack_blocks(params)
     block = model.new_block()
@@ -147,7 +146,7 @@ def quantize_block(
       mesh: devices that share the work.
 
     Raises:
-      ValueError: hidden states or Hessians are not finite.
+      SpqrError: hidden states or Hessians are not finite.
 
     Example:
       >>> streams = start(embed(model, params, tokens), config)
@@ -168,7 +167,7 @@ def quantize_block(
 
 
 def check_weights(params: Params, model: Decoder, config: SpqrConfig) -> None:
-    """Raises a ValueError that names the first tensor that cannot be used, and why.
+    """Raises a SpqrError that names the first tensor that cannot be used, and why.
 
     Args:
       params: the parameter tree, or only some of the entries at its top.
@@ -180,7 +179,7 @@ def check_weights(params: Params, model: Decoder, config: SpqrConfig) -> None:
     for path, leaf in flatten_dict(params, sep=".").items():
         name = path.removesuffix(".kernel")
         if isinstance(leaf, SpqrTensor | SplitTensor):
-            raise ValueError(f"{name} is quantized already; start from the original weights")
+            raise SpqrError(f"{name} is quantized already; start from the original weights")
         if name in matrices:
             check_matrix(name, leaf.T, config)
         else:
@@ -188,7 +187,7 @@ def check_weights(params: Params, model: Decoder, config: SpqrConfig) -> None:
 
 
 def check_tokens(calibration_tokens: Int[ArrayLike, "sequences tokens"], block: Params, model: Decoder) -> None:
-    """Raises a ValueError where calibration tokens are too few, too long or outside the vocabulary.
+    """Raises a SpqrError where calibration tokens are too few, too long or outside the vocabulary.
 
     Args:
       calibration_tokens: the tokens.
@@ -197,16 +196,16 @@ def check_tokens(calibration_tokens: Int[ArrayLike, "sequences tokens"], block: 
     """
     tokens = jnp.asarray(calibration_tokens)
     if tokens.ndim != 2:
-        raise ValueError(f"calibration tokens must have shape [sequences, tokens], not {tokens.shape}")
+        raise SpqrError(f"calibration tokens must have shape [sequences, tokens], not {tokens.shape}")
     # A Hessian of n tokens has rank n at most; under an eighth of the features, damping is most of it.
     widest = max(block[matrix]["kernel"].shape[0] for matrix in model.new_block().matrices())
     if tokens.size * 8 < widest:
-        raise ValueError(
+        raise SpqrError(
             f"{tokens.size} calibration tokens are too few for matrices with {widest} input features: "
             f"give at least {-(-widest // 8)}, better {widest} or more"
         )
     if tokens.shape[1] > model.config.max_positions:
-        raise ValueError(
+        raise SpqrError(
             f"calibration sequences have {tokens.shape[1]} tokens, but the model takes {model.config.max_positions}"
         )
     if not is_traced(tokens):
@@ -292,7 +291,7 @@ def _solve(
     seconds = float("nan")
     if not is_traced(finite):
         if not finite:
-            raise ValueError(
+            raise SpqrError(
                 f"{block_name}: the Hessian of the input of {', '.join(matrices)} cannot be factorized, not even with "
                 f"{1000 * config.damping:g} of its mean diagonal added; look for NaNs or extreme values in the inputs"
             )
@@ -364,4 +363,4 @@ def _with_kernels(params: Params, kernels: dict[str, Any]) -> Params:
 def _check_hidden(streams: Streams, name: str) -> None:
     for hidden in jax.tree.leaves(streams):
         if not is_traced(hidden) and not all(np.isfinite(sequence).all() for sequence in hidden):
-            raise ValueError(f"{name}: its output has values that are NaN or infinite on the calibration tokens")
+            raise SpqrError(f"{name}: its output has values that are NaN or infinite on the calibration tokens")

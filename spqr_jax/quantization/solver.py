@@ -15,6 +15,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from pallas_kernels import QuantizedStatistics, SpqrTensor, check_format, pack, trim
+from pallas_kernels.errors import SpqrError
 from pallas_kernels.format.tensor import Statistics
 from spqr_jax.config import SpqrConfig
 from spqr_jax.quantization.group_fit import (
@@ -48,7 +49,7 @@ def quantize_matrix(
     Under `jax.jit` the outlier arrays keep room for every weight; `pallas_kernels.trim` cuts them afterwards.
 
     Raises:
-      ValueError: the sizes do not fit the format, or a value is not finite, or the Hessian cannot be factorized.
+      SpqrError: the sizes do not fit the format, or a value is not finite, or the Hessian cannot be factorized.
 
     Example:
       >>> packed = quantize_matrix(kernel.T, x.T @ x, COMPACT)
@@ -59,12 +60,12 @@ def quantize_matrix(
     if isinstance(finite, jax.core.Tracer):
         return packed
     if not finite:
-        raise ValueError("the Hessian cannot be factorized: it has NaNs, or is far from positive definite")
+        raise SpqrError("the Hessian cannot be factorized: it has NaNs, or is far from positive definite")
     return trim(packed)
 
 
 def check_matrix(name: str, weight: Float[Array, "out in"], config: SpqrConfig) -> None:
-    """Raises a ValueError that names the matrix where its sizes do not fit the format or a value is not finite."""
+    """Raises a SpqrError that names the matrix where its sizes do not fit the format or a value is not finite."""
     try:
         check_format(
             *weight.shape,
@@ -74,22 +75,22 @@ def check_matrix(name: str, weight: Float[Array, "out in"], config: SpqrConfig) 
             zero_bits=config.zero_bits,
             stats_group_size=config.stats_group_size,
         )
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
+    except SpqrError as error:
+        raise SpqrError(f"{name}: {error}") from None
     check_finite(name, weight)
     if not isinstance(weight, jax.core.Tracer) and (largest := float(_largest(weight))) > LARGEST_WEIGHT:
-        raise ValueError(
+        raise SpqrError(
             f"{name} has weights up to {largest:g}, but scales and outliers are float16: "
             f"scale it down to {LARGEST_WEIGHT:g}"
         )
 
 
 def check_finite(name: str, array: Float[Array, "..."]) -> None:
-    """Raises a ValueError that names the array where a value is NaN or infinite; traced values pass."""
+    """Raises a SpqrError that names the array where a value is NaN or infinite; traced values pass."""
     if isinstance(array, jax.core.Tracer):
         return
     if bad := array.size - int(_count_finite(array)):
-        raise ValueError(f"{name} has {bad} values that are NaN or infinite")
+        raise SpqrError(f"{name} has {bad} values that are NaN or infinite")
 
 
 @jax.jit

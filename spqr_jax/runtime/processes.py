@@ -13,6 +13,8 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from jax.experimental import multihost_utils
 
+from pallas_kernels.errors import SpqrError
+
 HEARTBEAT_SECONDS = 30
 """A process that is silent for so long is taken for dead, and the others end."""
 
@@ -24,14 +26,14 @@ def join() -> None:
     it: JAX_COORDINATOR_ADDRESS (host:port of the first), JAX_NUM_PROCESSES and JAX_PROCESS_ID.
 
     Raises:
-      ValueError: nothing says who they are.
+      SpqrError: nothing says who they are.
     """
     numbers = {name: os.environ.get(f"JAX_{name.upper()}") for name in ("num_processes", "process_id")}
     try:
         given: Any = {name: int(number) for name, number in numbers.items() if number is not None}
         jax.distributed.initialize(**given, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
     except ValueError as error:
-        raise ValueError(
+        raise SpqrError(
             f"the other processes are not known ({error}): start the command under SLURM or Open MPI, or set "
             "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID"
         ) from None
@@ -46,7 +48,7 @@ def agree(values: Mapping[str, Any]) -> None:
     """Waits for all processes, and makes sure that they have the same values: nested dicts of what `json` has.
 
     Raises:
-      ValueError: one has another value than the first; which, is named.
+      SpqrError: one has another value than the first; which, is named.
     """
     if jax.process_count() == 1:
         return
@@ -57,7 +59,7 @@ def agree(values: Mapping[str, Any]) -> None:
     for process, other in enumerate(others, 1):
         for key in (*first, *other):
             if first.get(key) != other.get(key):
-                raise ValueError(
+                raise SpqrError(
                     f"process {process} has {key} {other.get(key)}, process 0 has {first.get(key)}: all must be given "
                     "the same, and see the same files"
                 )

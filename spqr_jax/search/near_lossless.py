@@ -61,7 +61,7 @@ def smallest_near_lossless(
       mesh: devices that share the work of quantizing.
 
     Raises:
-      ValueError, CheckpointError: what `sweep` raises.
+      SpqrError, CheckpointError: what `sweep` raises.
 
     Example:
       >>> found = smallest_near_lossless(source, Path("search"), calibration, held_out)

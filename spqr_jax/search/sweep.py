@@ -17,6 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Int
 
+from pallas_kernels.errors import SpqrError
 from spqr_jax.config import Method, SpqrConfig
 from spqr_jax.measure.perplexity import counted_perplexity, token_losses
 from spqr_jax.models.decoder import Decoder, Params, layer_name
@@ -102,7 +103,7 @@ def cells(grid: Iterable[Mapping[str, Any]]) -> list[Cell]:
         `whole_rows`; a list stands for each of its values.
 
     Raises:
-      ValueError: a name is unknown, or a cell with whole rows has no cell with single weights to get its share from.
+      SpqrError: a name is unknown, or a cell with whole rows has no cell with single weights to get its share from.
 
     Example:
       >>> [cell.name for cell in cells([{"method": "gptq", "bits": [3, 4]}])]
@@ -111,7 +112,7 @@ def cells(grid: Iterable[Mapping[str, Any]]) -> list[Cell]:
     found = list(dict.fromkeys(itertools.chain.from_iterable(map(_expand, grid))))
     for cell in found:
         if cell.whole_rows and replace(cell, whole_rows=False) not in found:
-            raise ValueError(
+            raise SpqrError(
                 f"{cell.name} keeps the share of {replace(cell, whole_rows=False).name}: add that cell to the grid"
             )
     return sorted(found, key=lambda cell: cell.whole_rows)
@@ -120,7 +121,7 @@ def cells(grid: Iterable[Mapping[str, Any]]) -> list[Cell]:
 def _expand(entry: Mapping[str, Any]) -> Iterator[Cell]:
     names = [name for field in entry for name in (("scale_bits", "zero_bits") if field == "stats_bits" else (field,))]
     if unknown := set(names) - {*_DEFAULTS} or {"method"} - set(names):
-        raise ValueError(f"the grid's entry {dict(entry)} has no method or an unknown setting: {', '.join(unknown)}")
+        raise SpqrError(f"the grid's entry {dict(entry)} has no method or an unknown setting: {', '.join(unknown)}")
     lists = [value if isinstance(value, list) else [value] for value in entry.values()]
     for values in itertools.product(*lists):
         chosen = dict(zip(entry, values, strict=True))
@@ -162,7 +163,7 @@ def sweep(
     Raises:
       CheckpointError: the directory holds the results of another model, calibration or text, the first difference is
         named; or what `quantize_checkpoint` raises.
-      ValueError: what `quantize_checkpoint` and `token_losses` raise.
+      SpqrError: what `quantize_checkpoint` and `token_losses` raise.
 
     Example:
       >>> for result in sweep(source, Path("results"), cells(DEFAULT_GRID), calibration, windows):

@@ -20,6 +20,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 from scipy.interpolate import PchipInterpolator
 
+from pallas_kernels.errors import SpqrError
 from spqr_jax.config import COMPACT, NEAR_LOSSLESS, SMALL, SpqrConfig
 from spqr_jax.models.decoder import layer_name
 from spqr_jax.quantization.hidden_states import Streams, advance, embed
@@ -83,7 +84,7 @@ def outlier_curve(
       thresholds: τ, rising.
 
     Raises:
-      ValueError: what `check_tokens` raises.
+      SpqrError: what `check_tokens` raises.
 
     Example:
       >>> curve = outlier_curve(source, calibration, COMPACT)
@@ -124,7 +125,7 @@ def threshold_for(curve: Curve, target_bits: float, measured: tuple[float, float
         through it.
 
     Raises:
-      ValueError: no threshold of the curve's range gives that size.
+      SpqrError: no threshold of the curve's range gives that size.
 
     Example:
       >>> threshold_for(curve, target_bits=3.9, measured=(0.37, 3.93))
@@ -142,7 +143,7 @@ def threshold_for(curve: Curve, target_bits: float, measured: tuple[float, float
         curve.bits_without_outliers + BITS_PER_OUTLIER * math.exp(log_shares[end] + shift) for end in (-1, 0)
     )
     if not smallest <= target_bits <= largest:
-        raise ValueError(
+        raise SpqrError(
             f"{target_bits} bits per weight cannot be reached by a threshold: outliers bring these settings from "
             f"{smallest:.2f} to {largest:.2f} bits; for less take larger groups or fewer bits, for more the opposite"
         )
@@ -209,7 +210,7 @@ def quantize_to_bits(
       options: the others of `quantize_checkpoint`.
 
     Raises:
-      ValueError: thresholds cannot give that size, or four of them have not; and what `quantize_checkpoint` raises.
+      SpqrError: thresholds cannot give that size, or four of them have not; and what `quantize_checkpoint` raises.
 
     Example:
       >>> quantize_to_bits(source, Path("smollm2"), calibration, config=COMPACT, target_bits=3.9)
@@ -244,7 +245,7 @@ def quantize_to_bits(
             notes.unlink()
             return blocks
         tried, begun = [*tried, (threshold, bits)], True
-    raise ValueError(
+    raise SpqrError(
         f"{MOST_RUNS} thresholds have not given {target_bits} bits per weight: "
         + ", ".join(f"{bits:.3f} with {threshold:.3g}" for threshold, bits in tried)
     )

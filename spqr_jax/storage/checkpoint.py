@@ -32,6 +32,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from transformers import PreTrainedTokenizerFast
 
 from pallas_kernels import SpqrTensor, trim
+from pallas_kernels.errors import SpqrError
 from spqr_jax.models import FAMILIES, Decoder
 from spqr_jax.models.decoder import Params
 from spqr_jax.models.layers import mesh_of
@@ -47,7 +48,7 @@ Leaf = SpqrTensor | np.ndarray
 Entries = dict[str, dict[str, Any]]
 
 
-class CheckpointError(ValueError):
+class CheckpointError(SpqrError):
     """A checkpoint that cannot be written or read; the message says why and what to do."""
 
 

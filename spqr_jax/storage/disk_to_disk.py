@@ -80,7 +80,7 @@ def quantize_checkpoint(
     Raises:
       CheckpointError: the destination is taken; its `.partial` holds a run with another configuration, source or
         calibration, the difference of which is named; or writing failed, as on a full disk.
-      ValueError: as for `quantize`.
+      SpqrError: as for `quantize`.
 
     Example:
       >>> source = open_pretrained("HuggingFaceTB/SmolLM2-135M")

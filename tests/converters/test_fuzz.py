@@ -276,9 +276,9 @@ def test_neither_crash_nor_memory_nor_time(count: int, root: Path) -> None:
     for form in forms:
         written(root, form)
     # conftest has the cache of compiled functions.
-    program = f"import pathlib, sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import conftest, test_fuzz; test_fuzz.batch(pathlib.Path({str(root)!r}), {forms}, {count})"
+    program = f"import conftest, pathlib, test_fuzz; test_fuzz.batch(pathlib.Path({str(root)!r}), {forms}, {count})"
     command = [sys.executable, "-X", "faulthandler", "-c", program]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=600)
     assert done.returncode == 0, (done.stdout[-100:], done.stderr[-4000:])
 

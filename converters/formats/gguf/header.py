@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGUF_DEFAULT_ALIGNMENT, GGMLQuantizationType, GGUFValueType
 
+from pallas_kernels.errors import SpqrError
+
 VERSIONS = (2, 3)
 MAX_DIMENSIONS = 4
 # Bytes of a string, and bytes or entries of a list, that no real metadata come near.
@@ -60,7 +62,7 @@ def read_header(file: mmap.mmap) -> tuple[dict[str, Any], dict[str, Entry]]:
     """Metadata and tensors of a GGUF file, under their names.
 
     Raises:
-      ValueError: the file is damaged, or of a version or byte order that is not supported.
+      SpqrError: the file is damaged, or of a version or byte order that is not supported.
 
     Example:
       >>> metadata, entries = read_header(file)
@@ -68,12 +70,12 @@ def read_header(file: mmap.mmap) -> tuple[dict[str, Any], dict[str, Entry]]:
       Entry(shape=(576,), kind=<GGMLQuantizationType.F32: 0>, start=1776512)
     """
     if _take(file, 4) != b"GGUF":
-        raise ValueError("it does not begin with GGUF")
+        raise SpqrError("it does not begin with GGUF")
     version = _integer(file, "<I")
     if version & 0xFFFF == 0:
-        raise ValueError("its bytes are in the other order, which is not supported")
+        raise SpqrError("its bytes are in the other order, which is not supported")
     if version not in VERSIONS:
-        raise ValueError(f"it is of version {version}, but supported are {' and '.join(map(str, VERSIONS))}")
+        raise SpqrError(f"it is of version {version}, but supported are {' and '.join(map(str, VERSIONS))}")
     tensor_count, key_count = _integer(file, "<Q"), _integer(file, "<Q")
     metadata: dict[str, Any] = {}
     for _ in range(key_count):
@@ -87,7 +89,7 @@ def read_header(file: mmap.mmap) -> tuple[dict[str, Any], dict[str, Entry]]:
         found[name] = _entry(file)
     alignment = metadata.get("general.alignment", GGUF_DEFAULT_ALIGNMENT)
     if not isinstance(alignment, int) or alignment < 1:
-        raise ValueError(f"general.alignment is {alignment!r}")
+        raise SpqrError(f"general.alignment is {alignment!r}")
     origin = -(-file.tell() // alignment) * alignment
     return metadata, {name: _placed(entry, origin, name, len(file)) for name, entry in found.items()}
 
@@ -96,18 +98,18 @@ def _placed(entry: Entry, origin: int, name: str, file_size: int) -> Entry:
     """The entry with its start counted from the start of the file."""
     block, _ = GGML_QUANT_SIZES[entry.kind]
     if entry.shape[-1] % block:
-        raise ValueError(f"{name} has {entry.shape[-1]} features, not a multiple of {entry.kind.name}'s {block}")
+        raise SpqrError(f"{name} has {entry.shape[-1]} features, not a multiple of {entry.kind.name}'s {block}")
     placed = Entry(entry.shape, entry.kind, origin + entry.start)
     end = placed.start + math.prod(placed.byte_shape)
     if end > file_size:
-        raise ValueError(f"{name} ends at byte {end}, but the file has {file_size} bytes")
+        raise SpqrError(f"{name} ends at byte {end}, but the file has {file_size} bytes")
     return placed
 
 
 def _entry(file: mmap.mmap) -> Entry:
     dimensions = _integer(file, "<I")
     if not 1 <= dimensions <= MAX_DIMENSIONS:
-        raise ValueError(f"a tensor has {dimensions} dimensions")
+        raise SpqrError(f"a tensor has {dimensions} dimensions")
     shape = tuple(_integer(file, "<Q") for _ in range(dimensions))
     return Entry(shape[::-1], GGMLQuantizationType(_integer(file, "<I")), _integer(file, "<Q"))
 
@@ -119,7 +121,7 @@ def _value(file: mmap.mmap, kind: GGUFValueType) -> Any:
         return _numbers(file, kind, 1)[0]
     kind, count = GGUFValueType(_integer(file, "<I")), _integer(file, "<Q")
     if kind is GGUFValueType.ARRAY:
-        raise ValueError("it has lists of lists, which are not supported")
+        raise SpqrError("it has lists of lists, which are not supported")
     if kind is not GGUFValueType.STRING:
         return _numbers(file, kind, count)
     _require_length(count)
@@ -143,15 +145,15 @@ def _take(file: mmap.mmap, size: int) -> bytes:
     _require_length(size)
     content = file.read(size)
     if len(content) < size:
-        raise ValueError(f"it ends after {len(file)} bytes, where {size - len(content)} more are to come")
+        raise SpqrError(f"it ends after {len(file)} bytes, where {size - len(content)} more are to come")
     return content
 
 
 def _require_length(length: int) -> None:
     if length > MAX_LENGTH:
-        raise ValueError(f"a string or list of length {length} cannot be metadata")
+        raise SpqrError(f"a string or list of length {length} cannot be metadata")
 
 
 def _require_new(name: str, known: Mapping[str, Any]) -> None:
     if name in known:
-        raise ValueError(f"{name} occurs twice")
+        raise SpqrError(f"{name} occurs twice")

@@ -28,6 +28,7 @@ from converters.formats.pytorch import stored_tensor
 from converters.formats.torch_files import load_torch
 from converters.layout import PACKED, StoredTensor
 from pallas_kernels import SpqrTensor, check_format
+from pallas_kernels.errors import SpqrError
 from pallas_kernels.format.tensor import BITS
 
 ARGUMENTS = "args.pt"
@@ -144,7 +145,7 @@ def _read_matrix(path: Path, arguments: Mapping[str, Any]) -> SpqrTensor:
             zero_bits=zero_bits,
             stats_group_size=stats_group_size,
         )
-    except ValueError as error:
+    except SpqrError as error:
         raise ConversionError(f"{path}: {error}.") from error
     groups = in_features // group_size
     codes = _array(content["quant_weights"], (out, in_features), "quant_weights", path)

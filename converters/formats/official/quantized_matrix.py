@@ -120,7 +120,7 @@ def quantized_tensor(
 
     Raises:
       ConversionError: scales, zeros or residuals are not finite, or not the same, in float16.
-      ValueError: the packed format does not support these sizes.
+      SpqrError: the packed format does not support these sizes.
 
     Example:
       >>> packed = quantized_tensor(codes, scale, zero, outliers, None, name="q_proj", bits=4, group_size=16,
