@@ -1,0 +1,46 @@
+"""The examples in docstrings run, and print what they say."""
+
+import doctest
+import importlib
+import pkgutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from helpers import example_names
+
+import converters
+import pallas_kernels
+import spqr_jax
+
+OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+ROOMS: tuple[str, ...] = ("spqr_jax.texts",)
+"""Modules whose examples run, by the start of their names."""
+PROGRAMS = ("__main__", "harness")
+"""Modules that do something, or need an optional package, when they are imported."""
+
+
+def examples() -> Iterator[doctest.DocTest]:
+    finder = doctest.DocTestFinder(exclude_empty=True)
+    for package in (pallas_kernels, spqr_jax, converters):
+        for found in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+            if found.name.startswith(ROOMS) and not found.name.endswith(PROGRAMS):
+                module = importlib.import_module(found.name)
+                yield from (test for test in finder.find(module, found.name) if test.examples)
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("examples")
+    example_names.write_files(directory)
+    return directory
+
+
+@pytest.mark.parametrize("example", examples(), ids=lambda example: example.name)
+def test_example(example: doctest.DocTest, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(directory)
+    # What the module defines is known, as where its users import it.
+    example.globs = {**example_names.names(directory), **example.globs}
+    report: list[str] = []
+    result = doctest.DocTestRunner(optionflags=OPTIONS).run(example, out=report.append)
+    assert not result.failed, "".join(report)
