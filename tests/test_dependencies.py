@@ -1,4 +1,4 @@
-"""Every package that the code imports is declared in pyproject.toml, with the extra that installs it."""
+"""Every imported package is declared in pyproject.toml, and tools have one version in all files that name it."""
 
 import ast
 import sys
@@ -17,9 +17,12 @@ KERNELS = {"kernel-tools", "torch"}
 MODELS = {"models", "torch", "datasets", "plots", "lm-eval"}
 
 
+def project() -> dict:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
 def declared(extras: set[str]) -> set[str]:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    lists = [project["dependencies"], *(project["optional-dependencies"][extra] for extra in extras)]
+    lists = [project()["dependencies"], *(project()["optional-dependencies"][extra] for extra in extras)]
     return {requirement.partition(">=")[0] for requirements in lists for requirement in requirements}
 
 
@@ -39,3 +42,8 @@ def imported(package: str) -> set[str]:
 )
 def test_imported_packages_are_declared(package, extras):
     assert imported(package) <= declared(extras)
+
+
+def test_commit_hooks_have_the_linter_of_the_extra():
+    (ruff,) = (need for need in project()["optional-dependencies"]["lint"] if need.startswith("ruff=="))
+    assert f"rev: v{ruff.removeprefix('ruff==')}\n" in (ROOT / ".pre-commit-config.yaml").read_text()
