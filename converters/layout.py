@@ -1,10 +1,9 @@
-"""From named tensors in files to a parameter tree: a table says where each goes, and all misfits are told at once."""
+"""From named tensors in files to a parameter tree: a table says where each goes, and one error lists all misfits."""
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import numpy as np
 from jax.typing import DTypeLike
@@ -12,12 +11,12 @@ from jaxtyping import Float
 
 from converters.errors import ConversionError
 from pallas_kernels import SpqrTensor
+from spqr_jax.models.decoder import Params
 
 PACKED = "SpQR"
-# Types that are no weights by themselves: integers, and numbers that need scales beside them.
-CODES = re.compile(r"BOOL|[IU]\d+|F[48](_.*)?")
+# Types that are not weights by themselves: integers, and numbers that need scales beside them.
+_CODES = re.compile(r"BOOL|[IU]\d+|F[48](_.*)?")
 
-Params = dict[str, Any]
 Transform = Callable[[Float[np.ndarray, "..."]], Float[np.ndarray, "..."]]
 
 
@@ -28,23 +27,34 @@ class StoredTensor:
     Attributes:
       shape: `[out, in]` for a matrix, packed ones too.
       kind: name of its type in the file's own words, such as `BF16` or `Q4_1`; for a packed matrix, `SpQR`.
-      read: gives the array, or the packed matrix.
+      read: reads the array, or the packed matrix.
     """
 
     shape: tuple[int, ...]
     kind: str
-    read: Callable[[], Any]
+    read: Callable[[], np.ndarray | SpqrTensor]
+
+    def read_array(self) -> np.ndarray:
+        """Reads a tensor that is not packed.
+
+        Raises:
+          ConversionError: it is packed.
+        """
+        array = self.read()
+        if isinstance(array, SpqrTensor):
+            raise ConversionError(f"a tensor of type {self.kind} must be an array here")
+        return array
 
 
 @dataclass(frozen=True)
 class Target:
-    """Where one tensor goes.
+    """The place of one tensor in the parameter tree.
 
     Attributes:
       path: its keys in the parameter tree.
       source: its name in the checkpoint.
       shape: its shape in the checkpoint.
-      transform: what turns it into the parameter.
+      transform: makes the parameter from it.
     """
 
     path: tuple[str, ...]
@@ -59,8 +69,8 @@ class Layout:
 
     Attributes:
       targets: those that become parameters.
-      copies: those that may be there as well, each with the name of the target that it must equal.
-      ignored: matches the names of those that hold nothing of the model's own.
+      copies: those that may be stored as well, each with the name of the target that it must equal.
+      ignored: matches the names of those that are no parameters.
     """
 
     targets: tuple[Target, ...]
@@ -68,29 +78,19 @@ class Layout:
     ignored: re.Pattern[str] = re.compile(r"(?!)")
 
 
-def vocabulary_layout(
-    embedding: str, head: str, shape: tuple[int, int], *, tied: bool
-) -> tuple[tuple[Target, ...], dict[str, str]]:
-    """Targets and copies of a token embedding and a head: a tied head may be stored as well, and must be equal."""
-    targets = (Target(("embed_tokens", "embedding"), embedding, shape),)
-    if tied:
-        return targets, {head: embedding}
-    return (*targets, Target(("lm_head", "kernel"), head, shape, np.transpose)), {}
-
-
 def part_readers(
     layout: Layout, stored: Mapping[str, StoredTensor], *, dtype: DTypeLike, origin: object
 ) -> dict[str, Callable[[], Params]]:
-    """For each entry at the top of the parameter tree, what reads its part of the targets, one tensor at a time.
+    """Readers of the entries at the top of the parameter tree; each reads its tensors one at a time.
 
     Args:
-      layout: which tensors there must be.
-      stored: which tensors there are.
+      layout: the tensors that must be stored.
+      stored: the tensors that are.
       dtype: type of the parameters.
       origin: the file or directory, for error messages.
 
     Raises:
-      ConversionError: tensors are missing, surplus or of another shape (one error names them all), or, in reading, one
+      ConversionError: tensors are missing, surplus or of another shape (one error names them all), or, when read, one
         has values that are not finite in `dtype`.
 
     Example:
@@ -122,7 +122,7 @@ def _read(targets: Iterable[Target], stored: Mapping[str, StoredTensor], dtype: 
                 value = np.array(target.transform(value), dtype=dtype, order="C")
             if bad := value.size - np.count_nonzero(np.isfinite(value)):
                 raise ConversionError(
-                    f"{origin}: {target.source} has {bad} of {value.size} values, as {value.dtype}, NaN or infinite."
+                    f"{origin}: {target.source} has {bad} of {value.size} values, as {value.dtype}, NaN or infinite"
                 )
         parent[target.path[-1]] = value
     return params
@@ -133,12 +133,17 @@ def _misfits(layout: Layout, stored: Mapping[str, StoredTensor]) -> Iterator[str
     kernels = {target.source for target in layout.targets if target.path[-1] == "kernel"}
     for name in expected.keys() | stored.keys():
         if name in layout.copies and layout.copies[name] in stored:
-            if not np.array_equal(stored[name].read(), stored[layout.copies[name]].read()):
+            if not _same(stored[name], stored[layout.copies[name]]):
                 yield f"{name}: expected equal to {layout.copies[name]}, found other values"
         elif not layout.ignored.fullmatch(name):
             wanted = list(expected[name]) if name in expected else "none"
             found = list(stored[name].shape) if name in stored else "none"
             if wanted != found:
                 yield f"{name}: expected {wanted}, found {found}"
-            elif CODES.fullmatch(stored[name].kind) or (stored[name].kind == PACKED and name not in kernels):
+            elif _CODES.fullmatch(stored[name].kind) or (stored[name].kind == PACKED and name not in kernels):
                 yield f"{name}: expected floating point, found {stored[name].kind}"
+
+
+def _same(first: StoredTensor, second: StoredTensor) -> bool:
+    """Whether two dense tensors have the same values; packed ones never count as equal."""
+    return PACKED not in (first.kind, second.kind) and np.array_equal(first.read_array(), second.read_array())

@@ -11,7 +11,8 @@ from jax.typing import DTypeLike
 from transformers import PreTrainedTokenizerFast
 
 from converters.errors import ConversionError
-from converters.families.table import FAMILIES, Family
+from converters.families.base import Family
+from converters.families.table import FAMILIES, GGUF_FAMILIES
 from converters.formats.detect import Form, Source, open_source
 from converters.formats.gguf.file import GgufFile
 from converters.formats.gguf.tokenizer import build_tokenizer
@@ -78,30 +79,28 @@ def open_pretrained(path_or_hub_id: str | PathLike[str], *, dtype: DTypeLike = j
     source = open_source(path_or_hub_id)
     family = _family(source)
     with _naming(source.description):
-        config = _config(family, source)
+        if source.form is Form.GGUF:
+            config = family.from_gguf(GgufFile(source.metadata, source.tensors))
+        else:
+            config = family.from_huggingface(source.metadata)
         # The layout is as long as the configuration says, and that number may be damaged.
         if config.num_layers > len(source.tensors):
             raise ConversionError(
-                f"The model is to have {config.num_layers} blocks, but {source.path} has {len(source.tensors)} tensors."
+                f"the configuration has {config.num_layers} blocks, but {source.path} has {len(source.tensors)} tensors"
             )
     tokenizer = _tokenizer(source)
     layout = family.layout(config, "gguf" if source.form is Form.GGUF else "huggingface")
     parts = part_readers(layout, source.tensors, dtype=dtype, origin=source.path)
-    return ModelSource(family.model(config, dtype=jnp.dtype(dtype)), parts, tokenizer)
+    return ModelSource(family.model(config, dtype=jnp.dtype(dtype), alias=family.alias), parts, tokenizer)
 
 
-def _family(source: Source) -> Family:
-    if not isinstance(source.model_type, str) or source.model_type not in FAMILIES:
+def _family(source: Source) -> Family[Any]:
+    families = GGUF_FAMILIES if source.form is Form.GGUF else FAMILIES
+    if not isinstance(source.model_type, str) or source.model_type not in families:
         raise ConversionError(
-            f"{source.description} is a model of type {source.model_type!r}; supported: {', '.join(FAMILIES)}."
+            f"{source.description} is a model of type {source.model_type!r}, supported are {', '.join(families)}"
         )
-    return FAMILIES[source.model_type]
-
-
-def _config(family: Family, source: Source) -> Any:
-    if source.form is Form.GGUF:
-        return family.from_gguf(GgufFile(source.metadata, source.tensors))
-    return family.from_huggingface(source.metadata)
+    return families[source.model_type]
 
 
 def _tokenizer(source: Source) -> PreTrainedTokenizerFast | None:

@@ -1,49 +1,38 @@
-"""The families of models whose checkpoints can be read and written."""
+"""The families of models whose checkpoints can be read and written, and their aliases."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from converters.errors import ConversionError
-from converters.families import falcon, llama
-from converters.formats.gguf.file import GgufFile
-from converters.layout import Layout
-from spqr_jax.models import Decoder, Falcon, Llama
+from converters.families.aliases import MISTRAL, REFINED_WEB, REFINED_WEB_MODEL
+from converters.families.base import Family
+from converters.families.falcon import FALCON
+from converters.families.llama import LLAMA
+from spqr_jax.models import Decoder
+
+# One line for each family, and one for each alias.
+_ALL: tuple[Family[Any], ...] = (
+    LLAMA,
+    FALCON,
+    MISTRAL,
+    REFINED_WEB,
+    REFINED_WEB_MODEL,
+)
+
+FAMILIES = {family.name: family for family in _ALL}
+"""Families and aliases by Hugging Face's `model_type`."""
+
+GGUF_FAMILIES = {family.gguf: family for family in reversed(_ALL)}
+"""Families by GGUF's `general.architecture`; of several with one, the first."""
 
 
-@dataclass(frozen=True)
-class Family:
-    """What it takes to read and write the checkpoints of one family.
-
-    Attributes:
-      model: the Flax module, made from a configuration.
-      from_huggingface: configuration from the content of `config.json`.
-      to_huggingface: content of `config.json` from a configuration.
-      from_gguf: configuration from a GGUF file.
-      layout: the checkpoint's tensors, under the names of either project.
-    """
-
-    model: type[Decoder]
-    from_huggingface: Callable[[Mapping[str, Any]], Any]
-    to_huggingface: Callable[[Any], dict[str, Any]]
-    from_gguf: Callable[[GgufFile], Any]
-    layout: Callable[[Any, Literal["huggingface", "gguf"]], Layout]
-
-
-_LLAMA = Family(Llama, llama.from_huggingface, llama.to_huggingface, llama.from_gguf, llama.layout)
-_FALCON = Family(Falcon, falcon.from_huggingface, falcon.to_huggingface, falcon.from_gguf, falcon.layout)
-
-# Keys: `model_type` of Hugging Face, which is also `general.architecture` of GGUF.
-FAMILIES = {"llama": _LLAMA, "falcon": _FALCON, **dict.fromkeys(falcon.OLD_TYPES, _FALCON)}
-
-
-def family_of(model: Decoder) -> Family:
-    """The family that a model is of.
+def family_of(model: Decoder) -> Family[Any]:
+    """The family, or the alias, that a model has its name from.
 
     Raises:
-      ConversionError: it is of none of them.
+      ConversionError: there is none.
     """
-    for family in FAMILIES.values():
-        if type(model) is family.model:
+    for family in _ALL:
+        if type(model) is family.model and model.alias == family.alias:
             return family
-    raise ConversionError(f"A {type(model).__name__} cannot be written; supported: {', '.join(FAMILIES)}.")
+    alias = f" with the alias {model.alias!r}" if isinstance(model, Decoder) and model.alias else ""
+    raise ConversionError(f"a {type(model).__name__}{alias} cannot be written, supported are {', '.join(FAMILIES)}")

@@ -26,7 +26,7 @@ def inspect(source: Model, as_json: Json = False) -> None:
     terminal = Console()
     # Where nobody looks, a file or a pipe, nothing is cut.
     output = Console(width=None if terminal.is_terminal else 120)
-    for label in ("form", "family"):
+    for label in (label for label in ("form", "family", "alias") if label in content):
         output.print(f"{label}: {content[label]}", highlight=False, markup=False)
     output.print(table)
 

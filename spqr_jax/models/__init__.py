@@ -5,6 +5,7 @@ from spqr_jax.models.falcon import Falcon, FalconConfig
 from spqr_jax.models.fusion import fuse_projections
 from spqr_jax.models.layers import RotaryConfig
 from spqr_jax.models.llama import Llama, LlamaConfig
+from spqr_jax.models.model_config import ModelConfig
 from spqr_jax.models.tensor_parallel import shard_params
 
 FAMILIES: dict[str, type[Decoder]] = {"llama": Llama, "falcon": Falcon}
@@ -20,6 +21,7 @@ __all__ = [
     "KVCache",
     "Llama",
     "LlamaConfig",
+    "ModelConfig",
     "RotaryConfig",
     "Stage",
     "fuse_projections",

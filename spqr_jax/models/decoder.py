@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from spqr_jax.models.layers import Linear, linear, mesh_of
+from spqr_jax.models.model_config import ModelConfig
 
 Params = dict[str, Any]
 State = dict[str, Float[Array, "batch tokens ..."]]
@@ -78,7 +79,7 @@ class KVCache:
 class Block(nn.Module):
     """A decoder block as a chain of stages over a state that starts as `{"hidden": x}` and ends as such."""
 
-    config: Any
+    config: ModelConfig
     by_columns: ClassVar[tuple[str, ...]]
     """Names of the matrices that `shard_params` splits by columns; the others it splits by rows."""
 
@@ -134,13 +135,19 @@ class Decoder(nn.Module):
     `stack_blocks(params)` turns the layers into one tree with a leading axis, `blocks`, over which the forward pass
     scans: it then compiles in the time of one block.
 
+    Attributes:
+      config: sizes and options.
+      dtype: type of the activations.
+      alias: name under which the model was published, where it is not the family's: exports have it again.
+
     Example:
       >>> logits = model.apply({"params": params}, tokens)                      # [batch, tokens, vocabulary]
       >>> logits, cache = model.apply({"params": params}, tokens, cache=cache)  # decoding
     """
 
-    config: Any
+    config: ModelConfig
     dtype: jnp.dtype = jnp.float32
+    alias: str | None = None
     block: ClassVar[type[Block]]
 
     def norm_module(self) -> nn.Module:

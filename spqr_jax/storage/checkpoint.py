@@ -158,7 +158,8 @@ def describe(directory: str | PathLike[str]) -> dict[str, Any]:
     """What a checkpoint holds, without reading its arrays.
 
     Returns:
-      `version`, `family`, `dtype` (of activations) and `config` of the model; `tokenizer`, whether there is one;
+      `version`, `family`, `alias` (only where the model has one), `dtype` (of activations) and `config` of the model;
+      `tokenizer`, whether there is one;
       `matrices`, for the path of each packed matrix its `shape` (out, in), `bits`, `group_size`, `scale_bits` and
       `zero_bits` (None: not quantized), `outliers` (their number; None: quantized without) and `bytes`; `dense`, for
       the path of each other array its `shape`, `dtype` and `bytes`; `empty`, the arrays without elements, which
@@ -267,7 +268,7 @@ def _model(header: Mapping[str, Any], root: Path) -> Decoder:
         config = _from_dict(config_class, header["config"])
     except TypeError as error:
         raise CheckpointError(f"{root / HEADER} does not fit {config_class.__name__}: {error}.") from error
-    return FAMILIES[name](config, dtype=jnp.dtype(header["dtype"]))
+    return FAMILIES[name](config, dtype=jnp.dtype(header["dtype"]), alias=header.get("alias"))
 
 
 def _from_dict(cls: Any, values: Mapping[str, Any]) -> Any:
@@ -277,9 +278,10 @@ def _from_dict(cls: Any, values: Mapping[str, Any]) -> Any:
 
 
 def describe_model(model: Decoder) -> dict[str, Any]:
-    """Family, type of activations and configuration of a model, as `spqr.json` has them."""
+    """Family, alias (if any), type of activations and configuration of a model, as `spqr.json` has them."""
     return {
         "family": family_name(model),
+        **({} if model.alias is None else {"alias": model.alias}),
         "dtype": jnp.dtype(model.dtype).name,
         "config": dataclasses.asdict(model.config),
     }

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 from helpers.tiny_falcon import STYLES, falcon_config, falcon_tensors, write_falcon_gguf
-from helpers.tiny_models import tiny_config, write_checkpoint
+from helpers.tiny_models import mistral_config, tiny_config, write_checkpoint
 
 from converters import ConversionError, from_pretrained
-from converters.families.options import flag, number, size
 from converters.families.table import FAMILIES, family_of
+from converters.formats.options import flag, number, size
 from spqr_jax.models import Falcon, FalconConfig, Llama, LlamaConfig, RotaryConfig
 
 NEW = {"new_decoder_architecture": True}
@@ -33,7 +33,7 @@ def message(path: Path) -> str:
         ({"multi_query": False, "num_kv_heads": 2}, "num_kv_heads 2 of 4 attention heads"),
         ({**NEW, "num_kv_heads": 3}, "4 attention heads .*3 key-value heads"),
         ({"num_attention_heads": 5}, "hidden_size 64 .*5 attention heads"),
-        ({"hidden_size": 60}, "Heads of 15 features"),
+        ({"hidden_size": 60}, "heads of 15 features"),
         ({"head_dim": 32}, "head_dim 32"),
         ({"apply_residual_connection_post_layernorm": True}, "apply_residual_connection_post_layernorm True"),
         ({"activation": "relu"}, "activation 'relu' .*'gelu'"),
@@ -86,6 +86,26 @@ def test_all_misfitting_falcon_tensors_in_one_error(tmp_path: Path) -> None:
         "  transformer.h.1.self_attention.query_key_value.weight: expected [192, 64], found [128, 64]",
         "  transformer.ln_f.bias: expected [64], found none",
     ]
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"sliding_window": 128}, "sliding_window 128 is not supported, only its absence"),
+        ({"attention_bias": True}, "attention_bias True"),
+        ({"mlp_bias": True}, "mlp_bias True"),
+        ({"architectures": ["LlamaForCausalLM"]}, "LlamaForCausalLM.*MistralForCausalLM"),
+        ({"num_attention_heads": 6, "num_key_value_heads": None}, "6 attention heads .*8 key-value heads"),
+    ],
+)
+def test_mistral_option(tmp_path: Path, options: dict, named: str) -> None:
+    config = {**mistral_config(**options), **{key: options[key] for key in options if key == "sliding_window"}}
+    assert re.search(named, message(write_checkpoint(tmp_path, config, {})))
+
+
+def test_the_sliding_window_that_mistral_has_by_default(tmp_path: Path) -> None:
+    config = {key: value for key, value in mistral_config().items() if key != "sliding_window"}
+    assert "sliding_window 4096 is not supported" in message(write_checkpoint(tmp_path, config, {}))
 
 
 @pytest.mark.parametrize("key", ["attention_bias", "mlp_bias", "tie_word_embeddings"])
@@ -150,19 +170,29 @@ def test_falcon_is_read_as_it_was_written(config: FalconConfig, rotary: RotaryCo
         assert family.from_huggingface(family.to_huggingface(changed)) == changed
 
 
-@pytest.mark.parametrize(("model", "config"), [(Llama, LLAMAS[0]), (Falcon, FALCONS[0])])
-def test_transformers_reads_what_is_written(model: Any, config: Any) -> None:
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [(Llama(LLAMAS[0]), "Llama"), (Llama(LLAMAS[0], alias="mistral"), "Mistral"), (Falcon(FALCONS[0]), "Falcon")],
+)
+def test_transformers_reads_what_is_written(model: Any, name: str) -> None:
     from transformers import AutoConfig
 
+    config = model.config
     for rotary in ROTARY:
-        content = family_of(model(config)).to_huggingface(replace(config, rotary=rotary))
+        family = family_of(model)
+        content = family.to_huggingface(replace(config, rotary=rotary))
+        assert family.from_huggingface(content) == replace(config, rotary=rotary)
         theirs = AutoConfig.for_model(**content)
-        assert theirs.architectures == [f"{model.__name__}ForCausalLM"]
+        assert type(theirs).__name__ == f"{name}Config"
+        assert theirs.architectures == [f"{name}ForCausalLM"]
+        assert getattr(theirs, "sliding_window", None) is None
         assert theirs.rope_parameters["rope_theta"] == rotary.theta
         assert theirs.rope_parameters["rope_type"] == rotary.scaling
         assert (theirs.vocab_size, theirs.max_position_embeddings) == (96, config.max_positions)
 
 
 def test_family_of_another_model() -> None:
-    with pytest.raises(ConversionError, match="A int cannot be written; supported: llama, falcon"):
+    with pytest.raises(ConversionError, match="a int cannot be written, supported are llama, falcon"):
         family_of(3)
+    with pytest.raises(ConversionError, match="a Llama with the alias 'yi' cannot be written, supported are llama"):
+        family_of(Llama(LLAMAS[0], alias="yi"))

@@ -53,7 +53,7 @@ def message(path: Path) -> str:
         ({"max_position_embeddings": 10**400}, "max_position_embeddings must be a positive integer"),
         ({"num_hidden_layers": "2"}, "num_hidden_layers .*'2'"),
         ({"num_key_value_heads": 3}, "4 attention heads .*3 key-value heads"),
-        ({"num_attention_heads": 64}, "Heads of 1 features"),
+        ({"num_attention_heads": 64}, "heads of 1 features"),
     ],
 )
 def test_huggingface_option(tmp_path: Path, options: dict, named: str) -> None:
@@ -72,7 +72,7 @@ def test_huggingface_option(tmp_path: Path, options: dict, named: str) -> None:
         ({"llama.rope.scaling.type": "yarn"}, "'yarn'"),
         ({"llama.rope.dimension_count": 8}, "rope.dimension_count 8"),
         ({"llama.attention.value_length": 8}, "attention.value_length 8"),
-        ({"llama.attention.key_length": 15}, "Heads of 15 features"),
+        ({"llama.attention.key_length": 15}, "heads of 15 features"),
         ({"llama.logit_scale": 0.5}, "llama.logit_scale"),
         ({"llama.embedding_length": None}, "embedding_length"),
         ({"llama.attention.layer_norm_rms_epsilon": None}, "layer_norm_rms_epsilon"),

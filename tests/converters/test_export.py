@@ -14,7 +14,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 from helpers.byte_tokenizer import byte_tokenizer
 from helpers.tiny_falcon import STYLES, falcon_config, falcon_tensors
-from helpers.tiny_models import random_tensors, tiny_config, write_checkpoint
+from helpers.tiny_models import mistral_config, random_tensors, tiny_config, write_checkpoint
 from safetensors.numpy import load_file
 
 from converters import ConversionError, Pretrained, export, export_hf_spqr, export_huggingface, from_pretrained
@@ -31,6 +31,7 @@ def llama() -> dict[str, Any]:
 
 CASES = {
     "llama": (llama(), random_tensors),
+    "mistral": (mistral_config(num_key_value_heads=1), random_tensors),
     "falcon 7B": (falcon_config(**STYLES["7B"]), falcon_tensors),
     "falcon 11B": (falcon_config(**STYLES["11B"]), falcon_tensors),
 }
@@ -72,6 +73,7 @@ def test_transformers_loads_the_dequantized_model(
     export_huggingface(tmp_path / "out", model, params, tokenizer=tokenizer, dtype=dtype)
     reference = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
     assert reference.dtype == getattr(torch, dtype)
+    assert reference.config.model_type == (model.alias or type(model).__name__.lower())
     # All windows in one text: of equal length, so their mean is that of the batch.
     expected = perplexity(model, params, TOKENS.reshape(-1), window=TOKENS.shape[1])
     assert torch_perplexity(reference.float(), TOKENS) == pytest.approx(expected, rel=tolerance)
@@ -168,6 +170,7 @@ def test_transformers_loads_the_packed_model(
     monkeypatch.setattr(quantizer_spqr, "replace_with_spqr_linear", with_nested_modules(integration))
     reference = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float16)
     monkeypatch.undo()
+    assert type(reference).__name__ == f"{(quantized.model.alias or type(quantized.model).__name__).title()}ForCausalLM"
     packed = [leaf for leaf in jax.tree.leaves(quantized.params, is_leaf=is_packed) if is_packed(leaf)]
     modules = [module for module in reference.modules() if type(module).__name__ == "QuantizedLinear"]
     assert len(modules) == len(packed) > 0

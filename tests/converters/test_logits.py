@@ -1,4 +1,4 @@
-"""Converted models give the logits of transformers' PyTorch LLaMA: in float32, to 1e-4, at logits of order 10."""
+"""Converted models give the logits of PyTorch LLaMAs and Mistrals: in float32, to 1e-4, at logits of order 10."""
 
 import math
 from pathlib import Path
@@ -9,7 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import transformers
-from helpers.tiny_models import Tensors, random_tensors, tiny_config, to_bfloat16, write_checkpoint, write_gguf
+from helpers.tiny_models import (
+    Tensors,
+    mistral_config,
+    random_tensors,
+    tiny_config,
+    to_bfloat16,
+    write_checkpoint,
+    write_gguf,
+)
 
 from converters import Pretrained, from_pretrained
 
@@ -65,8 +73,23 @@ OPTIONS = {
 }
 
 
+MISTRAL_OPTIONS = {
+    "plain": {},
+    "tied": {"tie_word_embeddings": True},
+    "large head_dim": {"head_dim": 32},
+    "as many key-value heads": {"num_key_value_heads": 4},
+    "theta": {"rope_theta": 500.0},
+    "5: linear": {
+        "rope_theta": None,
+        "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 500.0},
+    },
+}
+
+
 def torch_logits(directory: Path) -> np.ndarray:
-    model = transformers.LlamaForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager")
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        directory, dtype=torch.float32, attn_implementation="eager"
+    )
     mask = torch.from_numpy(MASK.astype(np.int64))
     with torch.no_grad():
         outputs = model(torch.from_numpy(TOKENS), attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0))
@@ -91,6 +114,31 @@ def test_huggingface_option(tmp_path: Path, options: dict) -> None:
     config = tiny_config(**options)
     write_checkpoint(tmp_path, config, random_tensors(config))
     assert_same_logits(from_pretrained(tmp_path), tmp_path)
+
+
+@pytest.mark.parametrize("options", MISTRAL_OPTIONS.values(), ids=MISTRAL_OPTIONS.keys())
+def test_mistral_option(tmp_path: Path, options: dict) -> None:
+    config = mistral_config(**options)
+    write_checkpoint(tmp_path, config, random_tensors(config))
+    pretrained = from_pretrained(tmp_path)
+    assert pretrained.model.alias == "mistral"
+    assert_same_logits(pretrained, tmp_path)
+
+
+def test_defaults_of_mistral(tmp_path: Path) -> None:
+    left_out = (
+        "num_key_value_heads",
+        "rms_norm_eps",
+        "rope_theta",
+        "hidden_act",
+        "max_position_embeddings",
+        "tie_word_embeddings",
+    )
+    config = mistral_config(num_attention_heads=16, **dict.fromkeys(left_out))
+    write_checkpoint(tmp_path, config, random_tensors({**config, "num_key_value_heads": 8}))
+    pretrained = from_pretrained(tmp_path)
+    assert pretrained.model.config.max_positions == transformers.MistralConfig().max_position_embeddings
+    assert_same_logits(pretrained, tmp_path)
 
 
 @pytest.mark.parametrize("shards", [1, 3])

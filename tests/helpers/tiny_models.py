@@ -34,6 +34,12 @@ def tiny_config(**options: Any) -> dict[str, Any]:
     return {key: value for key, value in content.items() if value is not None}
 
 
+def mistral_config(**options: Any) -> dict[str, Any]:
+    """Content of a Mistral's config.json, without sliding window."""
+    names = {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}
+    return {**tiny_config(**{**names, **options}), "sliding_window": None}
+
+
 def tensor_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     """Shapes of all weights under Hugging Face's names."""
     hidden, mlp, vocabulary = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
@@ -41,7 +47,7 @@ def tensor_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     head_dim = config.get("head_dim", hidden // heads)
     queries, keys = heads * head_dim, config.get("num_key_value_heads", heads) * head_dim
     shapes = {"model.embed_tokens.weight": (vocabulary, hidden), "model.norm.weight": (hidden,)}
-    if not config["tie_word_embeddings"]:
+    if not config.get("tie_word_embeddings"):
         shapes["lm_head.weight"] = (vocabulary, hidden)
     for index in range(config["num_hidden_layers"]):
         block = f"model.layers.{index}"

@@ -169,7 +169,7 @@ def _array(tensor: Any, shape: tuple[int, ...], name: str, path: Path) -> np.nda
     stored = stored_tensor(tensor, name, path)
     if stored.shape != shape:
         raise ConversionError(f"{path}: {name} is {list(stored.shape)}, but must be {list(shape)}.")
-    return stored.read()
+    return stored.read_array()
 
 
 def _width(arguments: Mapping[str, Any], key: str, path: Path) -> int:
@@ -214,7 +214,7 @@ def _side_by_side(
             f"{path}: {name} has {len(columns)} tensors of {' or '.join(map(str, lengths))} entries, "
             f"but must have {shape[1]} of {shape[0]}."
         )
-    return np.stack([column.read().reshape(-1) for column in columns], axis=1)
+    return np.stack([column.read_array().reshape(-1) for column in columns], axis=1)
 
 
 def _in_range(values: Shaped[np.ndarray, "rows columns"], bits: int, name: str) -> UInt8[np.ndarray, "rows columns"]:
@@ -233,7 +233,7 @@ def _outliers(matrix: Any, shape: tuple[int, int], path: Path) -> StoredOutliers
     if not getattr(matrix, "is_sparse", False) or tuple(matrix.shape) != shape or matrix.sparse_dim() != 2:
         raise ConversionError(f"{path}: outliers_matrix is not a sparse matrix of shape {list(shape)}.")
     matrix = matrix.coalesce()
-    values = stored_tensor(matrix.values(), "outliers_matrix", path).read().astype(np.float32)
+    values = stored_tensor(matrix.values(), "outliers_matrix", path).read_array().astype(np.float32)
     (rows, columns), values = matrix.indices().numpy()[:, values != 0], values[values != 0]
     offsets = np.searchsorted(rows, np.arange(shape[0] + 1))
     outliers = StoredOutliers(offsets, columns, values)

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from converters.errors import ConversionError
-from converters.families.options import require_neutral
 from converters.formats.official.outliers import ROWS
 from converters.formats.official.tiles import BITS, TILE, TYPES, decode_tensor
+from converters.formats.options import require_neutral
 from converters.layout import PACKED, StoredTensor
 from pallas_kernels import SpqrTensor
 from pallas_kernels.format.tensor import MAX_COLUMNS
@@ -127,9 +127,9 @@ def _shape(parts: Mapping[str, StoredTensor], name: str) -> tuple[int, int]:
         raise ConversionError(f"{name}: no matrix has tensors of these lengths: {lengths}.")
     if len(possible) == 1:
         return possible[0]
-    row_offsets = parts["row_offsets"].read()
+    row_offsets = parts["row_offsets"].read_array()
     return possible[bool(row_offsets[-1] and (row_offsets % ROWS == 0).all())]
 
 
 def _read(parts: Mapping[str, StoredTensor], shape: tuple[int, int], name: str, added: bool) -> SpqrTensor:
-    return decode_tensor({part: tensor.read() for part, tensor in parts.items()}, shape, name, added=added)
+    return decode_tensor({part: tensor.read_array() for part, tensor in parts.items()}, shape, name, added=added)

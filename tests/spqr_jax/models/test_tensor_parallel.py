@@ -42,6 +42,7 @@ FALCON = partial(FalconConfig, **SIZES, rotary=RotaryConfig())
 MODELS: dict[str, Decoder] = {
     "llama": Llama(LLAMA(num_kv_heads=8)),
     "llama, grouped queries and biases": Llama(LLAMA(num_kv_heads=2, attention_bias=True, mlp_bias=True)),
+    "mistral": Llama(LLAMA(num_kv_heads=4), alias="mistral"),
     "falcon, multi-query": Falcon(FALCON(num_kv_heads=1, arrangement="parallel")),
     "falcon, grouped queries": Falcon(FALCON(num_kv_heads=2, arrangement="parallel_two_norms", tie_embeddings=False)),
     "falcon, sequential": Falcon(FALCON(num_kv_heads=8, arrangement="sequential", alibi=True)),

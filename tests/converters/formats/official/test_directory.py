@@ -14,7 +14,7 @@ from helpers.official_goldens import expected_weights, unpack_directories, weigh
 from helpers.tiny_models import tiny_config
 
 from converters import ConversionError
-from converters.families.table import llama
+from converters.families.llama import LLAMA
 from converters.formats.official.directory import is_official_directory, open_official_directory
 from converters.layout import part_readers
 from spqr_jax.models import Llama
@@ -126,9 +126,9 @@ def test_unquantized_parameters(directories: Path) -> None:
 
 
 def test_a_whole_model_has_the_logits_of_the_official_weights(directories: Path) -> None:
-    config = llama.from_huggingface(tiny_config())
+    config = LLAMA.from_huggingface(tiny_config())
     tensors = open_official_directory(directories / "llama").tensors
-    readers = part_readers(llama.layout(config, "huggingface"), tensors, dtype=jnp.float32, origin="llama")
+    readers = part_readers(LLAMA.layout(config, "huggingface"), tensors, dtype=jnp.float32, origin="llama")
     packed = {name: read() for name, read in readers.items()}
     dense = jax.tree.map(np.asarray, packed, is_leaf=lambda leaf: not isinstance(leaf, dict))
     modules = {names[1]: names[0] for names in llama.MATRICES}
