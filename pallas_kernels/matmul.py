@@ -7,12 +7,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels.backends import triton
-from pallas_kernels.backends.devices import Implementation, choose
-from pallas_kernels.dequantize import dequantize_in_order
+from pallas_kernels.backends.backend import Backend
+from pallas_kernels.backends.table import Implementation, choose
+from pallas_kernels.backends.xla import XLA
 from pallas_kernels.errors import SpqrError
 from pallas_kernels.format.tensor import SpqrTensor
-from pallas_kernels.tuning.regimes import MOST_TOKENS
 
 
 def spqr_matmul(
@@ -20,49 +19,38 @@ def spqr_matmul(
 ) -> Float[Array, "*batch out"]:
     """y = x ŵᵀ, accumulated in float32, in x's type.
 
-    Can be jitted, mapped (over x, over stacks of w, or both) and differentiated. Where XLA multiplies float32, it does
-    so in the precision of `jax.default_matmul_precision`: on a GPU in TF32, unless that says otherwise.
+    Can be jitted, mapped (over x, over stacks of w, or both) and differentiated. XLA multiplies float32 in the
+    precision of `jax.default_matmul_precision`, which on a GPU is TF32 unless set otherwise.
 
     Args:
       x: activations; the Pallas kernels take bfloat16, float16 and float32.
       w: the packed weight.
-      implementation: `"pallas"` multiplies with the packed codes in one fused kernel (see `regimes` for which one),
-        `"xla"` with the dequantized weight; `"interpret"` is the Pallas kernels run by XLA on any device, for tests.
-        None is Pallas on a supported GPU, and XLA elsewhere.
+      implementation: name of a backend. `"pallas"` multiplies with the packed codes in one fused kernel, which the
+        number of tokens selects (`tuning.regimes`). `"xla"` multiplies with the dequantized weight. `"interpret"` runs
+        the Pallas kernels as XLA operations on any device, for tests. None selects Pallas on a supported GPU, and XLA
+        elsewhere.
 
     Raises:
-      SpqrError: x's last axis is not w's number of input features, or the implementation cannot run here.
+      SpqrError: x's last axis is not w's number of input features, or the backend is unknown or cannot run here.
 
     Example:
-      >>> y = spqr_matmul(x, packed)  # [..., in] -> [..., out]
+      >>> y = spqr_matmul(x, packed)
+      >>> (x.shape, y.shape) == ((256, packed.in_features), (256, packed.shape[0]))
+      True
     """
     if x.shape[-1] != w.in_features:
         raise SpqrError(f"x has {x.shape[-1]} features, but the weight of shape {w.shape} takes {w.in_features}")
-    chosen = choose(implementation)
-    if implementation is None and x.dtype.name not in MOST_TOKENS:
-        chosen = "xla"
-    # No kernel runs on nothing.
-    if chosen == "xla" or x.size == 0:
-        return _xla(x, w)
-    return _pallas(x, w, chosen == "interpret")
-
-
-def _xla(x: Float[Array, "*batch in"], w: SpqrTensor) -> Float[Array, "*batch out"]:
-    """The permutation is applied to x, so the weight stays in quantization order."""
-    if w.permutation is not None:
-        x = x[..., w.permutation]
-    weight = dequantize_in_order(w).astype(x.dtype)
-    # Not an einsum: XLA for CPUs cannot run the product that it makes of permuted bfloat16.
-    return jnp.matmul(x, weight.T, preferred_element_type=jnp.float32).astype(x.dtype)
-
-
-# Jitted, so that the products of a model that are alike are traced and lowered once.
-_kernels = jax.jit(triton.matmul, static_argnames="interpret")
+    backend = choose(implementation, x.dtype)
+    # A grid without programs cannot be launched.
+    if x.size == 0:
+        backend = XLA
+    return _with_rules(x, w, backend) if backend.kernels else backend.matmul(x, w)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _pallas(x: Float[Array, "*batch in"], w: SpqrTensor, interpret: bool) -> Float[Array, "*batch out"]:
-    matmul = jax.custom_batching.custom_vmap(functools.partial(_kernels, interpret=interpret))
+def _with_rules(x: Float[Array, "*batch in"], w: SpqrTensor, backend: Backend) -> Float[Array, "*batch out"]:
+    """The product, with rules to differentiate and to map it."""
+    matmul = jax.custom_batching.custom_vmap(backend.matmul)
 
     @matmul.def_vmap
     def _(size: int, batched: Any, x: Array, w: SpqrTensor) -> tuple[Array, Literal[True]]:
@@ -79,12 +67,12 @@ def _pallas(x: Float[Array, "*batch in"], w: SpqrTensor, interpret: bool) -> Flo
     return matmul(x, w)
 
 
-def _forward(x: Array, w: SpqrTensor, interpret: bool) -> tuple[Array, tuple[Array, SpqrTensor]]:
-    return _pallas(x, w, interpret), (x, w)
+def _forward(x: Array, w: SpqrTensor, backend: Backend) -> tuple[Array, tuple[Array, SpqrTensor]]:
+    return _with_rules(x, w, backend), (x, w)
 
 
-def _backward(interpret: bool, residuals: tuple[Array, SpqrTensor], cotangent: Array) -> tuple[Array, SpqrTensor]:
-    return jax.vjp(_xla, *residuals)[1](cotangent)
+def _backward(backend: Backend, residuals: tuple[Array, SpqrTensor], cotangent: Array) -> tuple[Array, SpqrTensor]:
+    return jax.vjp(XLA.matmul, *residuals)[1](cotangent)
 
 
-_pallas.defvjp(_forward, _backward)
+_with_rules.defvjp(_forward, _backward)

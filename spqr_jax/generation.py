@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from pallas_kernels.backends.devices import choose
+from pallas_kernels.backends.table import choose
 from pallas_kernels.errors import SpqrError
 from spqr_jax.models.decoder import Decoder, KVCache, Params
 from spqr_jax.models.fusion import fuse_projections
@@ -155,7 +155,7 @@ def for_decoding(model: Decoder, params: Params) -> Params:
     (`level_blocks`); elsewhere they are stacked (`stack_blocks`), which compiles in the time of one block.
     """
     fused = fuse_projections(params, model)
-    return jax.device_put(level_blocks(fused) if choose(None) == "pallas" else stack_blocks(fused))
+    return jax.device_put(level_blocks(fused) if choose(None).kernels else stack_blocks(fused))
 
 
 def chat_prompt(tokenizer: Any, message: str) -> list[int]:

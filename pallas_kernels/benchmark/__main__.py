@@ -19,7 +19,7 @@ from rich.table import Table
 
 from pallas_kernels.aot import GPUS, Format
 from pallas_kernels.aot.options import one_of, parse_format, parse_shape
-from pallas_kernels.backends import devices
+from pallas_kernels.backends.table import choose
 from pallas_kernels.benchmark.contestants import BFLOAT16, DENSE_PART, SPQR
 from pallas_kernels.benchmark.measured import measured_rows
 from pallas_kernels.benchmark.predicted import checked, predicted_rows
@@ -75,7 +75,7 @@ def main(
     # Where nobody looks, a file or a pipe, nothing is cut.
     console = Console(width=None if terminal.is_terminal else 140)
     try:
-        if target is None and devices.choose(None) == "pallas":
+        if target is None and choose(None).kernels:
             results, produce = measurement(form, console)
         else:
             results, produce = prediction(form, target or TARGET, console)

@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from pallas_kernels.aot.formats import Format
-from pallas_kernels.backends.devices import Implementation
+from pallas_kernels.backends.table import Implementation
 from pallas_kernels.benchmark.matrices import random_matrix
 from pallas_kernels.benchmark.timing import Timing, compile_calls, measure
 from pallas_kernels.dequantize import spqr_dequantize

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from pallas_kernels.aot.formats import Format
-from pallas_kernels.backends.devices import Implementation
+from pallas_kernels.backends.table import Implementation
 from pallas_kernels.benchmark.contestants import Contestant, Prepared, jax_contestants
 from pallas_kernels.benchmark.rows import Row
 from pallas_kernels.benchmark.torch_contestants import torch_contestants

@@ -28,7 +28,8 @@ from pallas_kernels.aot.costs import try_reports
 from pallas_kernels.aot.formats import Format
 from pallas_kernels.aot.gpus import GPUS
 from pallas_kernels.aot.options import one_of, parse_shape
-from pallas_kernels.backends.devices import choose, device_kind
+from pallas_kernels.backends.devices import device_kind
+from pallas_kernels.backends.triton import PALLAS
 from pallas_kernels.backends.triton.matmul import MATMULS
 from pallas_kernels.benchmark.matrices import random_matrix
 from pallas_kernels.benchmark.timing import Calls, compile_calls, measure
@@ -122,7 +123,7 @@ def tune(seconds: float, shapes: Sequence[tuple[int, int]]) -> None:
       RuntimeError: the GPU no longer works.
     """
     largest = max(shapes, key=math.prod)
-    if choose(None) != "pallas" and math.prod(largest) > MOST_INTERPRETED:
+    if not PALLAS.available() and math.prod(largest) > MOST_INTERPRETED:
         out, columns = largest
         raise SpqrError(
             f"there is no supported GPU here, and interpreted kernels would take hours for {out}x{columns}; "
@@ -192,7 +193,7 @@ def _arguments(shape: tuple[int, int], tokens: int) -> tuple[Array, SpqrTensor, 
 
 def _compile(setting: Setting, tile: Tile) -> Calls:
     x, w, _ = _arguments(setting.shape, setting.tokens)
-    interpret = choose(None) != "pallas"
+    interpret = not PALLAS.available()
     function = functools.partial(MATMULS[setting.regime], tile=tile, interpret=interpret)
     if interpret:
         return compile_calls(function, x, w, rough=1, copies=1)

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from pallas_kernels.aot import Format
 from pallas_kernels.aot.options import one_of
-from pallas_kernels.backends import devices
+from pallas_kernels.backends.table import choose
 from pallas_kernels.benchmark.rows import now, versions, write
 from spqr_jax.benchmark.decode import NEW_TOKENS, measured_rows
 from spqr_jax.benchmark.predicted import ASSUMPTIONS, predicted_rows
@@ -87,7 +87,7 @@ def main(
 
 def plan(model: str, deadline: float) -> tuple[Results, Iterator[Row]]:
     """What is known before the first row, and the rows: measured where the device can run the model in good time."""
-    measured = model == FOR_ANY_DEVICE or devices.choose(None) == "pallas"
+    measured = model == FOR_ANY_DEVICE or choose(None).kernels
     results = Results(
         measured=measured,
         device=jax.devices()[0].device_kind if measured else TARGET,

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from pallas_kernels import SpqrTensor
-from pallas_kernels.dequantize import dequantize_in_order
+from pallas_kernels.backends.xla import dequantize_in_order
 
 DEQUANTIZE = jax.jit(dequantize_in_order)
 GOLDENS = Path(__file__).parents[1] / "goldens"

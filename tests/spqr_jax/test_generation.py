@@ -11,6 +11,7 @@ from helpers import tiny_llama
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from pallas_kernels.backends.table import BACKENDS
 from spqr_jax import generation
 from spqr_jax.generation import chat_prompt, generate, stream
 from spqr_jax.models import Llama
@@ -103,7 +104,7 @@ def test_unstacked_parameters_give_the_same_tokens(params, greedy):
 
 
 def test_decoding_block_by_block_gives_the_same_tokens(params, greedy, monkeypatch):
-    monkeypatch.setattr(generation, "choose", lambda implementation: "pallas")
+    monkeypatch.setattr(generation, "choose", lambda implementation: BACKENDS["pallas"])
     decoded: list[Any] = []
 
     def decode(model, policy, params, *args):

@@ -9,7 +9,7 @@ from jaxtyping import Float, Float32, Int, UInt8
 
 from converters.errors import ConversionError
 from pallas_kernels import Outliers, QuantizedStatistics, SpqrTensor, pack
-from pallas_kernels.dequantize import dequantize_in_order
+from pallas_kernels.backends.xla import dequantize_in_order
 
 # The most by which rounding to float16 may change statistics: some sixteen times what is usual.
 MAX_LOSS = 2.0**-7

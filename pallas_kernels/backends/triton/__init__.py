@@ -1,8 +1,8 @@
 """The operations on packed matrices as Pallas kernels in Triton, for NVIDIA GPUs from compute capability 8.0 on.
 
-All that touches Pallas's Triton backend is in this package, so that another backend can take its place.
+Nothing outside of this package uses Pallas's Triton backend, which JAX deprecates since 0.11.
 """
 
-from pallas_kernels.backends.triton.matmul import matmul
+from pallas_kernels.backends.triton.backend import INTERPRET, PALLAS
 
-__all__ = ["matmul"]
+__all__ = ["INTERPRET", "PALLAS"]

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from pallas_kernels import SpqrTensor, spqr_dequantize, spqr_matmul
 from pallas_kernels.aot import GPUS, Format
 from pallas_kernels.aot.compiler import check_installed, compile_program, run_apart
+from pallas_kernels.backends.table import BACKENDS
 from pallas_kernels.benchmark import Timing, bandwidth, random_matrix, seconds_per_call
 from pallas_kernels.benchmark.__main__ import app, run
 from pallas_kernels.benchmark.contestants import Prepared, jax_contestants
@@ -298,7 +299,7 @@ def test_measuring_ends_when_the_time_is_up(short, tmp_path, capsys):
 
 def test_command_measures_what_is_there(short, monkeypatch, tmp_path):
     """A CPU, taken for a GPU on which XLA multiplies."""
-    monkeypatch.setattr("pallas_kernels.benchmark.__main__.devices.choose", lambda _: "pallas")
+    monkeypatch.setattr("pallas_kernels.benchmark.__main__.choose", lambda _: BACKENDS["pallas"])
     monkeypatch.setattr("pallas_kernels.benchmark.__main__.missing", lambda form: skip_all())
     path = tmp_path / "results.json"
     done = CliRunner().invoke(app, ["--shape", "64x256", "--tokens", "1", "--tokens", "3", "--output", str(path)])
@@ -313,7 +314,7 @@ def test_command_measures_what_is_there(short, monkeypatch, tmp_path):
 
 
 def test_a_wrong_product_of_this_library_is_a_failure(short, monkeypatch, tmp_path):
-    monkeypatch.setattr("pallas_kernels.benchmark.__main__.devices.choose", lambda _: "pallas")
+    monkeypatch.setattr("pallas_kernels.benchmark.__main__.choose", lambda _: BACKENDS["pallas"])
     monkeypatch.setattr("pallas_kernels.benchmark.__main__.missing", lambda form: skip_all())
     monkeypatch.setattr("pallas_kernels.benchmark.contestants.spqr_matmul", lambda x, w, implementation: x[:, :64])
     done = CliRunner().invoke(app, ["--shape", "64x256", "--tokens", "1"])

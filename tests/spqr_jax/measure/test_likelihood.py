@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from helpers import tiny_llama
 
+from pallas_kernels.backends.table import BACKENDS
 from spqr_jax import generation
 from spqr_jax.measure.likelihood import Likelihood, likelihoods
 from spqr_jax.models import Falcon, FalconConfig, Llama
@@ -80,7 +81,7 @@ def test_falcon(alibi):
 
 def test_blocks_with_arrays_of_their_own(monkeypatch):
     """The form that `for_decoding` gives on a GPU."""
-    monkeypatch.setattr(generation, "choose", lambda _: "pallas")
+    monkeypatch.setattr(generation, "choose", lambda _: BACKENDS["pallas"])
     assert "layers_1" in generation.for_decoding(MODEL, PARAMS)
     assert_close(in_order(MODEL, PARAMS, PAIRS[:4]), [expected(MODEL, PARAMS, *pair) for pair in PAIRS[:4]])
 

@@ -1,0 +1,69 @@
+"""The backend for every device: the weight is dequantized, and XLA multiplies."""
+
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, UInt16
+
+from pallas_kernels.backends.backend import Backend
+from pallas_kernels.format.bit_layout import unpack_codes, unpack_planes
+from pallas_kernels.format.tensor import SpqrTensor
+
+
+def matmul(x: Float[Array, "*batch in"], w: SpqrTensor) -> Float[Array, "*batch out"]:
+    """y = x ŵᵀ, accumulated in float32, in x's type."""
+    # Permuting x instead of the weight moves `in` numbers for each token, and not `out · in`.
+    if w.permutation is not None:
+        x = x[..., w.permutation]
+    weight = dequantize_in_order(w).astype(x.dtype)
+    # Not an einsum: XLA for CPUs cannot run the product that it makes of permuted bfloat16.
+    return jnp.matmul(x, weight.T, preferred_element_type=jnp.float32).astype(x.dtype)
+
+
+def dequantize(w: SpqrTensor, dtype: DTypeLike) -> Float[Array, "out in"]:
+    """ŵ in a type, columns in the order of the input features."""
+    weight = dequantize_in_order(w).astype(dtype)
+    return weight if w.permutation is None else weight[:, jnp.argsort(w.permutation)]
+
+
+XLA = Backend(name="xla", needs="nothing", available=lambda: True, matmul=matmul, dequantize=dequantize)
+
+
+def dequantize_in_order(tensor: SpqrTensor) -> Float[Array, "out in"]:
+    """ŵ in float32, columns in quantization order."""
+    out, columns = tensor.shape
+    codes = unpack_codes(tensor.codes, columns).astype(jnp.float32)
+    grouped = codes.reshape(out, -1, tensor.group_size)
+    weight = scales(tensor)[..., None] * (grouped - zeros(tensor)[..., None])
+    weight = weight.reshape(out, columns)
+    if (outliers := tensor.outliers) is None:
+        return weight
+    # Each place has one residual, so adding is safe. The padding adds zeros.
+    return weight.at[outliers.rows(), outliers.columns].add(outliers.values.astype(jnp.float32))
+
+
+def scales(tensor: SpqrTensor) -> Float[Array, "out groups"]:
+    """First-level scales, float32."""
+    return _statistics(tensor.scale, tensor.scale_codes, tensor.scale_scale, tensor.scale_zero)
+
+
+def zeros(tensor: SpqrTensor) -> Float[Array, "out groups"]:
+    """First-level zeros, float32."""
+    return _statistics(tensor.zero, tensor.zero_codes, tensor.zero_scale, tensor.zero_zero)
+
+
+def _statistics(
+    plain: Float[Array, "out groups"] | None,
+    planes: UInt16[Array, "stats_bits out/16 groups"] | None,
+    scale: Float[Array, "stats_groups groups"] | None,
+    zero: Float[Array, "stats_groups groups"] | None,
+) -> Float[Array, "out groups"]:
+    if plain is not None:
+        return plain.astype(jnp.float32)
+    assert planes is not None
+    assert scale is not None
+    assert zero is not None
+    codes = unpack_planes(planes).astype(jnp.float32)
+    out, groups = codes.shape
+    by_stats_group = codes.reshape(scale.shape[0], -1, groups)
+    values = scale.astype(jnp.float32)[:, None] * (by_stats_group - zero.astype(jnp.float32)[:, None])
+    return values.reshape(out, groups)
