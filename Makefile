@@ -25,17 +25,17 @@ gpu: export PYTHONPATH := $(CURDIR)
 gpu: RESULTS := notebooks/results
 # Compilation takes most of the tests' time, so several run in parallel and share the GPU's memory.
 gpu: IN_PARALLEL_ON_GPU := env XLA_PYTHON_CLIENT_MEM_FRACTION=0.06
-gpu: GPU_NAME := from pallas_kernels.backends import devices; from pallas_kernels.tuning import measurements; print(measurements.file_of(devices.device_kind()).stem)
+gpu: TILES_FILE := from pallas_kernels.backends import devices; from pallas_kernels.tuning import measurements; print(measurements.file_of(devices.device_kind()))
 gpu:
 	@mkdir -p $(RESULTS); failed=; \
-	gpu=$$($(PYTHON) -c '$(GPU_NAME)') || exit 1; \
+	tiles=$$($(PYTHON) -c '$(TILES_FILE)') || exit 1; gpu=$$(basename "$$tiles" .json); \
 	step() { name=$$1; shift; echo "== $$name, $$(date +%T)"; "$$@" || failed="$$failed $$name"; }; \
 	step tests $(IN_PARALLEL_ON_GPU) timeout 80 $(PYTHON) -m pytest -q -n 12 -m 'gpu and not slow' --junitxml=$(RESULTS)/tests-$$gpu.xml tests/pallas_kernels/backends/test_triton.py; \
 	step solver $(IN_PARALLEL_ON_GPU) timeout 90 $(PYTHON) -m pytest -q -n 12 tests/spqr_jax/quantization/test_solver.py tests/spqr_jax/quantization/test_group_fit.py; \
-	step tune timeout 90 $(PYTHON) -m pallas_kernels.tuning.command --seconds 60; \
+	step tune timeout 90 $(PYTHON) -m pallas_kernels.tune --seconds 60; \
 	step kernels timeout 110 $(PYTHON) -m pallas_kernels.benchmark --seconds 85 --output $(RESULTS)/kernels-$$gpu.json; \
 	step decode timeout 190 $(PYTHON) -m spqr_jax.benchmark --decode --seconds 150 --output $(RESULTS)/decode-$$gpu.json; \
-	cp pallas_kernels/tuning/gpus/$$gpu.json $(RESULTS)/tiles-$$gpu.json; \
+	cp "$$tiles" $(RESULTS)/tiles-$$gpu.json; \
 	test -z "$$failed" || { echo "failed:$$failed"; exit 1; }
 
 # The compilers for `python -m pallas_kernels.aot`, about 0.7 GB, in a folder that no other command searches.

@@ -9,6 +9,8 @@ from hypothesis import settings
 ROOT = Path(__file__).parents[1]
 # Processes that tests start find this checkout and the tests' helpers.
 os.environ["PYTHONPATH"] = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
+# Tiles that were tuned on this machine do not change what tests compile.
+os.environ["SPQR_JAX_CACHE_DIR"] = str(ROOT / ".cache" / "spqr-jax")
 
 # What one run has compiled, the next one reads.
 jax.config.update("jax_compilation_cache_dir", str(ROOT / ".cache" / "jax"))

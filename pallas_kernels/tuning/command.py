@@ -1,9 +1,9 @@
-"""The command `python -m pallas_kernels.tune`: measures tiles on this machine's GPU, and writes what it finds.
+"""The command `python -m pallas_kernels.tune`: measures tiles on this machine's GPU.
 
-It can be stopped and started again at any time: every result is written at once, and what was measured is not measured
-again. `--predict` orders the tiles beforehand, without the GPU.
+Results go to the user's cache directory (`tuning.directories`). Every result is written at once, so the command can be
+interrupted and resumed: it skips tiles with a result. `--predict` orders the tiles beforehand, without a GPU.
 
-Exit status: 0 done, 1 an error told in one line, 2 wrong usage.
+Exit status: 0 done, 1 an error in one line, 2 wrong usage.
 """
 
 import datetime
@@ -36,12 +36,22 @@ from pallas_kernels.benchmark.timing import Calls, compile_calls, measure
 from pallas_kernels.errors import SpqrError
 from pallas_kernels.format.tensor import SpqrTensor
 from pallas_kernels.matmul import spqr_matmul
-from pallas_kernels.tuning.measurements import Setting, Trial, Trials, best_tile, file_of, read, write
+from pallas_kernels.tuning.measurements import (
+    Setting,
+    Trial,
+    Trials,
+    best_tile,
+    file_of,
+    read,
+    trials_of,
+    update,
+    write,
+)
 from pallas_kernels.tuning.tiles import DEFAULT, Regime, Tile, candidates
 
 FORM = Format(bits=3, group_size=16, stats_bits=3, outlier_percent=1)
 SHAPES = ["4096x11008", "12288x4096", "22016x4096", "4096x4096", "11008x4096"]
-"""Those of LLaMA-7B; q, k and v, and gate and up are one each."""
+"""The matrices of LLaMA-7B, with q, k and v fused, and gate and up."""
 TOKENS: dict[Regime, int] = {"fma": 1, "mma": 16, "dequantize": 512}
 CROSSOVERS: dict[int, tuple[Regime, Regime]] = {
     2: ("fma", "mma"),
@@ -50,15 +60,15 @@ CROSSOVERS: dict[int, tuple[Regime, Regime]] = {
     128: ("mma", "dequantize"),
     256: ("mma", "dequantize"),
 }
-"""Numbers of tokens at which one kernel may give way to the next."""
+"""Numbers of tokens at which the next kernel may become faster."""
 FIRST = 3
 """Tiles of each setting that are measured before the crossovers."""
 ROUGH_SECONDS = 15e-6
-"""About what a call takes on a GPU."""
+"""Expected time of a call on a GPU."""
 MOST_INTERPRETED = 1 << 18
-"""Weights of a matrix for interpreted kernels."""
+"""Weights of the largest matrix for interpreted kernels."""
 MOST_ERROR = 1e-2
-"""‖y − x ŵᵀ‖ / ‖x ŵᵀ‖ in bfloat16; a tile whose result is worse is an error, not a measurement."""
+"""Largest ‖y − x ŵᵀ‖ / ‖x ŵᵀ‖ in bfloat16 of a correct tile; a worse one is recorded as an error."""
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 log = Console(stderr=True)
@@ -66,22 +76,23 @@ log = Console(stderr=True)
 
 @app.command()
 def main(
-    seconds: Annotated[float, typer.Option(min=0, help="Time to spend; what has begun is still finished.")] = 120,
+    seconds: Annotated[float, typer.Option(min=0, help="Time to spend; a running measurement is finished.")] = 120,
     shape: Annotated[
         list[Any], typer.Option(parser=parse_shape, metavar="OUTxIN", help="Matrices, the most important one first.")
     ] = SHAPES,
     predict: Annotated[
         str | None,
         typer.Option(
-            parser=one_of(GPUS), metavar="|".join(GPUS), help="Order the tiles for a GPU that need not be there."
+            parser=one_of(GPUS), metavar="|".join(GPUS), help="Predict the order of tiles for this GPU, without one."
         ),
     ] = None,
 ) -> None:
-    """Measure how fast the kernels are with tiles of various sizes, the fastest predicted first.
+    """Measure the kernels with tiles of various sizes, the fastest predicted first.
 
-    Without a GPU the kernels are interpreted, which shows on small matrices that tuning works, and no more.
+    Results go to the cache directory: SPQR_JAX_CACHE_DIR, or the platform's. Products use them from then on. Without a
+    GPU the kernels are interpreted: that tests the command on small matrices, and its times mean nothing.
 
-    Example: python -m pallas_kernels.tuning.command --seconds 120
+    Example: python -m pallas_kernels.tune --seconds 120
     """
     try:
         if predict:
@@ -94,12 +105,13 @@ def main(
 
 
 def predict_tiles(target: str, shape: tuple[int, int]) -> None:
-    """Writes the predicted times of all candidates, the fastest first, and among equals that of fewest instructions.
+    """Writes the predicted times of all candidates, the fastest first; among equals, fewest instructions first.
 
     Raises:
+      SpqrError: the user's file cannot be written.
       ModuleNotFoundError: the compiler is not installed.
     """
-    path = file_of(target)
+    path = _announced(target)
     for regime, tokens in TOKENS.items():
         setting, tiles = Setting(regime, FORM.bits, shape, tokens), candidates(regime)
         results = try_reports([(target, FORM, tokens, shape)] * len(tiles), tiles)
@@ -115,11 +127,10 @@ def predict_tiles(target: str, shape: tuple[int, int]) -> None:
 
 
 def tune(seconds: float, shapes: Sequence[tuple[int, int]]) -> None:
-    """Measures as many tiles as there is time for.
+    """Measures as many tiles as the time allows.
 
     Raises:
-      SpqrError: there is no GPU, and the matrices are large.
-      OSError: the file of this GPU cannot be written.
+      SpqrError: there is no GPU and the matrices are large, or the user's file cannot be written.
       RuntimeError: the GPU no longer works.
     """
     largest = max(shapes, key=math.prod)
@@ -127,12 +138,12 @@ def tune(seconds: float, shapes: Sequence[tuple[int, int]]) -> None:
         out, columns = largest
         raise SpqrError(
             f"there is no supported GPU here, and interpreted kernels would take hours for {out}x{columns}; "
-            "give a small matrix, such as --shape 64x256"
+            "choose a small matrix, such as --shape 64x256"
         )
-    deadline, path = time.monotonic() + seconds, file_of(device_kind())
+    deadline, path = time.monotonic() + seconds, _announced(device_kind())
     versions = {"jax": jax.__version__, "date": datetime.date.today().isoformat()}
     write(path, replace(read(path), device={"device_kind": device_kind(), **versions}))
-    # Compiled side by side, and measured one by one.
+    # Compile in parallel, because that takes most of the time. Measure one by one.
     ahead = os.cpu_count() or 1
     waiting: list[tuple[Setting, Tile, Future[Calls]]] = []
     plan = _plan(shapes)
@@ -151,9 +162,9 @@ def tune(seconds: float, shapes: Sequence[tuple[int, int]]) -> None:
 
 
 def _plan(shapes: Sequence[tuple[int, int]]) -> Iterator[tuple[Setting, Tile]]:
-    """What to measure and has not been, in order."""
+    """Settings and tiles without a result, in the order of measuring."""
     kind = device_kind()
-    done = {(trial.setting, trial.tile) for trial in read(file_of(kind)).trials if trial.measured_us or trial.error}
+    done = {(trial.setting, trial.tile) for trial in trials_of(kind) if trial.measured_us or trial.error}
     settings = [Setting(regime, FORM.bits, shape, tokens) for shape in shapes for regime, tokens in TOKENS.items()]
     tiles = {regime: _ordered(regime, kind) for regime in TOKENS}
 
@@ -174,9 +185,9 @@ def _plan(shapes: Sequence[tuple[int, int]]) -> Iterator[tuple[Setting, Tile]]:
 
 
 def _ordered(regime: Regime, kind: str) -> list[Tile]:
-    """The default, then the other candidates by the predictions for this GPU, or else for an H100."""
-    for path in (file_of(kind), file_of("h100")):
-        trials = [trial for trial in read(path).trials if trial.setting.regime == regime]
+    """The default, then the other candidates in the order predicted for this GPU, or else for an H100."""
+    for known in (kind, "h100"):
+        trials = [trial for trial in trials_of(known) if trial.setting.regime == regime]
         predicted = [trial.tile for trial in trials if trial.predicted_us is not None]
         if predicted:
             return list(dict.fromkeys([DEFAULT[regime], *predicted]))
@@ -201,7 +212,7 @@ def _compile(setting: Setting, tile: Tile) -> Calls:
 
 
 def _trial(setting: Setting, tile: Tile, calls: Future[Calls]) -> Trial:
-    """The measurement, or what is wrong with the tile."""
+    """The measurement, or the error of the tile."""
     x, w, expected = _arguments(setting.shape, setting.tokens)
     try:
         program = calls.result()
@@ -210,7 +221,7 @@ def _trial(setting: Setting, tile: Tile, calls: Future[Calls]) -> Trial:
         if not error < MOST_ERROR:
             return Trial(setting, tile, error=f"result is wrong by {error:.1e} of its size")
         return Trial(setting, tile, measured_us=round(1e6 * measure(program, x, w).seconds, 3))
-    except Exception as error:  # What compilers raise is not ours to know.
+    except Exception as error:  # Compilers raise errors of many types.
         if not _works():
             raise RuntimeError(f"the GPU no longer works after {setting} with {tile}: {error}") from None
         return Trial(setting, tile, error=str(error).partition("\n")[0][:200])
@@ -223,18 +234,19 @@ def _works() -> bool:
         return False
 
 
+def _announced(device_kind: str) -> Path:
+    """The user's file of a kind of GPU, after its path is printed."""
+    path = file_of(device_kind)
+    log.print(f"results: {path}", soft_wrap=True)
+    return path
+
+
 def _record(path: Path, trial: Trial) -> None:
-    """Writes a trial into the file; what is known of it already and not contradicted stays."""
+    """Writes a trial into the file, which keeps the results of the same tile that the trial does not have."""
     before = read(path)
     trials = {(known.setting, known.tile): known for known in before.trials}
-    old = trials.get((trial.setting, trial.tile), trial)
-    trials[trial.setting, trial.tile] = Trial(
-        trial.setting,
-        trial.tile,
-        predicted_us=old.predicted_us if trial.predicted_us is None else trial.predicted_us,
-        measured_us=old.measured_us if trial.measured_us is None else trial.measured_us,
-        error=trial.error,
-    )
+    key = trial.setting, trial.tile
+    trials[key] = update(trials.get(key, trial), trial)
     write(path, Trials(before.device, tuple(trials.values())))
 
 

@@ -1,4 +1,7 @@
-"""Which tiles were tried on a GPU, how fast they are said to be and were: one JSON file for each kind of GPU."""
+"""Trials of tiles, predicted and measured: one JSON file for each kind of GPU.
+
+The package ships files, which nothing writes to. A user's own trials go to the cache directory and take precedence.
+"""
 
 import dataclasses
 import functools
@@ -12,14 +15,13 @@ from typing import Any
 
 from pallas_kernels.errors import SpqrError
 from pallas_kernels.format.tensor import SpqrTensor
+from pallas_kernels.tuning.directories import PACKAGED, VARIABLE, tiles_directory
 from pallas_kernels.tuning.tiles import DEFAULT, Regime, Tile
-
-DIRECTORY = Path(__file__).parent / "gpus"
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What a tile is chosen for.
+    """A product that a tile is chosen for.
 
     Attributes:
       regime: the kernel.
@@ -39,8 +41,8 @@ class Trial:
     """One tile for one setting.
 
     Attributes:
-      predicted_us: time of the kernel by its instructions and bytes, without a GPU; None where not asked for.
-      measured_us: time of the whole product on the GPU; None where not measured.
+      predicted_us: time of the kernel by its instructions and bytes, in µs; None where not predicted.
+      measured_us: time of the whole product on the GPU, in µs; None where not measured.
       error: why it cannot be measured; None where nothing is known to be wrong.
     """
 
@@ -53,10 +55,10 @@ class Trial:
 
 @dataclass(frozen=True)
 class Trials:
-    """What is known of one kind of GPU.
+    """The content of one file: trials on one kind of GPU.
 
     Attributes:
-      device: its name as JAX has it, and versions of what measured there; empty before that.
+      device: its name as JAX has it, with JAX's version and the date of measuring; empty before that.
       trials: in the order in which they were made.
     """
 
@@ -65,13 +67,47 @@ class Trials:
 
 
 def file_of(device_kind: str) -> Path:
-    """The file of a kind of GPU by its name: `h100.json` is that of every 'NVIDIA H100 80GB HBM3'.
+    """The user's file of a kind of GPU by its name: `h100.json` is that of every 'NVIDIA H100 80GB HBM3'.
 
-    One that has none yet gets one of its full name.
+    It has the name of the package's file. A kind without one gets a file of its full name.
+
+    Example:
+      >>> file_of("NVIDIA H100 80GB HBM3").name, file_of("NVIDIA H200").name
+      ('h100.json', 'nvidiah200.json')
     """
-    name = re.sub(r"[^a-z0-9]", "", device_kind.lower())
-    files = [path for path in DIRECTORY.glob("*.json") if path.stem in name]
-    return max(files, key=lambda path: len(path.stem), default=DIRECTORY / f"{name}.json")
+    directory = tiles_directory()
+    known = _matching(directory, device_kind) or _matching(PACKAGED, device_kind)
+    return directory / (known.name if known else f"{_letters(device_kind)}.json")
+
+
+def trials_of(device_kind: str) -> tuple[Trial, ...]:
+    """All trials of a kind of GPU: the user's, then those of the package.
+
+    A user's result replaces the package's for one setting and tile. A field that the user's trial does not have, such
+    as a prediction, is the package's.
+
+    Raises:
+      SpqrError: a file is damaged.
+    """
+    packaged = _matching(PACKAGED, device_kind)
+    trials = read(file_of(device_kind)).trials + (read(packaged).trials if packaged else ())
+    merged: dict[tuple[Setting, Tile], Trial] = {}
+    for trial in trials:
+        key = trial.setting, trial.tile
+        merged[key] = trial if key not in merged else update(trial, merged[key])
+    return tuple(merged.values())
+
+
+def update(old: Trial, new: Trial) -> Trial:
+    """The newer of two trials of one tile, with what only the older one has; a tile that fails now is not measured."""
+    measured = old.measured_us if new.measured_us is None else new.measured_us
+    return Trial(
+        new.setting,
+        new.tile,
+        predicted_us=old.predicted_us if new.predicted_us is None else new.predicted_us,
+        measured_us=None if new.error else measured,
+        error=new.error,
+    )
 
 
 def read(path: Path) -> Trials:
@@ -90,22 +126,30 @@ def read(path: Path) -> Trials:
 
 
 def write(path: Path, trials: Trials) -> None:
-    """Writes trials, one in a line, in the place of what was there, or not at all."""
+    """Replaces a file atomically, with one trial in a line.
+
+    Raises:
+      SpqrError: the file cannot be written.
+    """
     lines = ",\n  ".join(json.dumps(dataclasses.asdict(trial)) for trial in trials.trials)
     text = f'{{"device": {json.dumps(trials.device)},\n "trials": [\n  {lines}\n]}}\n'
-    path.parent.mkdir(exist_ok=True)
     unfinished = path.with_suffix(".tmp")
-    unfinished.write_text(text)
-    os.replace(unfinished, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished.write_text(text)
+        os.replace(unfinished, path)
+    except OSError as error:
+        reason = error.strerror or error
+        raise SpqrError(f"{path} cannot be written ({reason}); set {VARIABLE} to a directory that can be") from None
     known.cache_clear()
 
 
 def best_tile(regime: Regime, w: SpqrTensor, tokens: int, device_kind: str) -> Tile:
-    """The tile measured to be the fastest where the matrix is most like this one; the default without measurements.
+    """The fastest tile measured at the nearest setting; the default where nothing is measured.
 
     Example:
       >>> best_tile("fma", packed, 1, "cpu")
-      Tile(sets=4, rows=8, columns=32, steps=1, warps=1)
+      Tile(sets=1, rows=8, columns=64, steps=1, warps=1)
     """
     trials = [trial for trial in known(device_kind) if trial.setting.regime == regime]
     if not trials:
@@ -137,8 +181,19 @@ def most_tokens(first: Regime, second: Regime, device_kind: str) -> int | None:
 
 @functools.cache
 def known(device_kind: str) -> tuple[Trial, ...]:
-    """The trials that were measured on this kind of GPU."""
-    return tuple(trial for trial in read(file_of(device_kind)).trials if trial.measured_us is not None)
+    """The trials that were measured on this kind of GPU; cached until `write`."""
+    return tuple(trial for trial in trials_of(device_kind) if trial.measured_us is not None)
+
+
+def _matching(directory: Path, device_kind: str) -> Path | None:
+    """The file of a directory with the longest name that is part of the GPU's; None without one."""
+    name = _letters(device_kind)
+    files = [path for path in directory.glob("*.json") if path.stem in name]
+    return max(files, key=lambda path: len(path.stem), default=None)
+
+
+def _letters(device_kind: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", device_kind.lower())
 
 
 def _measured(trial: Trial) -> float:
@@ -147,7 +202,7 @@ def _measured(trial: Trial) -> float:
 
 
 def _distance(setting: Setting, w: SpqrTensor, tokens: int) -> float:
-    """How unlike two settings are: doubling rows, columns or tokens counts 1, other bits more than that can."""
+    """Distance of a product from a setting: Σ |log2 of the ratios of rows, columns, tokens|; 100 for other bits."""
     ratios = zip((*setting.shape, setting.tokens), (*w.shape, tokens), strict=True)
     return sum(abs(math.log2(a / b)) for a, b in ratios) + (100 if setting.bits != w.bits else 0)
 

@@ -1,6 +1,7 @@
 import functools
 import json
 import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,12 +11,23 @@ from helpers.interpreted import run_interpreted
 from helpers.random_packed import random_packed
 from typer.testing import CliRunner
 
-from pallas_kernels import spqr_matmul
+from pallas_kernels import SpqrError, spqr_matmul
 from pallas_kernels.aot import Format
 from pallas_kernels.backends.triton.fma import fma_matmul
 from pallas_kernels.backends.triton.matmul import MATMULS
 from pallas_kernels.tuning import command, measurements
-from pallas_kernels.tuning.measurements import Setting, Trial, Trials, best_tile, file_of, most_tokens, read, write
+from pallas_kernels.tuning.directories import cache_directory, tiles_directory
+from pallas_kernels.tuning.measurements import (
+    Setting,
+    Trial,
+    Trials,
+    best_tile,
+    file_of,
+    most_tokens,
+    read,
+    trials_of,
+    write,
+)
 from pallas_kernels.tuning.regimes import MOST_TOKENS, regime
 from pallas_kernels.tuning.tiles import DEFAULT, Tile, candidates
 
@@ -25,10 +37,20 @@ OTHER = Tile(sets=2, rows=8, columns=64)
 
 
 @pytest.fixture
-def directory(tmp_path, monkeypatch):
-    monkeypatch.setattr(measurements, "DIRECTORY", tmp_path)
+def packaged(tmp_path, monkeypatch):
+    """The package's trials, none at first."""
+    monkeypatch.setattr(measurements, "PACKAGED", tmp_path / "package")
+    (tmp_path / "package").mkdir()
+    return tmp_path / "package"
+
+
+@pytest.fixture
+def directory(packaged, tmp_path, monkeypatch):
+    """The user's trials, none at first."""
+    monkeypatch.setenv("SPQR_JAX_CACHE_DIR", str(tmp_path / "cache"))
+    (tmp_path / "cache" / "tiles").mkdir(parents=True)
     measurements.known.cache_clear()
-    yield tmp_path
+    yield tmp_path / "cache" / "tiles"
     measurements.known.cache_clear()
 
 
@@ -60,11 +82,105 @@ def test_trials_are_read_as_they_were_written(directory):
     assert sorted(path.name for path in directory.iterdir()) == ["h100.json"]
 
 
+@pytest.mark.parametrize(
+    ("platform", "variables", "expected"),
+    [
+        ("linux", {"SPQR_JAX_CACHE_DIR": "/here", "XDG_CACHE_HOME": "/xdg"}, "/here"),
+        ("linux", {"SPQR_JAX_CACHE_DIR": "~/here"}, "/home/me/here"),
+        ("linux", {"XDG_CACHE_HOME": "/xdg"}, "/xdg/spqr-jax"),
+        ("linux", {"XDG_CACHE_HOME": "relative"}, "/home/me/.cache/spqr-jax"),
+        ("linux", {"SPQR_JAX_CACHE_DIR": "", "XDG_CACHE_HOME": ""}, "/home/me/.cache/spqr-jax"),
+        ("darwin", {"XDG_CACHE_HOME": "/xdg"}, "/home/me/Library/Caches/spqr-jax"),
+        ("darwin", {"SPQR_JAX_CACHE_DIR": "/here"}, "/here"),
+        ("win32", {"LOCALAPPDATA": "/local"}, "/local/spqr-jax/Cache"),
+        ("win32", {}, "/home/me/AppData/Local/spqr-jax/Cache"),
+    ],
+)
+def test_the_cache_directory_is_the_platforms_unless_set(platform, variables, expected, monkeypatch):
+    monkeypatch.setattr("sys.platform", platform)
+    monkeypatch.setenv("HOME", "/home/me")
+    for name in ("SPQR_JAX_CACHE_DIR", "XDG_CACHE_HOME", "LOCALAPPDATA"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert cache_directory() == Path(expected)
+    assert tiles_directory() == Path(expected, "tiles")
+
+
+def test_a_users_file_has_the_name_of_the_packages(directory, packaged):
+    (packaged / "h100.json").touch()
+    assert file_of(H100) == directory / "h100.json"
+    assert file_of("NVIDIA H200") == directory / "nvidiah200.json"
+    (directory / "nvidiah100.json").touch()
+    assert file_of(H100) == directory / "nvidiah100.json"
+
+
+def test_a_users_trials_replace_those_of_the_package(directory, packaged):
+    own, default, slow = OTHER, DEFAULT["fma"], Tile(1, 4, 32)
+    shipped = (
+        trial(tile=default, measured_us=5.0, predicted_us=4.0),
+        trial(tile=own, measured_us=6.0, predicted_us=4.5),
+        trial(tile=slow, error="does not run"),
+        trial(tile=slow, shape=(512, 512), measured_us=1.0),
+    )
+    write(packaged / "h100.json", Trials({}, shipped))
+    assert trials_of(H100) == shipped
+    assert best_tile("fma", matrix(), 1, H100) == default
+    write(directory / "h100.json", Trials({}, (trial(tile=own, measured_us=3.0), trial(tile=slow, measured_us=7.0))))
+    assert trials_of(H100) == (
+        trial(tile=own, measured_us=3.0, predicted_us=4.5),
+        trial(tile=slow, measured_us=7.0),
+        shipped[0],
+        shipped[3],
+    )
+    assert best_tile("fma", matrix(), 1, H100) == own
+    assert best_tile("fma", matrix((512, 512)), 1, H100) == slow
+    write(directory / "h100.json", Trials({}, (trial(tile=default, error="out of registers"),)))
+    assert best_tile("fma", matrix(), 1, H100) == own
+
+
+def test_crossovers_are_of_both_files(directory, packaged):
+    write(packaged / "h100.json", Trials({}, (trial("fma", tokens=2, measured_us=5.0),)))
+    assert most_tokens("fma", "mma", H100) is None
+    write(directory / "h100.json", Trials({}, (trial("mma", tokens=2, measured_us=6.0),)))
+    assert most_tokens("fma", "mma", H100) == 2
+
+
+def test_tuning_writes_to_the_cache_directory_and_says_where(directory, packaged, monkeypatch):
+    kind = jax.devices()[0].device_kind
+    known = trial("fma", DEFAULT["fma"], shape=(32, 256), measured_us=1e-3)
+    write(packaged / "cpu.json", Trials({"jax": "0.1"}, (known,)))
+    before = (packaged / "cpu.json").read_bytes()
+    packaged.chmod(0o555)
+    monkeypatch.setattr(command, "MATMULS", dict.fromkeys(MATMULS, by_xla))
+    monkeypatch.setattr(command, "TOKENS", {"fma": 1})
+    monkeypatch.setattr(command, "candidates", lambda name: (DEFAULT[name], OTHER))
+    monkeypatch.setattr(command, "CROSSOVERS", {})
+    result = run("--shape", "32x256", "--seconds", "600")
+    assert result.exit_code == 0
+    assert f"results: {directory / 'cpu.json'}" in result.output
+    (measured,) = read(file_of(kind)).trials
+    assert (measured.setting, measured.tile) == (known.setting, OTHER)
+    assert [path.name for path in packaged.iterdir()] == ["cpu.json"]
+    assert (packaged / "cpu.json").read_bytes() == before
+
+
+def test_a_cache_directory_that_cannot_be_written_is_one_error(directory, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("SPQR_JAX_CACHE_DIR", str(tmp_path / "file"))
+    result = run("--shape", "32x256")
+    assert result.exit_code == 1
+    assert "tiles/cpu.json cannot be written (Not a directory); set SPQR_JAX_CACHE_DIR to a dir" in result.output
+
+
 @pytest.mark.parametrize("content", ["", "{}", '{"device": {}, "trials": [{"setting": {}}]}', "[1]"])
 def test_a_damaged_file_is_named(content, directory):
     (directory / "h100.json").write_text(content)
-    with pytest.raises(ValueError, match=r"h100\.json is not a file of trials"):
+    with pytest.raises(
+        SpqrError, match=rf"^{directory}/h100\.json is not a file of trials \(.*\); delete it, or"
+    ) as error:
         best_tile("fma", matrix(), 1, H100)
+    assert "\n" not in str(error.value)
 
 
 def test_the_default_serves_what_is_not_measured(directory):
@@ -156,7 +272,7 @@ def by_xla(x, w, *, tile, interpret):
 @pytest.mark.parametrize(
     "matmuls", [dict.fromkeys(MATMULS, by_xla), pytest.param(MATMULS, marks=pytest.mark.slow)], ids=["xla", "kernels"]
 )
-def test_tuning_stops_and_goes_on(matmuls, directory, monkeypatch):
+def test_tuning_is_resumed(matmuls, directory, monkeypatch):
     monkeypatch.setattr(command, "MATMULS", matmuls)
     few = {"fma": (DEFAULT["fma"], OTHER), "mma": (DEFAULT["mma"],), "dequantize": (DEFAULT["dequantize"],)}
     monkeypatch.setattr(command, "candidates", few.__getitem__)
@@ -184,7 +300,7 @@ def test_tuning_stops_and_goes_on(matmuls, directory, monkeypatch):
     assert read(file_of(kind)).trials == after.trials
 
 
-def test_wrong_and_failing_tiles_are_told_and_not_used(directory, monkeypatch):
+def test_wrong_and_failing_tiles_are_reported_and_not_used(directory, monkeypatch):
     def wrong(x, w, *, tile, interpret):
         if tile == OTHER:
             raise RuntimeError("out of shared memory\nand more")
@@ -219,7 +335,7 @@ def test_usage_errors(directory):
 
 
 def test_the_files_in_the_package_are_whole():
-    for path in measurements.DIRECTORY.glob("*.json"):
+    for path in measurements.PACKAGED.glob("*.json"):
         assert json.loads(path.read_text())["trials"]
         for known in read(path).trials:
             assert known.predicted_us or known.measured_us or known.error
