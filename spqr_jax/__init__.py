@@ -10,7 +10,8 @@ from spqr_jax.config import COMPACT, NEAR_LOSSLESS, SMALL, SpqrConfig
 from spqr_jax.generation import generate
 from spqr_jax.measure.perplexity import perplexity
 from spqr_jax.models import fuse_projections, shard_params
-from spqr_jax.quantization.model import MatrixReport, quantize, quantize_blocks
+from spqr_jax.quantization.model import quantize, quantize_blocks
+from spqr_jax.quantization.report import MatrixReport
 from spqr_jax.quantization.solver import quantize_matrix
 from spqr_jax.storage.checkpoint import CheckpointError, load, open_checkpoint, save
 from spqr_jax.storage.disk_to_disk import quantize_checkpoint

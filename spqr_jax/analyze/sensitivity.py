@@ -16,10 +16,11 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.errors import SpqrError
 from spqr_jax.config import SpqrConfig
 from spqr_jax.models.decoder import Block, layer_name
-from spqr_jax.quantization.group_fit import decode, encode
-from spqr_jax.quantization.hidden_states import Streams, advance, embed
-from spqr_jax.quantization.model import check_tokens, check_weights, in_type, place
-from spqr_jax.quantization.solver import Factor, check_matrix, factorize, fit_group, outlier_threshold
+from spqr_jax.quantization.checks import check_matrix
+from spqr_jax.quantization.factorize import Factor, factorize
+from spqr_jax.quantization.group_fit import decode, encode, fit_group
+from spqr_jax.quantization.thresholds import outlier_threshold
+from spqr_jax.quantization.walk import walk_original
 from spqr_jax.runtime.lapack import in_one_thread
 from spqr_jax.storage.model_source import ModelSource
 
@@ -104,29 +105,14 @@ def sensitivities(
       >>> source = open_pretrained("HuggingFaceTB/SmolLM2-135M")
       >>> mean = {matrix.name: matrix.sensitivity.values.mean() for matrix in sensitivities(source, tokens, COMPACT)}
     """
-    block = source.model.new_block()
-    heads = matrix_heads(block)
+    heads = matrix_heads(source.model.new_block())
     tokens = np.asarray(calibration_tokens)
-    first = source.parts[layer_name(0)]()
-    check_weights({layer_name(0): first}, source.model, config)
-    check_tokens(tokens, first, source.model)
-    del first
-    hidden = embed(source.model, {"embed_tokens": source.parts["embed_tokens"]()}, tokens)
-    streams = Streams({"hidden": hidden}, None)
-    for depth in range(source.model.config.num_layers):
-        name = layer_name(depth)
-        part = source.parts[name]()
-        check_weights({name: part}, source.model, config)
-        params = jax.tree.map(partial(place, mesh=None), part)
-        running = in_type(params, block, hidden.dtype)
-        for number, stage in enumerate(block.stages):
-            streams, moments = advance(block, number, running, running, streams)
-            for feed, kinds in stage.feeds.items():
-                hessian = moments.pop(feed).hessian / tokens.size
-                factor = _factor(f"{name}: the input of {', '.join(kinds)}", hessian, config)
-                for kind in kinds:
-                    found = _of_factored(params[kind]["kernel"].T, factor, config)
-                    yield Matrix(kind, depth, found, heads.get(kind))
+    for depth, params, shared in walk_original(source.model, source.parts, tokens, config):
+        name = f"{layer_name(depth)}: the input of {', '.join(shared.matrices)}"
+        factor = _factor(name, shared.take_moments().hessian / tokens.size, config)
+        for kind in shared.matrices:
+            found = _of_factored(params[kind]["kernel"].T, factor, config)
+            yield Matrix(kind, depth, found, heads.get(kind))
 
 
 def matrix_heads(block: Block) -> dict[str, Heads]:

@@ -18,7 +18,7 @@ from markupsafe import Markup
 
 from pallas_kernels.errors import SpqrError
 from spqr_jax.figures.report_plots import bars, lines
-from spqr_jax.quantization.model import MatrixReport
+from spqr_jax.quantization.report import MatrixReport
 from spqr_jax.storage.checkpoint import describe
 from spqr_jax.storage.directories import bytes_on_disk, write_text
 from spqr_jax.storage.record import Record, read_record

@@ -18,7 +18,7 @@ from pallas_kernels.format.stacks import pad
 from pallas_kernels.sharded import By
 from spqr_jax.models.decoder import Decoder, Params, fused_name
 from spqr_jax.models.stacked_blocks import alike_layers, unstack_blocks
-from spqr_jax.runtime.devices import along, flat, put
+from spqr_jax.runtime.placement import Placement
 
 
 def shard_params(params: Params, model: Decoder, mesh: Mesh) -> Params:
@@ -44,8 +44,7 @@ def shard_params(params: Params, model: Decoder, mesh: Mesh) -> Params:
       >>> sharded = shard_params(params, model, jax.make_mesh((8,), ("model",)))
       >>> generate(model, sharded, prompts, max_new_tokens=100)  # the tokens of params
     """
-    over = flat(mesh)
-    assert over is not None
+    over = Placement(mesh)
     layers = alike_layers(unstack_blocks(params))
     _check(layers["layers_0"], model)
     block = model.new_block()
@@ -61,8 +60,8 @@ def shard_params(params: Params, model: Decoder, mesh: Mesh) -> Params:
             layer[key] = part
     rest = {key: _whole(params[key], over) for key in params if key not in (*layers, "blocks")}
     embedding = params["embed_tokens"]["embedding"]
-    if len(embedding) % over.size == 0:
-        rest["embed_tokens"] = {"embedding": put(embedding, along(over, 0))}
+    if len(embedding) % over.shares == 0:
+        rest["embed_tokens"] = {"embedding": over.put(embedding, 0)}
     if "lm_head" in params:
         (rest["lm_head"],) = _linear_layers([params["lm_head"]], "rows", None, over)
     return {**rest, **sharded}
@@ -76,15 +75,15 @@ def _check(layer: Params, model: Decoder) -> None:
         raise SpqrError("the parameters are split over devices already; shard those that they were made from")
 
 
-def _linear_layers(layers: Sequence[Params], by: By, heads: int | None, mesh: Mesh) -> list[Params]:
+def _linear_layers(layers: Sequence[Params], by: By, heads: int | None, over: Placement) -> list[Params]:
     """One linear layer of every block, on the devices."""
     kernels = [layer["kernel"] for layer in layers]
-    if not all(_divides(kernel, by, heads, mesh.size) for kernel in kernels):
-        return _whole(list(layers), mesh)
-    biases = along(mesh, 0 if by == "rows" else None)
+    if not all(_divides(kernel, by, heads, over.shares) for kernel in kernels):
+        return _whole(list(layers), over)
+    biases = 0 if by == "rows" else None
     return [
-        {"kernel": kernel} | ({"bias": put(layer["bias"], biases)} if "bias" in layer else {})
-        for kernel, layer in zip(_split(kernels, by, mesh), layers, strict=True)
+        {"kernel": kernel} | ({"bias": over.put(layer["bias"], biases)} if "bias" in layer else {})
+        for kernel, layer in zip(_split(kernels, by, over), layers, strict=True)
     ]
 
 
@@ -96,22 +95,21 @@ def _divides(kernel: Any, by: By, heads: int | None, devices: int) -> bool:
     return out % (devices * (rows_together(kernel) if packed else 1)) == 0 and (heads or devices) % devices == 0
 
 
-def _split(kernels: Sequence[Any], by: By, mesh: Mesh) -> list[Any]:
+def _split(kernels: Sequence[Any], by: By, over: Placement) -> list[Any]:
     """The kernels of one layer of every block, their parts with room for the same number of outliers."""
     if not isinstance(kernels[0], SpqrTensor):
-        return [put(kernel, along(mesh, 1 if by == "rows" else 0)) for kernel in kernels]
+        return [over.put(kernel, 1 if by == "rows" else 0) for kernel in kernels]
     # In host memory until all of them are known: no device needs room for more than one whole matrix.
     split = [
-        jax.device_get((split_rows(kernel, mesh.size), None) if by == "rows" else split_columns(kernel, mesh.size))
+        jax.device_get((split_rows(kernel, over.shares), None) if by == "rows" else split_columns(kernel, over.shares))
         for kernel in kernels
     ]
     padded = pad([parts for parts, _ in split])
-    pairs = jax.tree.map(
-        lambda array: put(array, along(mesh, 0)), list(zip(padded, [f for _, f in split], strict=True))
-    )
-    return [SplitTensor(parts, features, by=by, mesh=mesh) for parts, features in pairs]
+    assert over.mesh is not None
+    pairs = jax.tree.map(lambda array: over.put(array, 0), list(zip(padded, [f for _, f in split], strict=True)))
+    return [SplitTensor(parts, features, by=by, mesh=over.mesh) for parts, features in pairs]
 
 
-def _whole(tree: Any, mesh: Mesh) -> Any:
+def _whole(tree: Any, over: Placement) -> Any:
     """A copy for every device."""
-    return jax.tree.map(lambda array: put(array, along(mesh, None)), tree)
+    return jax.tree.map(lambda array: over.put(array, None), tree)

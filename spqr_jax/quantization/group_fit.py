@@ -1,4 +1,4 @@
-"""Min–max fits of scales and zeros, and their second-level quantization.
+"""Fits of a group's scale and zero, and the second-level quantization of these statistics.
 
 Arrays here hold a group's weights along the first axis and output rows along the last.
 """
@@ -10,21 +10,60 @@ import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float
 
 from pallas_kernels import QuantizedStatistics
+from pallas_kernels.format.tensor import Statistics
+from spqr_jax.config import SpqrConfig
 
 Rows = Float[Array, "*batch out"]
 
 RANGE_CUTS = (0.0, 0.1, 0.2)
-"""Parts of a range that a fit by error may leave out at either end."""
+"""Shares of a range that a fit by error may leave out at either end."""
 
-# The largest zero a fit may give, in steps: it must not overflow in float16.
 MAX_ZERO = 2.0**15
+"""The largest zero of a fit, in steps: half of float16's range."""
+
+
+def fit_group(
+    group: Float[Array, "group out"],
+    diagonal: Float[Array, " group"],
+    threshold: Float[Array, " out"] | None,
+    config: SpqrConfig,
+) -> tuple[Array, Array, tuple[Statistics, Statistics]]:
+    """Scale and zero of a group in each row, as they will be stored; likely outliers are left out of the fit."""
+    low, high = group.min(axis=0), group.max(axis=0)
+    costs = jnp.broadcast_to(1 / jnp.square(diagonal)[:, None], group.shape)
+    if threshold is not None and not config.simplified:
+        gain = leave_one_out_gain(group, costs[:, 0], config.bits)
+        # A row that is kept whole is fitted like the others, because their statistics are quantized together.
+        likely = (gain > threshold) & (threshold >= 0)
+        kept_low = jnp.where(likely, jnp.inf, group).min(axis=0)
+        kept_high = jnp.where(likely, -jnp.inf, group).max(axis=0)
+        # Fewer than two values are left to fit: the range that the official code takes.
+        unfit = (kept_low >= kept_high) & (low < high)
+        low, high = jnp.where(unfit, -1, kept_low), jnp.where(unfit, 1, kept_high)
+        costs = jnp.where(likely, 0, costs)
+    if config.fit == "error":
+        # A weight with a cost above T becomes an outlier, and costs no more.
+        most = jnp.full_like(low, jnp.inf) if threshold is None else jnp.where(threshold < 0, jnp.inf, threshold)
+        scale, zero = least_error_fit(group, low, high, costs, most, config.bits)
+    else:
+        scale, zero = min_max_fit(low, high, config.bits)
+
+    def store(values: Array, bits: int | None) -> tuple[Statistics, Array]:
+        if bits is not None:
+            return quantize_statistics(values, bits, config.stats_group_size, config.stats_dtype)
+        stored = rounded(values, config.stats_dtype)
+        return stored, stored
+
+    stored_scale, scale = store(scale, config.scale_bits)
+    stored_zero, zero = store(zero, config.zero_bits)
+    return scale, zero, (stored_scale, stored_zero)
 
 
 def min_max_fit(low: Rows, high: Rows, bits: int) -> tuple[Rows, Rows]:
     """Scale and zero that map `low` to code 0 and `high` to code 2^bits − 1.
 
-    scale = (high − low) / (2^bits − 1), zero = −low / scale. A range too narrow for its distance from 0 (a single
-    value, say) is widened to reach 0, which its end then represents exactly; a range that is only 0 has scale 0.
+    scale = (high − low) / (2^bits − 1), zero = −low / scale. A range too narrow for its distance from 0, such as a
+    single value, is widened to reach 0. Its other end is then represented exactly. A range that is only 0 has scale 0.
     """
     max_code = 2**bits - 1
     narrow = (high - low) * MAX_ZERO <= max_code * jnp.maximum(jnp.abs(low), jnp.abs(high))
@@ -42,9 +81,9 @@ def least_error_fit(
     largest_cost: Float[Array, " out"],
     bits: int,
 ) -> tuple[Rows, Rows]:
-    """The min–max fit of that part of a range with the least Σ_j min(costs_j (w_j − ŵ_j)², largest_cost).
+    """The min–max fit of the part of a range with the least Σ_j min(costs_j (w_j − ŵ_j)², largest_cost).
 
-    Parts leave out 0, 10 or 20 % at either end; weights there are clipped, for finer steps between the others.
+    Parts leave out 0, 10 or 20 % at either end. Weights there are clipped, which makes the steps between others finer.
     """
 
     def fit(cuts: Float[Array, "2"]) -> tuple[Rows, Rows, Rows]:
@@ -64,7 +103,7 @@ def least_error_fit(
 
 
 def encode(values: Array, scale: Array, zero: Array, bits: int) -> Array:
-    """Codes clip(round(value / scale + zero), 0, 2^bits − 1), in the values' type."""
+    """The codes clip(round(value / scale + zero), 0, 2^bits − 1), in the type of the values."""
     return jnp.clip(jnp.round(values / _divisor(scale) + zero), 0, 2**bits - 1)
 
 
@@ -78,9 +117,12 @@ def quantize_statistics(
 ) -> tuple[QuantizedStatistics, Float[Array, " out"]]:
     """Quantizes the scales (or zeros) of one group column, `stats_group_size` rows together.
 
-    The second-level scale and zero are rounded to `dtype` before they are used, so that what the solver sees is what
-    is stored. Returns codes with second-level statistics (one per statistics group), and the values that they stand
-    for.
+    The second-level scale and zero are rounded to `dtype` before they are used, so that the solver sees the stored
+    values.
+
+    Returns:
+      Codes with second-level statistics, one pair per statistics group.
+      The dequantized scales (or zeros).
     """
     grouped = values.reshape(-1, stats_group_size)
     low, high = grouped.min(axis=1), grouped.max(axis=1)
@@ -93,10 +135,10 @@ def quantize_statistics(
 def leave_one_out_gain(
     group: Float[Array, "group out"], weights: Float[Array, " group"], bits: int
 ) -> Float[Array, "group out"]:
-    """How much a group's Σ_j weights_j (w_j − ŵ_j)² falls when one weight is left out of the fit and kept exact.
+    """The fall of a group's Σ_j weights_j (w_j − ŵ_j)² when one weight is left out of the fit and kept exactly.
 
-    Only the minimum and the maximum change a fit by leaving, so three fits serve all weights: for every other weight
-    the gain is its own squared error.
+    Only leaving out the minimum or the maximum changes the fit, so three fits serve all weights. For every other weight
+    the gain is its own error term.
     """
     index = jnp.arange(len(group))[:, None]
     lowest, highest = index == jnp.argmin(group, axis=0), index == jnp.argmax(group, axis=0)
@@ -110,8 +152,8 @@ def leave_one_out_gain(
 
 
 def rounded(values: Float[Array, "*shape"], dtype: DTypeLike) -> Float[Array, "*shape"]:
-    """The values that are left when these are stored in another type, in their own type."""
-    # Otherwise XLA takes out the two conversions on a GPU, and with them the rounding.
+    """The values rounded to another type, returned in their own type."""
+    # Without the barrier, XLA removes both conversions on a GPU, and with them the rounding.
     return jax.lax.optimization_barrier(values.astype(dtype)).astype(values.dtype)
 
 

@@ -1,7 +1,7 @@
-"""Factors and inverses of symmetric matrices, the large products in blocks that leave out what is zero.
+"""Factors, inverses and sums of products of symmetric matrices, in blocks that skip the zeros of triangular ones.
 
-A solve with as many right-hand sides as rows runs at a third of a product's speed, and does not know that both the
-factor and the identity are triangular. Blocks are few, so that a matrix of any size compiles to few operations.
+A triangular solve with as many right-hand sides as rows runs at a third of a product's speed, and does not use that the
+identity is triangular too. Blocks are few, so that a matrix of any size compiles to few operations.
 """
 
 import jax.numpy as jnp
@@ -12,18 +12,21 @@ SMALLEST_HALVED = 384
 """Rows up to which a factor is inverted as a whole."""
 
 HALVINGS = 4
-"""How often a larger one is halved at most."""
+"""The most times that a larger one is halved."""
 
 PANELS = 4
-"""Parts in which a product is taken; with four, 15/32 of the full product."""
+"""Panels in which R Rᵀ is computed; four take 15/32 of the operations of the full product."""
+
+BLOCK_ROWS = 16
+"""Rows that are summed or multiplied together on whichever device they are, so that all round alike."""
 
 
 def upper_cholesky(matrix: Float[Array, "n n"]) -> Float[Array, "n n"]:
     """R, upper triangular, with A = Rᵀ R; NaN throughout where A is not positive definite.
 
-    Reads the upper triangle alone.
+    Only the upper triangle of A is read.
     """
-    # LAPACK has columns contiguous: with Aᵀ = A and R = Lᵀ, rows serve as its columns and nothing is rearranged.
+    # LAPACK stores columns contiguously: with Aᵀ = A and R = Lᵀ, rows serve as its columns and nothing is transposed.
     return cholesky(matrix.T, symmetrize_input=False).T
 
 
@@ -40,7 +43,7 @@ def upper_inverse(upper: Float[Array, "n n"], halvings: int = HALVINGS) -> Float
 
 
 def upper_square(upper: Float[Array, "n n"]) -> Float[Array, "n n"]:
-    """R Rᵀ of an upper triangular R, without some of the blocks under the diagonal: they are left 0."""
+    """R Rᵀ of an upper triangular R; some of the blocks below the diagonal are left 0."""
     size = len(upper)
     width = max(-(-size // PANELS), 1)
 
@@ -54,3 +57,17 @@ def upper_square(upper: Float[Array, "n n"]) -> Float[Array, "n n"]:
 
 def _product(a: Float[Array, "rows inner"], b: Float[Array, "inner columns"]) -> Float[Array, "rows columns"]:
     return jnp.matmul(a, b, precision="highest")
+
+
+def symmetric(matrix: Float[Array, "n n"]) -> Float[Array, "n n"]:
+    """The symmetric matrix with this upper triangle."""
+    upper = jnp.triu(matrix)
+    return upper + jnp.triu(upper, 1).T
+
+
+def sum_of_products(
+    a: Float[Array, "batch tokens rows"], b: Float[Array, "batch tokens columns"]
+) -> Float[Array, "rows columns"]:
+    """Σ a bᵀ over all tokens, in float32."""
+    # Not as a product of two matrices: XLA would then multiply the transposed one without the bfloat16 units of a CPU.
+    return jnp.einsum("bti,btj->ij", a, b, precision="highest", preferred_element_type=jnp.float32)

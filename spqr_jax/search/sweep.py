@@ -21,7 +21,7 @@ from pallas_kernels.errors import SpqrError
 from spqr_jax.config import Method, SpqrConfig
 from spqr_jax.measure.perplexity import counted_perplexity, token_losses
 from spqr_jax.models.decoder import Decoder, Params, layer_name
-from spqr_jax.quantization.model import check_weights
+from spqr_jax.quantization.checks import check_weights
 from spqr_jax.storage.checkpoint import describe_model, is_checkpoint, load, read_json
 from spqr_jax.storage.directories import remove_directory, write_text
 from spqr_jax.storage.disk_to_disk import digest, quantize_checkpoint

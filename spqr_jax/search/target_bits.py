@@ -23,9 +23,11 @@ from scipy.interpolate import PchipInterpolator
 from pallas_kernels.errors import SpqrError
 from spqr_jax.config import COMPACT, NEAR_LOSSLESS, SMALL, SpqrConfig
 from spqr_jax.models.decoder import layer_name
-from spqr_jax.quantization.hidden_states import Streams, advance, embed
-from spqr_jax.quantization.model import check_tokens, in_type, place
-from spqr_jax.quantization.solver import Factor, factorize, in_order, outlier_threshold, quantize_matrix, solve
+from spqr_jax.quantization.columns import solve
+from spqr_jax.quantization.factorize import Factor, factorize, in_order
+from spqr_jax.quantization.solver import quantize_matrix
+from spqr_jax.quantization.thresholds import outlier_threshold
+from spqr_jax.quantization.walk import walk_original
 from spqr_jax.runtime.lapack import in_one_thread
 from spqr_jax.storage.checkpoint import check_destination, describe, read_json
 from spqr_jax.storage.directories import write_text
@@ -91,25 +93,16 @@ def outlier_curve(
       >>> threshold_for(curve, target_bits=3.9)
       0.37
     """
-    # Without a second stream: what the refit changes, it changes little in these counts.
-    hidden = embed(source.model, {"embed_tokens": source.parts["embed_tokens"]()}, calibration_tokens)
-    streams = Streams({"hidden": hidden}, None)
-    block = source.model.new_block()
+    # Without the original model beside it: the refit changes these counts little.
     counts, weights, size = np.zeros(len(thresholds)), 0, 0
-    for index in range(source.model.config.num_layers):
-        params = jax.tree.map(partial(place, mesh=None), source.parts[layer_name(index)]())
-        if index == 0:
-            check_tokens(calibration_tokens, params, source.model)
-        running = in_type(params, block, hidden.dtype)
-        for number, stage in enumerate(block.stages):
-            streams, moments = advance(block, number, running, running, streams)
-            for feed, matrices in stage.feeds.items():
-                kernels = tuple(params[matrix]["kernel"] for matrix in matrices)
-                found = moments.pop(feed)
-                factor = in_one_thread(factorize, found.hessian, config, config.shrinkage * found.chance)
-                counts += np.asarray(outlier_counts(kernels, factor, jnp.asarray(thresholds), config))
-                weights += sum(kernel.size for kernel in kernels)
-                size += sum(_bytes_without_outliers(kernel.shape, config) for kernel in kernels)
+    for _, params, shared in walk_original(source.model, source.parts, calibration_tokens, config):
+        kernels = tuple(params[matrix]["kernel"] for matrix in shared.matrices)
+        moments = shared.take_moments()
+        factor = in_one_thread(factorize, moments.hessian, config, config.shrinkage * moments.sampling_noise)
+        del moments
+        counts += np.asarray(outlier_counts(kernels, factor, jnp.asarray(thresholds), config))
+        weights += sum(kernel.size for kernel in kernels)
+        size += sum(_bytes_without_outliers(kernel.shape, config) for kernel in kernels)
     return Curve(8 * size / weights, tuple(thresholds), tuple((counts / weights).tolist()))
 
 

@@ -20,9 +20,10 @@ from jaxtyping import Int
 
 from spqr_jax.config import SpqrConfig
 from spqr_jax.models.decoder import Params, layer_name
-from spqr_jax.quantization.hidden_states import Allocate, check_shares, embed, start
-from spqr_jax.quantization.model import check_tokens, check_weights, place, quantize_block
-from spqr_jax.runtime.devices import flat
+from spqr_jax.quantization.block import quantize_block
+from spqr_jax.quantization.checks import check_shares, check_tokens, check_weights
+from spqr_jax.quantization.hidden_states import embed, start
+from spqr_jax.runtime.placement import Placement
 from spqr_jax.runtime.processes import agree, is_first
 from spqr_jax.storage.checkpoint import CheckpointError, Entries, check_destination, describe_model
 from spqr_jax.storage.directories import existing_parent, remove_directory
@@ -88,14 +89,14 @@ def quantize_checkpoint(
       >>> quantize_checkpoint(source, "smollm2-spqr", calibration, config=COMPACT)
       >>> model, params, tokenizer = load("smollm2-spqr")
     """
-    mesh = flat(mesh)
+    placement = Placement(mesh)
     destination = Path(destination).resolve()
     directory = destination.with_name(f"{destination.name}.partial")
     published = is_published(directory, destination)
     if not published:
         check_destination(destination, overwrite=overwrite)
     tokens = None if calibration_tokens is None else np.asarray(calibration_tokens)
-    description = _survey(source, tokens, config, mesh, directory)
+    description = _survey(source, tokens, config, placement, directory)
     agree(description)
     with claim(directory, description) if is_first() else nullcontext():
         agree({"directory": str(directory)})
@@ -104,8 +105,9 @@ def quantize_checkpoint(
             if is_first():
                 tidy(directory, state)
         agree({"finished blocks": len(state.blocks)})
-        allocate = partial(allocate_in_file, directory) if hidden_on_disk else np.empty
-        for following in () if published else _states(source, tokens, config, mesh, directory, state, allocate):
+        if hidden_on_disk:
+            placement = Placement(mesh, partial(allocate_in_file, directory))
+        for following in () if published else _states(source, tokens, config, placement, directory, state):
             state = following
             if on_block is not None:
                 on_block(state.blocks[-1])
@@ -115,7 +117,7 @@ def quantize_checkpoint(
                     remove_directory(directory)
                 else:
                     shape = None if tokens is None else tokens.shape
-                    quantization = new_record(config, shape, state.blocks, mesh)
+                    quantization = new_record(config, shape, state.blocks, placement.mesh)
                     finish(directory, destination, state, source.model, source.tokenizer, quantization)
         agree({"finished blocks": len(state.blocks)})
         return state.blocks
@@ -125,7 +127,7 @@ def _survey(
     source: ModelSource,
     tokens: Int[np.ndarray, "sequences tokens"] | None,
     config: SpqrConfig,
-    mesh: Mesh | None,
+    placement: Placement,
     directory: Path,
 ) -> dict[str, Any]:
     """Reads and checks all that goes into a run, part by part, and says what tells it from another."""
@@ -136,7 +138,7 @@ def _survey(
         check_weights({name: part}, source.model, config)
         if name == blocks[0] and tokens is not None:
             check_tokens(tokens, part, source.model)
-            check_shares(len(tokens), mesh)
+            check_shares(len(tokens), placement)
         digests[name] = digest(part)
         size += sum(leaf.nbytes for leaf in jax.tree.leaves(part))
     parent = existing_parent(directory)
@@ -164,20 +166,19 @@ def _states(
     source: ModelSource,
     tokens: Int[np.ndarray, "sequences tokens"] | None,
     config: SpqrConfig,
-    mesh: Mesh | None,
+    placement: Placement,
     directory: Path,
     state: State,
-    allocate: Allocate,
 ) -> Iterator[State]:
     """Quantizes the blocks that are not finished; a state after each of them, when it is on the disk."""
     blocks = _blocks(source)
     structure: Any = jax.tree.structure(None if tokens is None else start(tokens, config))
     if not state.blocks:
-        state = _start(source, tokens, config, directory, allocate)
+        state = _start(source, tokens, config, placement, directory)
     started = time.perf_counter()
-    for name, params in _read_ahead(source.parts, blocks[len(state.blocks) :], mesh):
+    for name, params in _read_ahead(source.parts, blocks[len(state.blocks) :], placement):
         streams = jax.tree.unflatten(structure, state.hidden)
-        block, streams = quantize_block(source.model.new_block(), name, params, streams, config, allocate, mesh)
+        block, streams = quantize_block(source.model.new_block(), name, params, streams, config, placement)
         entries = dict(state.entries)
         with writing(directory):
             if is_first():
@@ -195,8 +196,8 @@ def _start(
     source: ModelSource,
     tokens: Int[np.ndarray, "sequences tokens"] | None,
     config: SpqrConfig,
+    placement: Placement,
     directory: Path,
-    allocate: Allocate,
 ) -> State:
     """Writes what stays as it is, and embeds the calibration tokens."""
     ends: dict[str, Entries] = {}
@@ -205,7 +206,7 @@ def _start(
             ends[name] = keep_part(directory, name, source.parts[name]())
     if tokens is None:
         return State(ends, [], [])
-    hidden = embed(source.model, {"embed_tokens": source.parts["embed_tokens"]()}, tokens, allocate)
+    hidden = embed(source.model, {"embed_tokens": source.parts["embed_tokens"]()}, tokens, placement)
     return State(ends, [], jax.tree.leaves(start(hidden, config)))
 
 
@@ -214,17 +215,17 @@ def _blocks(source: ModelSource) -> list[str]:
 
 
 def _read_ahead(
-    parts: Mapping[str, Callable[[], Params]], names: Sequence[str], mesh: Mesh | None
+    parts: Mapping[str, Callable[[], Params]], names: Sequence[str], placement: Placement
 ) -> Iterator[tuple[str, Params]]:
     """The named parts in order; while the caller works on one, a thread reads the next."""
     with ThreadPoolExecutor(1) as pool:
         reading = [pool.submit(parts[name]) for name in names[:1]]
         for index, name in enumerate(names):
             # As the solver takes them: a kernel in the source's type is not needed any more.
-            params = {module: _placed(arrays, mesh) for module, arrays in reading.pop().result().items()}
+            params = {module: _placed(arrays, placement) for module, arrays in reading.pop().result().items()}
             reading += [pool.submit(parts[following]) for following in names[index + 1 : index + 2]]
             yield name, params
 
 
-def _placed(arrays: Params, mesh: Mesh | None) -> Params:
-    return arrays | {"kernel": place(arrays["kernel"], mesh)} if "kernel" in arrays else arrays
+def _placed(arrays: Params, placement: Placement) -> Params:
+    return arrays | {"kernel": placement.put_parameter(arrays["kernel"])} if "kernel" in arrays else arrays

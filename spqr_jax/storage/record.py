@@ -18,7 +18,7 @@ import jax
 from jax.sharding import Mesh
 
 from spqr_jax.config import SpqrConfig
-from spqr_jax.quantization.model import MatrixReport
+from spqr_jax.quantization.report import MatrixReport
 from spqr_jax.storage.checkpoint import MANIFEST, RECORD, CheckpointError, read_json, verify
 
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from spqr_jax.config import SpqrConfig
+from spqr_jax.quantization.factorize import factorize
 from spqr_jax.quantization.linalg import upper_cholesky, upper_inverse, upper_square
-from spqr_jax.quantization.solver import factorize
 
 
 def random_hessian(size: int) -> np.ndarray:

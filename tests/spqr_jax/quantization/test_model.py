@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers.chance import reference_chance
+from helpers.sampling_noise import reference_sampling_noise
 
 from pallas_kernels import SpqrTensor, bits_per_weight, outlier_share, spqr_dequantize, trim
 from pallas_kernels.format.bit_layout import unpack_codes
@@ -140,7 +140,7 @@ def expected_errors(quantized: dict[str, Any], config: SpqrConfig) -> dict[str, 
                 if matrix in added_to:
                     target += flat(originally_added_to[matrix]) - flat(added_to[matrix])
                 hessian = x.T @ x
-                shrinkage = config.shrinkage * reference_chance(inputs[matrix])
+                shrinkage = config.shrinkage * reference_sampling_noise(inputs[matrix])
                 held = np.diag(0.1 * np.diag(hessian).mean() + shrinkage * np.diag(hessian))
                 weight = np.linalg.solve(hessian + held, x.T @ target + held @ weight.T).T
             error = weight - np.asarray(solved[matrix]["kernel"], np.float64).T

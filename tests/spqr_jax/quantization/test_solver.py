@@ -13,7 +13,8 @@ import pytest
 from pallas_kernels import SpqrTensor, outlier_share, spqr_dequantize, trim
 from pallas_kernels.format.bit_layout import unpack_codes, unpack_planes
 from spqr_jax.config import SpqrConfig
-from spqr_jax.quantization.solver import factorize, quantize_matrix, quantize_shared
+from spqr_jax.quantization.factorize import factorize
+from spqr_jax.quantization.solver import quantize_matrix, quantize_shared
 
 GOLDENS = Path(__file__).parents[2] / "goldens"
 DEQUANTIZE = jax.jit(spqr_dequantize)

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from pallas_kernels import SpqrTensor
 from spqr_jax import NEAR_LOSSLESS, SpqrConfig, quantize, summarize
-from spqr_jax.quantization.solver import factorize, quantize_matrix
+from spqr_jax.quantization.factorize import factorize
+from spqr_jax.quantization.solver import quantize_matrix
 from spqr_jax.search.target_bits import Curve, outlier_counts, outlier_curve, settings_for, threshold_for
 from spqr_jax.storage.model_source import ModelSource
 

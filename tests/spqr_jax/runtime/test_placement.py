@@ -19,17 +19,15 @@ from helpers.same import assert_identical
 from helpers.tiny_models import random_tensors, tiny_config, write_checkpoint
 from helpers.trained_models import LENGTH, byte_tokens, calibration_tokens, trained
 from helpers.virtual_devices import environment
-from jax.sharding import Mesh
 
 from converters import open_pretrained
 from pallas_kernels.format.bit_layout import unpack_codes
 from spqr_jax import SpqrConfig, load, perplexity, quantize
 from spqr_jax.models import Falcon, FalconConfig, Llama, LlamaConfig, RotaryConfig
 from spqr_jax.quantization.hidden_states import advance, embed, start
-from spqr_jax.quantization.model import place
 from spqr_jax.quantization.moments import moment_sums
 from spqr_jax.quantization.solver import quantize_shared
-from spqr_jax.runtime.devices import along, flat
+from spqr_jax.runtime.placement import Placement
 from spqr_jax.storage.disk_to_disk import quantize_checkpoint
 
 DEVICES = 8
@@ -63,8 +61,8 @@ def test_on_eight_devices(speed: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def mesh() -> Mesh:
-    return flat(jax.make_mesh((4, 2), ("x", "y")))
+def placement() -> Placement:
+    return Placement(jax.make_mesh((4, 2), ("x", "y")))
 
 
 def random_params(model: Any) -> dict[str, Any]:
@@ -125,14 +123,14 @@ def _packed(params: dict[str, Any], model: Any) -> list[Any]:
 
 
 @on_devices
-def test_a_device_has_its_share_of_weights_and_hessians(mesh: Mesh) -> None:
+def test_a_device_has_its_share_of_weights_and_hessians(placement: Placement) -> None:
     model = SMALL["llama"]
-    params = jax.tree.map(lambda leaf: place(leaf, mesh), random_params(model)["layers_0"])
+    params = jax.tree.map(lambda leaf: placement.put_parameter(leaf), random_params(model)["layers_0"])
     assert {shard.data.shape for shard in params["up_proj"]["kernel"].addressable_shards} == {(256, 384 // DEVICES)}
     streams = start(embed(model, random_params(model), TOKENS), CONFIG)
-    _, moments = advance(model.new_block(), 0, params, params, streams, mesh=mesh)
-    weights = tuple(jax.device_put(params[m]["kernel"].T, along(mesh, 0)) for m in ("q_proj", "k_proj", "v_proj"))
-    packed, dense, _ = quantize_shared(weights, moments["attention_input"].hessian, CONFIG, mesh)
+    _, moments = advance(model.new_block(), 0, params, params, streams, placement)
+    weights = tuple(jax.device_put(params[m]["kernel"].T, placement.along(0)) for m in ("q_proj", "k_proj", "v_proj"))
+    packed, dense, _ = quantize_shared(weights, moments["attention_input"].hessian, CONFIG, placement)
     for weight, matrix, tensor in zip(weights, dense, packed, strict=True):
         assert {shard.data.shape for shard in matrix.addressable_shards} == {(len(weight) // DEVICES, 256)}
         for array in tensor.arrays().values():
@@ -141,38 +139,38 @@ def test_a_device_has_its_share_of_weights_and_hessians(mesh: Mesh) -> None:
 
 
 @on_devices
-def test_the_compiled_solver_needs_an_eighth_on_each_device(mesh: Mesh) -> None:
+def test_the_compiled_solver_needs_an_eighth_on_each_device(placement: Placement) -> None:
     out, columns = 4096, 128
 
-    def bytes_needed(mesh: Mesh | None) -> int:
-        weight = jax.ShapeDtypeStruct((out, columns), jnp.float32, sharding=along(mesh, 0))
-        hessian = jax.ShapeDtypeStruct((columns, columns), jnp.float32, sharding=along(mesh, None))
-        solver = jax.jit(quantize_shared, static_argnames=("config", "mesh"))
-        analysis = solver.lower((weight,), hessian, CONFIG, mesh).compile().memory_analysis()
+    def bytes_needed(placement: Placement) -> int:
+        weight = jax.ShapeDtypeStruct((out, columns), jnp.float32, sharding=placement.along(0))
+        hessian = jax.ShapeDtypeStruct((columns, columns), jnp.float32, sharding=placement.along(None))
+        solver = jax.jit(quantize_shared, static_argnames=("config", "placement"))
+        analysis = solver.lower((weight,), hessian, CONFIG, placement).compile().memory_analysis()
         return analysis.argument_size_in_bytes + analysis.output_size_in_bytes + analysis.temp_size_in_bytes
 
     # Beside it, every device has the Hessian and a few matrices of its size, and sums over sixteen rows.
     shared = 10 * 4 * columns**2 + 2 * 4 * columns * out // 16
-    assert bytes_needed(mesh) < bytes_needed(None) / DEVICES + shared
-    assert shared < bytes_needed(None) / 10
+    assert bytes_needed(placement) < bytes_needed(Placement()) / DEVICES + shared
+    assert shared < bytes_needed(Placement()) / 10
 
 
 @on_devices
-def test_the_sum_over_sequences_is_in_the_order_of_one_device(mesh: Mesh) -> None:
+def test_the_sum_over_sequences_is_in_the_order_of_one_device(placement: Placement) -> None:
     model = SMALL["llama"]
     params, streams = random_params(model), start(embed(model, random_params(model), TOKENS), CONFIG)
     block, first = model.new_block(), params["layers_0"]
     streams = streams._replace(original={"hidden": 1.1 * streams.quantized["hidden"]})
     after, one = advance(block, 0, first, first, streams)
-    shared = jax.tree.map(lambda leaf: place(leaf, mesh), first)
-    _, eight = advance(block, 0, shared, shared, streams, mesh=mesh)
+    shared = jax.tree.map(lambda leaf: placement.put_parameter(leaf), first)
+    _, eight = advance(block, 0, shared, shared, streams, placement)
     jax.tree.map(np.testing.assert_array_equal, eight, one)
     x = after.quantized["attention_input"].reshape(1, -1, 256)
     hessian = np.triu(moment_sums(x).hessian)
     np.testing.assert_allclose(np.triu(eight["attention_input"].hessian), hessian, rtol=1e-4, atol=1e-3)
     _, one = advance(block, 1, first, first, after)
-    _, eight = advance(block, 1, shared, shared, after, mesh=mesh)
-    assert np.any(one["attention_output"].lost)
+    _, eight = advance(block, 1, shared, shared, after, placement)
+    assert np.any(one["attention_output"].drift.residual)
     jax.tree.map(np.testing.assert_array_equal, eight, one)
 
 
@@ -200,12 +198,12 @@ def test_what_a_mesh_cannot_do_is_said() -> None:
 
 
 @on_devices
-def test_rows_of_zeros_fill_up_what_does_not_divide(mesh: Mesh) -> None:
+def test_rows_of_zeros_fill_up_what_does_not_divide(placement: Placement) -> None:
     rng = np.random.default_rng(3)
     weights = tuple(rng.standard_normal((rows, 96), np.float32) for rows in (48, 160))
     x = rng.standard_normal((500, 96), np.float32)
     expected, dense, _ = quantize_shared(weights, x.T @ x, CONFIG)
-    parts, found, _ = quantize_shared(weights, x.T @ x, CONFIG, mesh)
+    parts, found, _ = quantize_shared(weights, x.T @ x, CONFIG, placement)
     for a, b in zip(found, dense, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
     for whole, part in zip(expected, parts, strict=True):

@@ -1,9 +1,9 @@
-"""How much of correlations is chance, in float64 and straight from the definition."""
+"""The sampling noise in correlations, in float64 and straight from the definition."""
 
 import numpy as np
 
 
-def reference_chance(x: np.ndarray) -> float:
+def reference_sampling_noise(x: np.ndarray) -> float:
     """For inputs `[sequences, tokens, features]`, all of which occur in each sequence."""
     x = np.asarray(x, np.float64)
     off_diagonal = ~np.eye(x.shape[2], dtype=bool)

@@ -1,0 +1,121 @@
+"""Checks of weights and calibration tokens before, and of hidden states during, the long work."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Int, PyTree
+
+from pallas_kernels import SplitTensor, SpqrTensor, check_format
+from pallas_kernels.errors import SpqrError
+from spqr_jax.config import SpqrConfig
+from spqr_jax.models.decoder import Decoder, Params, layer_name
+from spqr_jax.models.token_ids import check_vocabulary
+from spqr_jax.runtime.placement import Placement
+from spqr_jax.runtime.tracing import is_traced
+
+LARGEST_WEIGHT = 2.0**14
+"""A quarter of float16's range: room for residuals and for the corrections of other columns' errors."""
+
+
+def check_weights(params: Params, model: Decoder, config: SpqrConfig) -> None:
+    """Raises a SpqrError that names the first tensor that cannot be quantized, and why.
+
+    Args:
+      params: the parameter tree, or some of its top-level entries.
+      model: the Flax module.
+      config: what to quantize to.
+    """
+    names = model.new_block().matrices()
+    matrices = {f"{layer_name(index)}.{matrix}" for index in range(model.config.num_layers) for matrix in names}
+    for path, leaf in flatten_dict(params, sep=".").items():
+        name = path.removesuffix(".kernel")
+        if isinstance(leaf, SpqrTensor | SplitTensor):
+            raise SpqrError(f"{name} is quantized already: start from the original weights")
+        if name in matrices:
+            check_matrix(name, leaf.T, config)
+        else:
+            check_finite(name, leaf)
+
+
+def check_matrix(name: str, weight: Float[Array | np.ndarray, "..."], config: SpqrConfig) -> None:
+    """Raises a SpqrError that names a weight `[out, in]` with sizes or values that the format cannot hold."""
+    try:
+        check_format(
+            *weight.shape,
+            bits=config.bits,
+            group_size=config.group_size,
+            scale_bits=config.scale_bits,
+            zero_bits=config.zero_bits,
+            stats_group_size=config.stats_group_size,
+        )
+    except SpqrError as error:
+        raise SpqrError(f"{name}: {error}") from None
+    check_finite(name, weight)
+    if not is_traced(weight) and (largest := float(_largest(weight))) > LARGEST_WEIGHT:
+        raise SpqrError(
+            f"{name} has weights up to {largest:g}, but scales and outliers are float16: "
+            f"scale it down to {LARGEST_WEIGHT:g}"
+        )
+
+
+def check_finite(name: str, array: Float[Array | np.ndarray, "..."]) -> None:
+    """Raises a SpqrError that names an array with NaN or infinite values; traced arrays pass."""
+    if is_traced(array):
+        return
+    if bad := array.size - int(_count_finite(array)):
+        raise SpqrError(f"{name} has {bad} values that are NaN or infinite")
+
+
+def check_tokens(calibration_tokens: Int[ArrayLike, "..."], block: Params, model: Decoder) -> None:
+    """Raises a SpqrError where calibration tokens are too few, too long or outside the vocabulary.
+
+    Args:
+      calibration_tokens: the tokens.
+      block: parameters of one block; the input features of its matrices set the least number of tokens.
+      model: the Flax module.
+    """
+    tokens = jnp.asarray(calibration_tokens)
+    if tokens.ndim != 2:
+        raise SpqrError(f"calibration tokens must have shape [sequences, tokens], not {tokens.shape}")
+    # A Hessian of n tokens has rank n at most; below an eighth of the features, damping is most of it.
+    widest = max(block[matrix]["kernel"].shape[0] for matrix in model.new_block().matrices())
+    if tokens.size * 8 < widest:
+        raise SpqrError(
+            f"{tokens.size} calibration tokens are too few for matrices with {widest} input features: "
+            f"give at least {-(-widest // 8)}, better {widest} or more"
+        )
+    if tokens.shape[1] > model.config.max_positions:
+        raise SpqrError(
+            f"calibration sequences have {tokens.shape[1]} tokens, but the model takes {model.config.max_positions}: "
+            "give shorter sequences"
+        )
+    if not is_traced(tokens):
+        check_vocabulary(tokens, model.config.vocab_size)
+
+
+def check_shares(sequences: int, placement: Placement) -> None:
+    """Raises a SpqrError where the devices cannot have equally many sequences."""
+    if sequences % placement.shares:
+        raise SpqrError(
+            f"{sequences} calibration sequences cannot be shared evenly by {placement.shares} devices: give a multiple "
+            f"of {placement.shares}"
+        )
+
+
+def check_hidden(streams: PyTree, name: str) -> None:
+    """Raises a SpqrError that names the block whose output has NaN or infinite values; traced states pass."""
+    for hidden in jax.tree.leaves(streams):
+        if not is_traced(hidden) and not all(np.isfinite(sequence).all() for sequence in hidden):
+            raise SpqrError(f"{name}: its output has values that are NaN or infinite on the calibration tokens")
+
+
+@jax.jit
+def _largest(array: Float[Array, "..."]) -> Float[Array, ""]:
+    return jnp.abs(array).max()
+
+
+@jax.jit
+def _count_finite(array: Float[Array, "..."]) -> Int[Array, ""]:
+    return jnp.isfinite(array).sum()

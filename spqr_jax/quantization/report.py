@@ -1,0 +1,53 @@
+"""Reports on quantized matrices: size, outliers, error and time."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from pallas_kernels import SpqrTensor, bits_per_weight, outlier_share
+
+
+class MatrixReport(NamedTuple):
+    """The size and the error of one quantized matrix.
+
+    Attributes:
+      bits_per_weight: 8 · bytes held / number of weights.
+      outlier_share: outliers / number of weights.
+      relative_error: ‖(W − Ŵ) X‖² / ‖W X‖² on the calibration inputs X (on X = I without any), with W after the refit.
+      seconds: wall time of the solver, divided among matrices solved together by their sizes; NaN where it was traced.
+    """
+
+    bits_per_weight: float
+    outlier_share: float
+    relative_error: float
+    seconds: float
+
+
+def report_matrix(packed: SpqrTensor, error: Float[Array, ""], seconds: float) -> MatrixReport:
+    """The report on one packed matrix; traced values stay arrays."""
+    values: Any = bits_per_weight(packed), outlier_share(packed), error, seconds
+    return MatrixReport._make(v if isinstance(v, jax.core.Tracer) else float(v) for v in values)
+
+
+@jax.jit
+def relative_errors(
+    weights: tuple[Float[Array, "_ in"], ...],
+    approximations: tuple[Float[Array, "_ in"], ...],
+    hessian: Float[Array, "in in"] | None,
+) -> tuple[Float[Array, ""], ...]:
+    """The relative error of matrices that share an input; without a Hessian, on X = I."""
+    metric = jnp.eye(weights[0].shape[1]) if hessian is None else hessian
+    return tuple(relative_error(w, d, metric) for w, d in zip(weights, approximations, strict=True))
+
+
+def relative_error(
+    weight: Float[Array, "out in"], approximation: Float[Array, "out in"], hessian: Float[Array, "in in"]
+) -> Float[Array, ""]:
+    """‖(W − Ŵ) X‖² / ‖W X‖², from H = X Xᵀ."""
+
+    def energy(w: Array) -> Array:
+        return jnp.vdot(w, jnp.matmul(w, hessian, precision="highest"))
+
+    return energy(weight - approximation) / energy(weight)
