@@ -14,7 +14,12 @@ import pallas_kernels
 import spqr_jax
 
 OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
-ROOMS: tuple[str, ...] = ("spqr_jax.texts",)
+ROOMS: tuple[str, ...] = (
+    "pallas_kernels.aot",
+    "pallas_kernels.benchmark",
+    "spqr_jax.benchmark",
+    "spqr_jax.texts",
+)
 """Modules whose examples run, by the start of their names."""
 PROGRAMS = ("__main__", "harness")
 """Modules that do something, or need an optional package, when they are imported."""

@@ -1,6 +1,6 @@
-"""What kernels will cost on a GPU, found on any machine by compiling them for it.
+"""Predicts the cost of kernels on a GPU by compiling them ahead of time (AOT); no GPU is needed.
 
-`make aot-env` installs what it needs, `python -m pallas_kernels.aot` prints it.
+`make aot-env` installs the compilers. `python -m pallas_kernels.aot` prints the report.
 """
 
 from pallas_kernels.aot.costs import KernelReport, report, report_all

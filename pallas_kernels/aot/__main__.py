@@ -1,6 +1,6 @@
-"""The command `python -m pallas_kernels.aot`: what every kernel will cost on a GPU, without the GPU.
+"""The command `python -m pallas_kernels.aot`: predicts the cost of every kernel on a GPU, without the GPU.
 
-Exit status: 0 done, 1 an error told in one line, 2 wrong usage.
+Exit status: 0 on success, 1 on an error (printed as one line), 2 on wrong usage.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 
 
 class Target(StrEnum):
-    """GPUs to compile for."""
+    """The choices of `--target`."""
 
     H100 = "h100"
     A100 = "a100"
@@ -38,23 +38,23 @@ class Target(StrEnum):
 
 @app.command()
 def main(
-    target: Annotated[list[Target], typer.Option(help="GPU to compile for; can be given several times, as can all.")],
+    target: Annotated[list[Target], typer.Option(help="GPU to compile for; like the next three, can be repeated.")],
     form: Annotated[
         list[Any],
         typer.Option(
             "--format",
             parser=parse_format,
             metavar="FORMAT",
-            help="Bits, group size, statistics bits (16 without), outliers (none without): 3b-g16-s3-o2%.",
+            help="Bits, group size, optional statistics bits (default 16) and outlier share: 3b-g16-s3-o2%.",
         ),
     ] = FORMATS,
-    tokens: Annotated[list[int], typer.Option(min=1, help="Rows of the activations.")] = TOKENS,
+    tokens: Annotated[list[int], typer.Option(min=1, help="Number of tokens (rows of x).")] = TOKENS,
     shape: Annotated[
         list[Any], typer.Option(parser=parse_shape, metavar="OUTxIN", help="Rows and columns of the matrix.")
     ] = SHAPES,
-    as_json: Annotated[bool, typer.Option("--json", help="Print a list of objects as JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the reports as a JSON list.")] = False,
 ) -> None:
-    """Compile every kernel for GPUs that need not be there, and print what it will cost.
+    """Compile every kernel for the target GPUs and print its predicted cost. No GPU is needed.
 
     Example: python -m pallas_kernels.aot --target h100 --format 3b-g16-s3-o2% --tokens 1 --tokens 16
     """
@@ -68,7 +68,7 @@ def main(
         print(json.dumps([dataclasses.asdict(kernel) for kernels in reports for kernel in kernels]))
         return
     terminal = Console()
-    # Where nobody looks, a file or a pipe, nothing is cut.
+    # Not a terminal (a file or a pipe): print full-width rows.
     output = Console(width=None if terminal.is_terminal else 120)
     for kernels in reports:
         if kernels:
@@ -76,21 +76,21 @@ def main(
 
 
 def _table(kernels: Sequence[KernelReport]) -> Table:
-    """The kernels of one compiled program, one in a column."""
+    """The kernels of one compiled program, one per column."""
     first = kernels[0]
     out, columns = first.shape
     title = f"{first.target}, {first.format}, {out}x{columns}, tokens: {first.tokens}"
     table = Table("", *(kernel.kernel for kernel in kernels), title=title, title_justify="left", box=None)
 
-    def row(label: str, values: Sequence[Any], form: str = "") -> None:
+    def row(label: str, values: Sequence[object], form: str = "") -> None:
         table.add_row(label, *("" if value is None else format(value, form) for value in values))
 
     row("registers", [kernel.registers for kernel in kernels])
     row("bytes spilled", [kernel.spill_bytes for kernel in kernels])
     row("bytes of shared memory", [kernel.shared_bytes for kernel in kernels])
     row("global loads: bytes x number", [_widths(kernel.load_bytes) for kernel in kernels])
-    row("of these, codes", [_widths(kernel.code_load_bytes) for kernel in kernels])
-    row("times that codes are loaded", [kernel.code_reads for kernel in kernels], ".2f")
+    row("  loads of codes", [_widths(kernel.code_load_bytes) for kernel in kernels])
+    row("loads of each code", [kernel.code_reads for kernel in kernels], ".2f")
     row("instructions per weight", [kernel.instructions_per_weight for kernel in kernels], ".2f")
     for kind in dict.fromkeys(kind for kernel in kernels for kind in kernel.kinds or ()):
         row(f"  {kind}", [kernel.kinds and kernel.kinds.get(kind, 0.0) for kernel in kernels], ".2f")

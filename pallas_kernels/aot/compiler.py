@@ -1,4 +1,4 @@
-"""Compiling for a GPU that is not there: from a function to the machine instructions of its kernels."""
+"""Ahead-of-time compilation without a GPU: from a function to the machine instructions of its kernels."""
 
 import multiprocessing
 import os
@@ -11,11 +11,12 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import distributions
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import PyTree
 
 from pallas_kernels.aot.gpus import Gpu
 from pallas_kernels.aot.hlo import ArrayType, accessed_bytes, parse_program
@@ -23,8 +24,8 @@ from pallas_kernels.aot.hlo import ArrayType, accessed_bytes, parse_program
 T = TypeVar("T")
 
 PACKAGES = Path(sys.prefix, "aot")
-"""Where `make aot-env` installs what only this compiler needs; other programs, which do not look there, would have JAX
-look for a GPU, and complain where there is none."""
+"""Where `make aot-env` installs the compilers. If JAX found them on its usual path, it would search for a GPU in every
+program and warn where there is none."""
 
 
 @dataclass(frozen=True)
@@ -32,17 +33,17 @@ class Kernel:
     """One kernel launch of a compiled program.
 
     Attributes:
-      name: of the function on the GPU.
+      name: name of the function on the GPU.
       programs: number of programs (thread blocks).
-      threads: threads of one program.
-      shared_bytes: shared memory of one program.
-      registers: of one thread.
-      spill_bytes: bytes of registers that one thread stores in memory and loads again, for want of registers.
-      reads: arrays that it is given, in the order of its parameters.
-      writes: arrays that it returns.
-      accessed_bytes: bytes that it reads and writes, see `hlo.accessed_bytes`.
-      in_loop: whether it is launched in each step of a loop.
-      sass: its instructions, as `nvdisasm -c` lists them.
+      threads: threads per program.
+      shared_bytes: shared memory per program.
+      registers: registers per thread.
+      spill_bytes: bytes of registers that one thread spills to memory and reloads.
+      reads: argument arrays, in the order of the kernel's parameters.
+      writes: result arrays.
+      accessed_bytes: bytes read and written, see `hlo.accessed_bytes`.
+      in_loop: whether each step of a loop launches the kernel.
+      sass: machine instructions (SASS), as `nvdisasm -c` lists them.
     """
 
     name: str
@@ -60,29 +61,29 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Program:
-    """A compiled program: its kernels, in the order in which they are launched, and its text in XLA's form."""
+    """A compiled program: its kernels in the order of their launches, and its text in XLA's form (HLO)."""
 
     kernels: tuple[Kernel, ...]
     hlo: str
 
 
-def compile_program(function: Any, *args: Any, gpu: Gpu) -> Program:
-    """Compiles a function for arguments of these types.
+def compile_program(function: jax.stages.Wrapped, *args: PyTree, gpu: Gpu) -> Program:
+    """Compiles a jitted function for arguments of the given types.
 
-    For processes of `run_apart`, in which JAX finds `PACKAGES` and looks for no GPU. While it is traced, the GPU is the
-    device that JAX computes on: `spqr_matmul` takes the kernels.
+    Call it in a process of `run_apart`, where JAX finds `PACKAGES` and does not search for a GPU. During tracing the
+    target GPU is JAX's default device, so `spqr_matmul` selects its kernels.
 
     Args:
       function: a jitted function.
       args: pytrees of arrays or `jax.ShapeDtypeStruct`s.
-      gpu: to compile for.
+      gpu: the target.
 
     Raises:
       ModuleNotFoundError: the compiler is not installed.
 
     Example:
       >>> number = jax.ShapeDtypeStruct((8,), jnp.float32)
-      >>> compile_program(jax.jit(jnp.tanh), number, gpu=GPUS["h100"]).kernels[0].registers
+      >>> compile_program(jax.jit(jnp.tanh), number, gpu=GPUS["h100"]).kernels[0].registers  # doctest: +SKIP
       10
     """
     check_installed()
@@ -91,7 +92,7 @@ def compile_program(function: Any, *args: Any, gpu: Gpu) -> Program:
     sharding = NamedSharding(mesh, PartitionSpec())
     args = jax.tree.map(lambda arg: jax.ShapeDtypeStruct(arg.shape, arg.dtype, sharding=sharding), args)
     with tempfile.TemporaryDirectory() as directory:
-        # The expression keeps JAX 0.11 from writing out every step of the compiler, 50 MB for one kernel.
+        # Without a filter JAX 0.11 dumps every compiler pass, 50 MB for one kernel.
         options: dict[str, str | bool] = {"xla_dump_to": directory, "xla_dump_emitter_re": "ptx"}
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), jax.default_device(topology.devices[0]):
             compiled = function.lower(*args).compile(compiler_options=options)
@@ -99,11 +100,12 @@ def compile_program(function: Any, *args: Any, gpu: Gpu) -> Program:
         return Program(tuple(_launches(Path(directory), hlo)), hlo)
 
 
-def run_apart(function: Callable[..., T], *columns: Sequence[Any]) -> Iterator[T]:
-    """`map(function, *columns)` in processes that can compile for GPUs, side by side.
+def run_apart(function: Callable[..., T], *columns: Sequence[object]) -> Iterator[T]:
+    """Computes `map(function, *columns)` in parallel, in processes that can compile for GPUs.
 
     Args:
-      function: of a module, so that it can be sent to a process.
+      function: defined at the top of a module, so that it can be pickled.
+      columns: the arguments, one sequence per parameter.
 
     Raises:
       ModuleNotFoundError: the compiler is not installed.
@@ -116,15 +118,15 @@ def run_apart(function: Callable[..., T], *columns: Sequence[Any]) -> Iterator[T
 
 def _configure_worker() -> None:
     sys.path.append(str(PACKAGES))
-    # With the plugin for GPUs found, JAX would look for one, and complain where there is none.
+    # Otherwise JAX would use the plugin to search for a GPU, and warn where there is none.
     jax.config.update("jax_platforms", "cpu")
-    # Such programs are written to JAX's cache but cannot be read from it, and what comes from there is not dumped.
+    # JAX's cache can store programs for absent devices but cannot load them, and cached programs are not dumped.
     jax.config.update("jax_enable_compilation_cache", False)
 
 
 def check_installed() -> None:
-    """Raises a ModuleNotFoundError where a package that only this compiler needs is missing, or is for another JAX."""
-    advice = "to compile for a GPU that is not there, run `make aot-env` first"
+    """Raises a ModuleNotFoundError if a package of the compiler is missing or is for another version of JAX."""
+    advice = "to compile ahead for a GPU, run `make aot-env` first"
     try:
         plugin = _plugin_version()
         _tool("ptxas"), _tool("nvdisasm")
@@ -142,7 +144,7 @@ def _plugin_version() -> str:
 
 
 def _launches(dump: Path, hlo: str) -> Iterator[Kernel]:
-    """The kernels of a program from what its compilation has left in a directory."""
+    """The kernels of a program, from the directory that its compilation was dumped to."""
     machine_code = _assemble(dump)
     (sequence,), (metadata,) = dump.glob("*.thunk_sequence.txt"), dump.glob("*.thunk_metadata.txt")
     instructions = re.findall(r'profile_annotation: "([^"]+)"\s+thunk_id: (\d+)', metadata.read_text())
@@ -172,8 +174,8 @@ def _launches(dump: Path, hlo: str) -> Iterator[Kernel]:
 
 
 def _assemble(dump: Path) -> dict[str, tuple[int, int, str]]:
-    """Registers, bytes spilled and instructions of each kernel whose PTX is in a directory, by name."""
-    # One file at a time: given many, ptxas 13.5 crashes now and then.
+    """Registers, spilled bytes and SASS of each kernel whose PTX is in a directory, by name."""
+    # One file per call: ptxas 13.5 sometimes crashes when it is given many.
     files = [path for path in sorted(dump.glob("*.ptx")) if ".entry" in path.read_text()]
     return {name: kernel for path in files for name, kernel in _assemble_file(path).items()}
 
@@ -199,7 +201,7 @@ def _output(*command: str | Path) -> str:
 
 
 def _tool(name: str) -> Path:
-    """A program in one of NVIDIA's packages, of which JAX takes its own copies."""
+    """Path of a program in one of NVIDIA's packages. JAX ships its own copies elsewhere."""
     for folder in (*map(Path, sys.path), PACKAGES):
         for path in sorted(folder.glob(f"nvidia/*/bin/{name}")):
             return path

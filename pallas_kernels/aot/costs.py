@@ -1,10 +1,9 @@
-"""What a compiled kernel will cost on its GPU: instructions, bytes and time, per weight and in all."""
+"""The predicted cost of a compiled kernel on its GPU: instructions, bytes and time, per weight and in total."""
 
 import functools
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,13 +21,16 @@ from pallas_kernels.format.tensor import SpqrTensor
 from pallas_kernels.tuning.measurements import best_tile
 from pallas_kernels.tuning.tiles import Tile
 
+Setting = tuple[str, Format, int, tuple[int, int]]
+"""One product: name of the GPU, format, tokens, (out, in)."""
+
 
 @dataclass(frozen=True)
 class KernelReport:
     """One kernel of a product, compiled for one GPU.
 
-    The figures per weight are those of the kernel that reads the codes, and None for what runs beside it. The main
-    loop is the innermost loop that loads codes; where none does, everything outside loops.
+    Figures per weight exist only for the kernel that reads the codes and are None for other kernels. The main loop is
+    the innermost loop that loads codes. Without such a loop it is all code outside loops.
 
     Attributes:
       kernel: name of the function on the GPU.
@@ -36,19 +38,19 @@ class KernelReport:
       tokens: number of tokens.
       shape: (out, in).
       target: name of the GPU.
-      registers: of one thread.
-      spill_bytes: stored and loaded again by one thread for want of registers.
+      registers: per thread.
+      spill_bytes: bytes of registers that one thread spills to memory and reloads.
       shared_bytes: shared memory of one program.
-      load_bytes: how many loads from global memory, of the main loop, have each width in bytes.
-      code_load_bytes: the same of the loads of codes alone.
-      code_reads: bytes that all threads load with these over those of the codes; more than 1 where tiles reach beyond
-        the matrix, or several programs treat the same rows.
-      instructions_per_weight: of the main loop, threads times instructions over weights.
-      kinds: the same by kind of instruction.
-      bytes_per_weight: read, over weights.
-      issue_us: all instructions over the GPU's instruction rate; of a kernel that reads no codes, loops count once.
-      outlier_us: the part of it that the programs have which treat outliers, and no codes.
-      memory_us: bytes of all arrays read and written over the GPU's bandwidth.
+      load_bytes: number of global loads in the main loop, by width in bytes.
+      code_load_bytes: number of those that load codes, by width in bytes.
+      code_reads: bytes of codes that all threads load / bytes of the codes. It is above 1 where tiles extend beyond
+        the matrix, or where several programs treat the same rows.
+      instructions_per_weight: threads · instructions of the main loop / weights.
+      kinds: instructions per weight by kind.
+      bytes_per_weight: bytes read / weights.
+      issue_us: all instructions / the GPU's instruction rate. Without codes to read, each loop counts once.
+      outlier_us: the part of `issue_us` in programs that treat only outliers.
+      memory_us: bytes of all arrays read and written / the GPU's bandwidth.
       predicted_us: the larger of `issue_us` and `memory_us`.
     """
 
@@ -73,37 +75,35 @@ class KernelReport:
 
 
 def report(target: str, form: Format, tokens: int, shape: tuple[int, int]) -> list[KernelReport]:
-    """Compiles all that treats so many tokens, and reports each kernel.
+    """Compiles the kernels that treat this number of tokens, and reports each.
 
     Args:
       target: one of `GPUS`.
-      form: what the matrix is packed as.
+      form: format of the packed matrix.
       tokens: number of rows of the activations, in bfloat16.
       shape: (out, in) of the matrix.
 
     Raises:
       ModuleNotFoundError: the compiler is not installed.
-      SpqrError: the format does not support these sizes, or a kernel's instructions are not understood.
+      SpqrError: the format does not support these sizes, or a kernel cannot be analyzed.
 
     Example:
-      >>> report("h100", Format.parse("3b-g16-s3"), 1, (4096, 4096))[1].spill_bytes
+      >>> report("h100", Format.parse("3b-g16-s3"), 1, (4096, 4096))[1].spill_bytes  # doctest: +SKIP
       0
     """
     return report_all([(target, form, tokens, shape)])[0]
 
 
-def report_all(
-    settings: Sequence[tuple[str, Format, int, tuple[int, int]]], tiles: Sequence[Tile] | None = None
-) -> list[list[KernelReport]]:
-    """`report` of several settings, compiled side by side in processes of their own.
+def report_all(settings: Sequence[Setting], tiles: Sequence[Tile] | None = None) -> list[list[KernelReport]]:
+    """Reports several products, compiled in parallel in separate processes.
 
     Args:
-      settings: target, format, tokens and shape of each.
-      tiles: the tile for each; without, that which is used on such a GPU.
+      settings: the products.
+      tiles: one tile for each product. None: the tile that such a GPU uses.
 
     Raises:
       ModuleNotFoundError: the compiler is not installed.
-      SpqrError: a format does not support these sizes, or a kernel's instructions are not understood.
+      SpqrError: a format does not support these sizes, or a kernel cannot be analyzed.
     """
     reports = []
     for result in try_reports(settings, tiles):
@@ -114,24 +114,27 @@ def report_all(
 
 
 def try_reports(
-    settings: Sequence[tuple[str, Format, int, tuple[int, int]]], tiles: Sequence[Tile] | None = None
+    settings: Sequence[Setting], tiles: Sequence[Tile] | None = None
 ) -> list[list[KernelReport] | ValueError]:
-    """The same, with an error in the place of a report whose kernel's instructions are not understood."""
+    """Reports several products like `report_all`, with an error in the place of each report that fails.
+
+    Raises:
+      ModuleNotFoundError: the compiler is not installed.
+      SpqrError: a format does not support these sizes.
+    """
     for _, form, _, shape in settings:
-        form.tensor(shape)  # What does not fit is told before anything is compiled.
+        form.tensor(shape)  # Report unsupported sizes before anything is compiled.
     return list(run_apart(_try_report, settings, tiles or [None] * len(settings)))
 
 
-def _try_report(
-    setting: tuple[str, Format, int, tuple[int, int]], tile: Tile | None
-) -> list[KernelReport] | ValueError:
+def _try_report(setting: Setting, tile: Tile | None) -> list[KernelReport] | ValueError:
     try:
         return _report(setting, tile)
-    except ValueError as error:  # Pallas raises plain ones for tiles that it cannot lower
+    except ValueError as error:  # Pallas raises plain ValueErrors for tiles that it cannot lower.
         return error
 
 
-def _report(setting: tuple[str, Format, int, tuple[int, int]], tile: Tile | None) -> list[KernelReport]:
+def _report(setting: Setting, tile: Tile | None) -> list[KernelReport]:
     target, form, tokens, shape = setting
     w = form.tensor(shape)
     x = jax.ShapeDtypeStruct((tokens, shape[1]), jnp.bfloat16)
@@ -143,25 +146,24 @@ def _report(setting: tuple[str, Format, int, tuple[int, int]], tile: Tile | None
             launch = compiled.launch(w, tokens, used)
             for kernel in compile_program(function, x, w, gpu=GPUS[target]).kernels:
                 try:
-                    costs = _costs(kernel, w, launch, GPUS[target])
+                    reports.append(_kernel_report(kernel, setting, w, launch))
                 except SpqrError as error:
                     raise SpqrError(f"{kernel.name} for {target}, {form}, {tokens} tokens: {error}") from None
-                reports.append(
-                    KernelReport(kernel.name, format=str(form), tokens=tokens, shape=shape, target=target, **costs)
-                )
     return reports
 
 
 @dataclass(frozen=True)
 class _Parts:
-    """Instructions of a kernel, by how often each thread of its programs executes them.
+    """Instructions of a kernel, by how often a thread executes them.
+
+    Dense paths lead through a load of codes. Sparse paths do not: programs that treat only outliers take them.
 
     Attributes:
-      main: those of the main loop.
-      once: the others on the ways that lead through loads of codes.
-      outlier: those of the loops on the other ways, which programs that treat outliers take.
-      sparse: the others there.
-      code_loads: all that load codes, wherever they are.
+      main: the main loop.
+      once: the rest of the dense paths.
+      outlier: loops on sparse paths.
+      sparse: the rest of the sparse paths.
+      code_loads: all loads of codes, on any path.
     """
 
     main: frozenset[int]
@@ -179,7 +181,7 @@ def _parts(listing: Listing, code_loads: frozenset[int]) -> _Parts:
     bodies = loops(listing)
     loading = [body for body in bodies if body & code_loads]
     innermost = [body for body in loading if not any(inside < body for inside in loading)]
-    # Loads moved ahead of a loop may make a loop of their own: the main one has the most.
+    # Hoisted loads may form a loop of their own. The main loop has the most loads of codes.
     main = max(innermost, key=lambda body: len(body & code_loads), default=frozenset())
     outlier = frozenset().union(*(body for body in bodies if body <= sparse))
     once = program - sparse - main
@@ -187,57 +189,69 @@ def _parts(listing: Listing, code_loads: frozenset[int]) -> _Parts:
     return _Parts(main, once, outlier, sparse - outlier, code_loads)
 
 
-def _costs(kernel: Kernel, w: SpqrTensor, launch: Launch, gpu: Gpu) -> dict[str, Any]:
-    """The fields of `KernelReport` that tell what one kernel costs.
+def _kernel_report(kernel: Kernel, setting: Setting, w: SpqrTensor, launch: Launch) -> KernelReport:
+    """The report of one kernel.
 
     Raises:
-      SpqrError: the loops that a launch tells of are not found, or not all loads of codes.
+      SpqrError: the loops of the launch, or all loads of codes, are not found in the instructions.
     """
-    listing = parse(kernel.sass)
+    target, form, tokens, shape = setting
+    gpu, listing = GPUS[target], parse(kernel.sass)
     parts = _parts(listing, _code_loads(kernel, listing, w, gpu))
     weights = w.shape[0] * w.shape[1]
     steps, sparse_programs = (launch.steps, launch.sparse_programs) if parts.code_loads else (1, 0)
     threads = (kernel.programs - sparse_programs) * kernel.threads
     kinds = {kind: threads * steps * n / weights for kind, n in listing.kinds(parts.main).most_common()}
-    code_reads = None
-    if parts.code_loads:
-        if bool(parts.outlier) != bool(launch.outlier_steps):
-            raise SpqrError(
-                f"{launch.outlier_steps} steps over outliers, in a loop of {len(parts.outlier)} instructions"
-            )
-        code_bytes = steps * _bytes(listing, parts.main & parts.code_loads) + _bytes(
-            listing, parts.once & parts.code_loads
-        )
-        code_reads = threads * code_bytes / ArrayType("u32", w.codes.shape).nbytes
-        if code_reads < 1:
-            raise SpqrError(f"only {code_reads:.2f} of the codes seem to be loaded")
     dense = threads * (len(parts.once) + steps * len(parts.main))
     sparse = sparse_programs * kernel.threads * (len(parts.sparse) + launch.outlier_steps * len(parts.outlier))
     issue, outlier = (1e6 * instructions / gpu.instruction_rate for instructions in (dense + sparse, sparse))
     read, written = (sum(array.nbytes for array in arrays) for arrays in (kernel.reads, kernel.writes))
     memory = 1e6 * (read + written) / gpu.bandwidth
-    return {
-        "registers": kernel.registers,
-        "spill_bytes": kernel.spill_bytes,
-        "shared_bytes": kernel.shared_bytes,
-        "load_bytes": _widths(listing, parts.main),
-        "code_load_bytes": _widths(listing, parts.main & parts.code_loads),
-        "code_reads": code_reads,
-        "instructions_per_weight": sum(kinds.values()) if parts.code_loads else None,
-        "kinds": kinds if parts.code_loads else None,
-        "bytes_per_weight": read / weights if parts.code_loads else None,
-        "issue_us": issue,
-        "outlier_us": outlier,
-        "memory_us": memory,
-        "predicted_us": max(issue, memory),
-    }
+    return KernelReport(
+        kernel=kernel.name,
+        format=str(form),
+        tokens=tokens,
+        shape=shape,
+        target=target,
+        registers=kernel.registers,
+        spill_bytes=kernel.spill_bytes,
+        shared_bytes=kernel.shared_bytes,
+        load_bytes=_widths(listing, parts.main),
+        code_load_bytes=_widths(listing, parts.main & parts.code_loads),
+        code_reads=_code_reads(listing, parts, w, launch, threads) if parts.code_loads else None,
+        instructions_per_weight=sum(kinds.values()) if parts.code_loads else None,
+        kinds=kinds if parts.code_loads else None,
+        bytes_per_weight=read / weights if parts.code_loads else None,
+        issue_us=issue,
+        outlier_us=outlier,
+        memory_us=memory,
+        predicted_us=max(issue, memory),
+    )
+
+
+def _code_reads(listing: Listing, parts: _Parts, w: SpqrTensor, launch: Launch, threads: int) -> float:
+    """Bytes of codes that these threads load / bytes of the codes.
+
+    Raises:
+      SpqrError: the loop over outliers, or some loads of codes, are not found.
+    """
+    if bool(parts.outlier) != bool(launch.outlier_steps):
+        raise SpqrError(
+            f"the launch has {launch.outlier_steps} steps over outliers, but {len(parts.outlier)} instructions were "
+            "found in loops over outliers"
+        )
+    main, once = (_bytes(listing, part & parts.code_loads) for part in (parts.main, parts.once))
+    code_reads = threads * (launch.steps * main + once) / ArrayType("u32", w.codes.shape).nbytes
+    if code_reads < 1:
+        raise SpqrError(f"the loads that were found read only {code_reads:.2f} of the codes, but must read all")
+    return code_reads
 
 
 def _code_loads(kernel: Kernel, listing: Listing, w: SpqrTensor, gpu: Gpu) -> frozenset[int]:
-    """The instructions that load codes; none where the kernel is not given them.
+    """The instructions that load codes. Empty if the codes are no argument of the kernel.
 
     Raises:
-      SpqrError: what some load reads is not certain.
+      SpqrError: a load cannot be traced to one array.
     """
     codes = {i for i, array in enumerate(kernel.reads) if array == ArrayType("u32", w.codes.shape)}
     if not codes:
@@ -245,17 +259,17 @@ def _code_loads(kernel: Kernel, listing: Listing, w: SpqrTensor, gpu: Gpu) -> fr
     loaded = loaded_parameters(listing, gpu.parameters)
     uncertain = sum(len(parameters) != 1 for parameters in loaded.values())
     if uncertain or not any(parameters <= codes for parameters in loaded.values()):
-        raise SpqrError(f"{uncertain} of {len(loaded)} loads cannot be traced to one array, or none to the codes")
+        raise SpqrError(f"{uncertain} of {len(loaded)} loads cannot be traced to one array, or none reads codes")
     return frozenset(number for number, parameters in loaded.items() if parameters <= codes)
 
 
 def _widths(listing: Listing, numbers: Iterable[int]) -> dict[int, int]:
-    """How many of these instructions load so many bytes, widest first."""
+    """The number of loads among these instructions by width in bytes, widest first."""
     widths = (listing.instructions[number].load_bytes for number in numbers)
     counts = Counter(width for width in widths if width is not None)
     return dict(sorted(counts.items(), reverse=True))
 
 
 def _bytes(listing: Listing, numbers: Iterable[int]) -> int:
-    """Bytes that a thread loads with these instructions."""
+    """Bytes that one thread loads with these instructions."""
     return sum(width * count for width, count in _widths(listing, numbers).items())

@@ -1,11 +1,11 @@
-"""Packed formats by short names, and packed matrices without content."""
+"""Short names for packed formats, and the shapes of matrices packed in them."""
 
 import re
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array
 
 from pallas_kernels.errors import SpqrError
 from pallas_kernels.format.bit_layout import BLOCK
@@ -17,16 +17,16 @@ _SPELLING = re.compile(r"(\d+)b-g(\d+)(?:-s(\d+))?(?:-o(\d+(?:\.\d+)?)%)?")
 
 @dataclass(frozen=True)
 class Format:
-    """What a matrix is packed as; statistics groups have 16 rows, and there is a permutation.
+    """A packed format with statistics groups of 16 rows and a permutation.
 
-    Spelled `3b-g16-s3-o2%`: 3 bits, groups of 16, statistics of 3 bits (without `-s3`: of 16 bits), 2 % of all weights
-    outliers (without `-o2%`: none).
+    The spelling `3b-g16-s3-o2%` means 3 bits, groups of 16, 3-bit statistics and 2 % outliers. Without `-s3` the
+    statistics are float16, and without `-o2%` there are no outliers.
 
     Attributes:
       bits: width of a weight code.
       group_size: consecutive columns that share a scale and a zero.
-      stats_bits: width of the codes of scales and zeros, None where these are not quantized.
-      outlier_percent: share of weights that are outliers.
+      stats_bits: width of the codes of scales and zeros. None: they are stored as float16.
+      outlier_percent: percentage of the weights that are outliers.
     """
 
     bits: int
@@ -36,10 +36,10 @@ class Format:
 
     @classmethod
     def parse(cls, spelling: str) -> "Format":
-        """The format of this spelling.
+        """Parses a spelling.
 
         Raises:
-          SpqrError: nothing is spelled so.
+          SpqrError: the spelling is not of the form above.
 
         Example:
           >>> Format.parse("4b-g16-s3-o0.5%")
@@ -48,8 +48,8 @@ class Format:
         match = _SPELLING.fullmatch(spelling)
         if match is None:
             raise SpqrError(
-                f"{spelling!r} is not a format; one of 3 bits, groups of 16, statistics of 3 bits and 2 % outliers is "
-                "3b-g16-s3-o2%, and the last two parts can be left out"
+                f"{spelling!r} is not a format; write 3b-g16-s3-o2% for 3 bits, groups of 16, 3-bit statistics and "
+                "2 % outliers, or leave out the last two parts"
             )
         bits, group_size, stats_bits, outlier_percent = match.groups()
         return cls(int(bits), int(group_size), int(stats_bits) if stats_bits else None, float(outlier_percent or 0))
@@ -63,28 +63,39 @@ class Format:
         """A matrix of shape (out, in) whose arrays are `jax.ShapeDtypeStruct`s.
 
         Raises:
-          SpqrError: the format does not support these sizes; the message says which.
+          SpqrError: the format does not support these sizes.
+
+        Example:
+          >>> Format.parse("3b-g16-s3-o2%").tensor((4096, 11008)).scale_codes.shape
+          (3, 256, 688)
         """
         out, columns = shape
         bits, stats_bits = self.bits, self.stats_bits
         check_format(out, columns, bits=bits, group_size=self.group_size, scale_bits=stats_bits, zero_bits=stats_bits)
+        tensor: SpqrTensor = jax.eval_shape(lambda: self._zeros(out, columns))
+        return tensor
+
+    def _zeros(self, out: int, columns: int) -> SpqrTensor:
         blocks, groups = -(-columns // BLOCK), columns // self.group_size
         count = round(out * columns * self.outlier_percent / 100)
-
-        def array(dtype: type, *sizes: int, present: bool = True) -> Any:
-            return jax.ShapeDtypeStruct(sizes, dtype) if present else None
-
-        quantized = stats_bits is not None
-        plain = array(jnp.float16, out, groups, present=not quantized)
-        planes = array(jnp.uint16, stats_bits or 0, out // BLOCK, groups, present=quantized)
-        second = array(jnp.float16, out // BLOCK, groups, present=quantized)
-        sparse = Outliers(array(jnp.int32, out + 1), array(jnp.uint16, count), array(jnp.float16, count))
+        zeros = jnp.zeros
         return SpqrTensor(
-            codes=array(jnp.uint32, bits, out, -(-blocks // 2)),
-            **{"scale": plain, "scale_codes": planes, "scale_scale": second, "scale_zero": second},
-            **{"zero": plain, "zero_codes": planes, "zero_scale": second, "zero_zero": second},
-            outliers=sparse if count else None,
-            permutation=array(jnp.uint16, columns),
+            codes=zeros((self.bits, out, -(-blocks // 2)), jnp.uint32),
+            **self._statistics("scale", out, groups),
+            **self._statistics("zero", out, groups),
+            outliers=Outliers(zeros(out + 1, jnp.int32), zeros(count, jnp.uint16), zeros(count, jnp.float16))
+            if count
+            else None,
+            permutation=zeros(columns, jnp.uint16),
             in_features=columns,
             group_size=self.group_size,
         )
+
+    def _statistics(self, name: str, out: int, groups: int) -> dict[str, Array | None]:
+        """The four fields of `SpqrTensor` that hold the scales, or the zeros."""
+        if self.stats_bits is None:
+            fields = {f"{name}_codes": None, f"{name}_scale": None, f"{name}_zero": None}
+            return {name: jnp.zeros((out, groups), jnp.float16), **fields}
+        second = jnp.zeros((out // BLOCK, groups), jnp.float16)
+        codes = jnp.zeros((self.stats_bits, out // BLOCK, groups), jnp.uint16)
+        return {name: None, f"{name}_codes": codes, f"{name}_scale": second, f"{name}_zero": second}

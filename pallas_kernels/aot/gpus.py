@@ -1,13 +1,12 @@
-"""The GPUs that can be compiled for, and what they reach.
+"""The GPUs that kernels can be compiled for, and their peak rates.
 
-The descriptions in `data` are what XLA's compiler asks a present GPU for. Beside them stand the numbers that times
-are predicted from:
+The files in `data` describe each GPU to XLA's compiler, which would otherwise query the device. Predicted times use:
 
-* Instruction rate: streaming multiprocessors × 4 schedulers × 32 threads × clock. Multiprocessors and the boost clock
-  are from NVIDIA's data sheets; an H100 under full load keeps less than its boost of 1.98 GHz, an A100 and an RTX 4090
-  keep theirs.
-* Bandwidth: the data sheet's (3.35, 2.04 and 1.01 TB/s) times about 0.9, what copies of large arrays reach.
-* Tensor cores: the data sheet's, of bfloat16 with sums in float32, without sparsity.
+* Instruction rate: streaming multiprocessors × 4 schedulers × 32 threads × clock. Multiprocessors and boost clock
+  are from NVIDIA's data sheets. Under full load an H100 runs below its boost clock of 1.98 GHz, so it has 1.72 GHz
+  here. An A100 and an RTX 4090 sustain theirs.
+* Bandwidth: about 0.9 of the data sheet's 3.35, 2.04 and 1.01 TB/s, as copies of large arrays reach.
+* Tensor cores: the data sheet's rate for bfloat16 with float32 sums, without sparsity.
 """
 
 from dataclasses import dataclass
@@ -19,11 +18,11 @@ class Gpu:
     """A GPU to compile for.
 
     Attributes:
-      description: file in `data`, a `GpuTargetConfigProto` of XLA in text form.
-      instruction_rate: instructions of single threads that it issues in a second, all of it busy.
-      bandwidth: bytes that it reads or writes in a second.
-      tensor_rate: additions and multiplications of its tensor cores in a second.
-      parameters: where the parameters of a kernel begin in the constant bank 0.
+      description: file in `data`, XLA's `GpuTargetConfigProto` in text form.
+      instruction_rate: instructions issued per second, counted per thread, with all schedulers busy.
+      bandwidth: bytes read or written per second.
+      tensor_rate: additions and multiplications of the tensor cores per second.
+      parameters: byte offset of a kernel's parameters in constant bank 0.
     """
 
     description: str
@@ -33,7 +32,7 @@ class Gpu:
     parameters: int
 
     def text(self) -> str:
-        """The description itself."""
+        """Reads the description."""
         return files("pallas_kernels.aot").joinpath("data", self.description).read_text()
 
 

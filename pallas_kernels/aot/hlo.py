@@ -1,4 +1,4 @@
-"""A compiled program in XLA's text form: its instructions, and the bytes that each reads and writes."""
+"""A parser of compiled programs in XLA's text form (HLO), and the bytes that each instruction reads and writes."""
 
 import math
 import re
@@ -12,14 +12,14 @@ _PARTS = "dynamic-slice", "gather"
 
 @dataclass(frozen=True)
 class ArrayType:
-    """Type of one array in XLA's words, such as u32 and (3, 4096, 128)."""
+    """Type of one array in XLA's notation, such as u32 and (3, 4096, 128)."""
 
     dtype: str
     shape: tuple[int, ...]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of such an array."""
+        """Size of an array of this type in bytes."""
         width = re.search(r"\d+", self.dtype)
         return math.prod(self.shape) * (int(width[0]) // 8 if width else 1)
 
@@ -29,12 +29,12 @@ class Instruction:
     """One instruction of a program.
 
     Attributes:
-      computation: the part of the program that it is in.
-      root: whether its result is that of the computation.
-      types: of its results.
-      opcode: what it does.
-      operands: names of the instructions whose results it takes; the number of a parameter.
-      calls: the computation that a fusion runs.
+      computation: name of the computation that contains it.
+      root: whether its result is the result of the computation.
+      types: types of its results.
+      opcode: name of the operation.
+      operands: names of the instructions that compute its operands. For a parameter: its number.
+      calls: name of the computation that a fusion runs.
     """
 
     computation: str
@@ -46,7 +46,7 @@ class Instruction:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its results."""
+        """Size of the results in bytes."""
         return sum(array.nbytes for array in self.types)
 
 
@@ -54,11 +54,12 @@ Instructions = Mapping[str, Instruction]
 
 
 def parse_program(text: str) -> dict[str, Instruction]:
-    """The instructions by name.
+    """The instructions of a program by name.
 
     Example:
-      >>> parse_program(compiled.as_text())["loop_add_fusion"].opcode
-      'fusion'
+      >>> program = parse_program("  ROOT %sum = f32[8]{0} add(%a, %b)")
+      >>> program["sum"].opcode, program["sum"].operands, program["sum"].nbytes
+      ('add', ('a', 'b'), 32)
     """
     program = {}
     computation = ""
@@ -75,7 +76,12 @@ def parse_program(text: str) -> dict[str, Instruction]:
 def accessed_bytes(program: Instructions, name: str) -> int:
     """Bytes that an instruction reads and writes.
 
-    Of arrays that a fusion slices, looks rows up in, or writes in place, only the part that it reads or writes.
+    Arrays that a fusion slices, gathers from or updates in place count only with the part that is accessed.
+
+    Example:
+      >>> text = "%a = f32[8]{0} parameter(0)"
+      >>> accessed_bytes(parse_program(text + chr(10) + "ROOT %sum = f32[8]{0} add(%a, %a)"), "sum")
+      96
     """
     instruction = program[name]
     operands = [program[operand].nbytes for operand in instruction.operands]
@@ -94,7 +100,7 @@ def _types(text: str) -> tuple[ArrayType, ...]:
 
 
 def _read(inside: Instructions, name: str) -> int:
-    """Bytes of an array that its users in a computation read, those of what is written in place among them."""
+    """Bytes of an array that its users in a computation read, including users of its in-place updates."""
     total = 0
     for key, user in _users(inside, name):
         first = user.operands[0] == name

@@ -1,4 +1,4 @@
-"""The kernels that are compiled ahead."""
+"""The kernels that are compiled ahead of time, by number of tokens."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,13 +13,13 @@ from pallas_kernels.tuning.tiles import Regime, Tile
 
 @dataclass(frozen=True)
 class Compiled:
-    """A function whose kernels are reported.
+    """A function whose kernels the report covers.
 
     Attributes:
       regime: the kernel that reads the codes.
-      function: of activations `[tokens, in]` and a packed matrix; takes `tile`, and the flag `interpret`.
-      launch: how that kernel is spread over a GPU, from the matrix, the number of tokens and the tile.
-      tokens: numbers of tokens for which it is compiled.
+      function: takes activations `[tokens, in]`, a packed matrix, and the keywords `tile` and `interpret`.
+      launch: computes the loops of one launch from the matrix, the number of tokens and the tile.
+      tokens: numbers of tokens that it is compiled for.
     """
 
     regime: Regime

@@ -1,4 +1,4 @@
-"""Values of options on the command line."""
+"""Parsers for the values of command-line options."""
 
 import re
 from collections.abc import Callable, Collection
@@ -10,7 +10,7 @@ from pallas_kernels.errors import SpqrError
 
 
 def parse_format(spelling: str) -> Format:
-    """A format such as 3b-g16-s3-o2%."""
+    """Parses a format such as 3b-g16-s3-o2%."""
     try:
         return Format.parse(spelling)
     except SpqrError as error:
@@ -18,19 +18,19 @@ def parse_format(spelling: str) -> Format:
 
 
 def parse_shape(text: str) -> tuple[int, int]:
-    """A shape such as 4096x11008."""
+    """Parses (out, in) from a shape such as 4096x11008."""
     match = re.fullmatch(r"(\d+)x(\d+)", text)
     if match is None:
-        raise typer.BadParameter(f"{text!r} is not a shape; 4096 rows of 11008 weights are 4096x11008")
+        raise typer.BadParameter(f"{text!r} is not a shape; write OUTxIN, such as 4096x11008")
     return int(match[1]), int(match[2])
 
 
 def one_of(choices: Collection[str]) -> Callable[[str], str]:
-    """A parser of names, of which there are only these."""
+    """A parser that accepts only these names."""
 
     def parse(name: str) -> str:
         if name not in choices:
-            raise typer.BadParameter(f"{name!r} is not one of {', '.join(choices)}")
+            raise typer.BadParameter(f"{name!r} is unknown; choose one of {', '.join(choices)}")
         return name
 
     return parse

@@ -1,28 +1,34 @@
-"""Which array each load of a kernel reads, found by following the kernel's parameters to the loads' addresses."""
+"""Traces each load of a kernel to the array that it reads, by data flow from the kernel's parameters to addresses."""
 
 import re
 
 from pallas_kernels.aot.sass import Instruction, Listing
 
 Held = dict[str, frozenset[int]]
-"""The parameters that the content of each register is made of, and that of each word of the stack."""
+"""The parameters that the content of each register, and of each word of the stack, is computed from."""
 
 _REGISTER = re.compile(r"\bU?R\d+\b")
 _RESULT = re.compile(r"(?:P[T\d], )?(U?R)(\d+),")
-"""The first register that an instruction writes, behind the predicate that some write."""
+"""The first register that an instruction writes, after an optional predicate."""
 _STACK = re.compile(r"\[R1(?:\+(0x[0-9a-f]+))?\](?:, R(\d+))?")
-"""An address on the stack, where registers are kept for want of more, and the first register that is kept there."""
+"""The stack address of a register spill, and the first spilled register."""
 
 
 def loaded_parameters(listing: Listing, parameters: int) -> dict[int, frozenset[int]]:
-    """For each load from global memory, the numbers of the parameters that its address can be made of.
+    """The numbers of the parameters that the address of each global load may be computed from.
 
-    Every parameter is a pointer of 8 bytes, from the offset `parameters` of the constant bank on. A register holds a
-    pointer's parameter until it is written again; what is loaded through a pointer is none. Where ways through the
-    program meet, a register can hold what it held on any of them. A predicate that decides whether a register is
-    written is taken to decide too whether that is used.
+    A forward data-flow analysis with these rules:
+
+    * Parameters are pointers of 8 bytes, stored in the constant bank from the offset `parameters` on.
+    * A register carries a parameter until it is overwritten. Loaded values carry none.
+    * Where paths of the program join, a register carries the union over the paths.
+    * A predicate that guards a write is assumed to guard the uses too.
+
+    Returns:
+      the parameters of each global load, by the number of the instruction.
 
     Example:
+      >>> from pallas_kernels.aot.sass import parse
       >>> listing = parse("/*0000*/ LDC.64 R2, c[0x0][0x218] ;\\n/*0010*/ LDG.E.128 R4, [R2.64] ;")
       >>> loaded_parameters(listing, 0x210)
       {1: frozenset({1})}
@@ -46,12 +52,12 @@ def loaded_parameters(listing: Listing, parameters: int) -> dict[int, frozenset[
 
 
 def _written(instruction: Instruction, held: Held, parameters: int) -> Held:
-    """What the registers, or the words of the stack, hold that an instruction writes."""
+    """The parameters carried by each register or stack word that an instruction writes."""
     kind, count = instruction.name.split(".")[0], _registers(instruction.name)
     stack = _STACK.search(instruction.operands) if kind in ("STL", "LDL") else None
     words = [f"stack {int(stack[1] or '0', 16) + 4 * i}" for i in range(count)] if stack else []
     if kind == "STL":
-        # What is kept of RZ, which is zero, is no pointer.
+        # RZ is the constant zero, so a spill of it carries no pointer.
         kept = int(stack[2]) if stack and stack[2] else -len(words)
         return {word: held.get(f"R{kept + i}", frozenset()) for i, word in enumerate(words)}
     result = _RESULT.match(instruction.operands)
@@ -70,7 +76,7 @@ def _written(instruction: Instruction, held: Held, parameters: int) -> Held:
 
 
 def _registers(name: str) -> int:
-    """Number of registers that an instruction of this name writes."""
+    """The number of registers that an instruction with this name writes."""
     parts = name.split(".")
     if "128" in parts or "4" in parts or parts[0] in ("HMMA", "IMMA"):
         return 4

@@ -1,4 +1,4 @@
-"""Reading a listing of machine instructions: where control goes, what loops, what kind each instruction is."""
+"""A parser of machine instructions (SASS): control flow, loops, and the kind of each instruction."""
 
 import re
 from collections import Counter
@@ -22,7 +22,7 @@ KINDS = {
     "synchronize": ("BAR", "BSSY", "BSYNC", "WARPSYNC", "WARPGROUP", "DEPBAR", "LDGDEPBAR", "FENCE", "MEMBAR"),
     "control": ("BRA", "CALL", "EXIT", "ACQBULK", "NOP"),
 }
-"""Kinds of instructions, by the beginnings of their names; an instruction is of the kind with the longest of them."""
+"""Kinds of instructions by the first parts of their names. The longest match decides."""
 
 _KIND = {name: kind for kind, names in KINDS.items() for name in names}
 _LINE = re.compile(r"^\s*(?:/\*[0-9a-f]{4,}\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][\w.]*)\s*(.*?)\s*;|(\.L\w+):)", re.MULTILINE)
@@ -33,9 +33,9 @@ class Instruction:
     """One line of a listing, such as `@!P0 LDG.E.128 R8, [R2.64+0x10]`.
 
     Attributes:
-      name: with its modifiers, `LDG.E.128`.
+      name: name with modifiers, such as `LDG.E.128`.
       operands: the rest of the line.
-      guarded: whether a predicate decides if it has an effect.
+      guarded: whether a predicate guards it.
     """
 
     name: str
@@ -44,13 +44,13 @@ class Instruction:
 
     @property
     def kind(self) -> str:
-        """One of `KINDS`, or "other"."""
+        """The kind, one of `KINDS` or "other"."""
         parts = self.name.split(".")
         return _KIND.get(".".join(parts[:2]), _KIND.get(parts[0], "other"))
 
     @property
     def load_bytes(self) -> int | None:
-        """Bytes that a thread loads from global memory; None for what is no such load."""
+        """Bytes that a thread loads from global memory. None: not a global load."""
         parts = self.name.split(".")
         if parts[0] not in ("LDG", "LDGSTS"):
             return None
@@ -60,23 +60,26 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Listing:
-    """The instructions of a kernel, and how control goes from one to the next.
+    """The instructions of a kernel and their control flow.
 
     Attributes:
-      instructions: all, in the order of their addresses.
-      successors: numbers of the instructions that can follow each; none for what cannot be executed.
+      instructions: all instructions in the order of their addresses.
+      successors: for each instruction, the numbers of those that may execute next. Empty for dead code.
     """
 
     instructions: tuple[Instruction, ...]
     successors: tuple[tuple[int, ...], ...]
 
     def kinds(self, numbers: Iterable[int]) -> Counter[str]:
-        """How many of these instructions are of each kind."""
+        """The number of these instructions of each kind."""
         return Counter(self.instructions[number].kind for number in numbers)
 
 
 def parse(sass: str) -> Listing:
-    """Reads what `nvdisasm -c` has listed of one kernel.
+    """Parses the listing of one kernel by `nvdisasm -c`.
+
+    Raises:
+      SpqrError: an instruction jumps to an address that is known only at run time.
 
     Example:
       >>> parse("/*0000*/ MOV R1, R2 ;\\n/*0010*/ EXIT ;").successors
@@ -91,7 +94,7 @@ def parse(sass: str) -> Listing:
             instructions.append(Instruction(name, operands, bool(guard)))
     successors: list[tuple[int, ...]] = [()] * len(instructions)
     seen, stack = {0}, [0]
-    # What cannot be executed can be beyond us: functions that are called where the threads of a warp have parted.
+    # Follow reachable code only: dead code includes returns from functions called by diverged warps.
     while stack:
         number = stack.pop()
         following = _successors(number, instructions[number], labels)
@@ -102,9 +105,11 @@ def parse(sass: str) -> Listing:
 
 
 def reachable(listing: Listing) -> list[int]:
-    """The instructions that can be executed, each before those that only it leads to (reverse postorder).
+    """The numbers of the reachable instructions in reverse postorder. Padding is not reachable.
 
-    What is left out pads the program.
+    Example:
+      >>> reachable(parse("/*0000*/ EXIT ;\\n/*0010*/ NOP ;"))
+      [0]
     """
     order: list[int] = []
     seen = {0}
@@ -123,7 +128,7 @@ def reachable(listing: Listing) -> list[int]:
 
 
 def through(listing: Listing, numbers: Iterable[int]) -> frozenset[int]:
-    """These instructions, and all that lead to one of them or that one of them leads to.
+    """These instructions with all their ancestors and descendants in the control flow.
 
     Example:
       >>> through(parse("/*0000*/ MOV R1, R2 ;\\n/*0010*/ EXIT ;"), [1])
@@ -143,7 +148,7 @@ def _closure(numbers: Iterable[int], neighbours: Sequence[Iterable[int]]) -> set
 
 
 def _predecessors(listing: Listing) -> list[list[int]]:
-    """The instructions that each can follow; those that cannot be executed have no successors."""
+    """The predecessors of each instruction. Dead code is no predecessor."""
     predecessors: list[list[int]] = [[] for _ in listing.instructions]
     for number, following in enumerate(listing.successors):
         for successor in following:
@@ -152,10 +157,14 @@ def _predecessors(listing: Listing) -> list[list[int]]:
 
 
 def loops(listing: Listing) -> list[frozenset[int]]:
-    """The instructions of each loop, those of loops inside it included.
+    """The natural loops: the instructions of each, including its inner loops.
 
-    A branch makes a loop if its target is on every way to it; the loop is what leads from the target to the branch.
-    Code moved behind the end of a program, from where it branches back, is none.
+    A branch closes a loop if its target dominates it. The loop is all code on paths from the target to the branch. Cold
+    code that was moved to the end of the program and branches back is therefore no loop.
+
+    Example:
+      >>> loops(parse("/*0000*/ NOP ;\\n.L_x_1:\\n/*0010*/ @P0 BRA `(.L_x_1) ;\\n/*0020*/ EXIT ;"))
+      [frozenset({1})]
     """
     order = reachable(listing)
     place = {number: i for i, number in enumerate(order)}
@@ -174,7 +183,7 @@ def loops(listing: Listing) -> list[frozenset[int]]:
 
 
 def _dominators(order: list[int], place: dict[int, int], predecessors: Sequence[Sequence[int]]) -> dict[int, int]:
-    """The last instruction before each that is on every way to it (Cooper, Harvey and Kennedy 2001)."""
+    """The immediate dominator of each instruction (Cooper, Harvey and Kennedy 2001)."""
     dominator = {order[0]: order[0]}
 
     def meet(a: int, b: int) -> int:
@@ -209,9 +218,9 @@ def _successors(number: int, instruction: Instruction, labels: dict[str, int]) -
     if name == "EXIT":
         return (number + 1,) if instruction.guarded else ()
     if name in ("RET", "BRX", "JMX"):
-        raise SpqrError(f"where {name} goes is not known")
-    # Far branches are CALL.REL.NOINC, from where none returns. Where the threads of a warp have parted, BRA.DIV goes to
-    # code for each apart, and BRA.CONV does not pass by what brings them together; here they have not.
+        raise SpqrError(f"the target of {name} is known only at run time, so its kernel cannot be analyzed")
+    # CALL.REL.NOINC is a far branch that never returns. Assume that warps do not diverge: then BRA.DIV falls through
+    # instead of entering the code for diverged threads, and BRA.CONV skips the code that reconverges them.
     if name in ("BRA", "CALL") and not instruction.name.startswith("BRA.DIV"):
         before, label = re.fullmatch(r"(.*?)`\((\S+)\)", instruction.operands).groups()  # type: ignore[union-attr]
         if (instruction.guarded or before) and not instruction.name.startswith("BRA.CONV"):

@@ -1,6 +1,6 @@
-"""What products with packed matrices take on the GPU that is there, beside what a user would take instead.
+"""The benchmark of products with packed matrices against the alternatives that a user has.
 
-`python -m pallas_kernels.benchmark` measures and prints it. Where there is no GPU, times are predicted, and say so.
+`python -m pallas_kernels.benchmark` measures on the present GPU. Without one it predicts, and labels the times so.
 """
 
 from pallas_kernels.benchmark.matrices import random_matrix

@@ -1,7 +1,7 @@
-"""The command `python -m pallas_kernels.benchmark`: products with packed matrices, against what else a user could take.
+"""The command `python -m pallas_kernels.benchmark`: times products with packed matrices against the alternatives.
 
-Measured on the GPU that is there; where none is, predicted for one that is not. Exit status: 0 done, 1 an error told in
-one line or a wrong product of this library, 2 wrong usage.
+Times are measured on the present GPU, or predicted if there is none. Exit status: 0 on success, 1 on an error (printed
+as one line) or a wrong product of this library, 2 on wrong usage.
 """
 
 import dataclasses
@@ -41,38 +41,41 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 def main(
     model: Annotated[
         list[str],
-        # Some releases of typer would name it --MODEL.
-        typer.Option("--model", parser=one_of(MODELS), metavar="MODEL", help="Whose matrices; several can be given."),
+        # Without an explicit name, some releases of typer name the option --MODEL after its metavar.
+        typer.Option("--model", parser=one_of(MODELS), metavar="MODEL", help="Use this model's matrices; repeatable."),
     ] = list(MODELS),  # noqa: B006
     shape: Annotated[
         list[Any] | None,
-        typer.Option(parser=parse_shape, metavar="OUTxIN", help="A matrix of this shape instead of models'."),
+        typer.Option(parser=parse_shape, metavar="OUTxIN", help="Matrix shape to use instead of models; repeatable."),
     ] = None,
-    tokens: Annotated[list[int], typer.Option(min=1, help="Rows of the activations.")] = TOKENS,
+    tokens: Annotated[list[int], typer.Option(min=1, help="Number of tokens (rows of x); repeatable.")] = TOKENS,
     form: Annotated[
-        Any, typer.Option("--format", parser=parse_format, metavar="FORMAT", help="As for pallas_kernels.aot.")
+        Any,
+        typer.Option(
+            "--format", parser=parse_format, metavar="FORMAT", help="Packed format, as in pallas_kernels.aot."
+        ),
     ] = FORMAT,
-    output: Annotated[Path | None, typer.Option(help="JSON file, written again after every few rows.")] = None,
-    seconds: Annotated[float, typer.Option(help="Begin nothing new after so many seconds.")] = float("inf"),
+    output: Annotated[Path | None, typer.Option(help="JSON file for the rows, updated during the run.")] = None,
+    seconds: Annotated[float, typer.Option(help="Start no new measurement after this many seconds.")] = float("inf"),
     target: Annotated[
         str | None,
         typer.Option(
             parser=one_of(GPUS),
             metavar="|".join(GPUS),
-            help=f"Predict for this GPU instead of measuring; {TARGET} where there is none to measure on.",
+            help=f"Predict for this GPU instead of measuring. Default without a GPU: {TARGET}.",
         ),
     ] = None,
 ) -> None:
-    """Measure products of packed matrices, of bfloat16 ones and of other programs, each checked first.
+    """Time products with packed matrices, with bfloat16 matrices and in other programs, after checking each result.
 
     Example: python -m pallas_kernels.benchmark --model llama-7b --tokens 1 --tokens 16 --output kernels-h100.json
     """
     if output is not None and not output.parent.is_dir():
-        raise typer.BadParameter(f"there is no folder {output.parent} to write {output.name} in")
+        raise typer.BadParameter(f"there is no folder {output.parent} for {output.name}; create it first")
     deadline = time.monotonic() + seconds
     shapes = dict.fromkeys(shape, "") if shape else names(model)
     terminal = Console()
-    # Where nobody looks, a file or a pipe, nothing is cut.
+    # Not a terminal (a file or a pipe): print full-width rows.
     console = Console(width=None if terminal.is_terminal else 140)
     try:
         if target is None and choose(None).kernels:
@@ -91,25 +94,25 @@ def main(
 
 
 def measurement(form: Format, console: Console) -> tuple[Results, Produce]:
-    """What is known of the device before its first row, and what makes its rows."""
-    # JAX has NVIDIA's library multiply with sparse matrices only where asked.
+    """The results of the present device, still without rows, and the function that measures rows."""
+    # JAX uses NVIDIA's library for products with sparse matrices only on request.
     jax.config.update("jax_bcoo_cusparse_lowering", True)
     device, reached = jax.devices()[0].device_kind, bandwidth()
     console.print(f"measured on {device}, which copies {reached / 1e12:.2f} TB/s")
     skipped = missing(form)
     for contestant, why in skipped.items():
-        console.print(f"{contestant}: rows are skipped, because {why}", soft_wrap=True)
+        console.print(f"{contestant}: rows are skipped because {why}", soft_wrap=True)
     rate = next((gpu.tensor_rate for name, gpu in GPUS.items() if name in device.lower().replace(" ", "")), None)
     results = Results(True, device, reached, rate, checked={}, date=now(), versions=versions())
     return results, functools.partial(measured_rows, form, bandwidth=reached, skipped=skipped)
 
 
 def prediction(form: Format, target: str, console: Console) -> tuple[Results, Produce]:
-    """The same of a device that is not there."""
+    """The results of a device that need not be present, still without rows, and the function that predicts rows."""
     errors = checked(form)
-    console.print(f"predicted for {target}, not measured; {BFLOAT16} is the least that its bytes or operations take")
+    console.print(f"predicted for {target}, not measured; {BFLOAT16} is a roofline of its bytes and operations")
     for tokens, error in errors.items():
-        console.print(f"relative error of the interpreted kernel for {tokens} tokens: {error:.1e}")
+        console.print(f"relative error of the interpreted kernel, {tokens} tokens: {error:.1e}")
     gpu = GPUS[target]
     results = Results(False, target, gpu.bandwidth, gpu.tensor_rate, checked=errors, date=now(), versions=versions())
     return results, functools.partial(predicted_rows, target, form)
@@ -122,7 +125,7 @@ def run(
     deadline: float,
     console: Console,
 ) -> Iterator[list[Row]]:
-    """Rows as they come, each shape's also as a table, until the time is up."""
+    """Yields rows as they are produced until the deadline, and prints each shape's rows as a table."""
     left_out = 0
     for shape, tokens in work:
         rows: list[Row] = []
@@ -135,11 +138,13 @@ def run(
             console.print(table(rows))
         left_out += len(tokens) - len({row.tokens for row in rows})
     if left_out:
-        console.print(f"the time is up: {left_out} of {sum(len(tokens) for _, tokens in work)} settings are left out")
+        console.print(
+            f"time limit reached: {left_out} of {sum(len(tokens) for _, tokens in work)} settings are left out"
+        )
 
 
 def table(rows: Sequence[Row]) -> Table:
-    """The rows of one shape."""
+    """The table of the rows of one shape."""
     out, columns = rows[0].shape
     time_head = "µs" if rows[0].source == "measured" else "µs, predicted"
     heads = ("tokens", "contestant", "format", time_head, "quartiles", f"× {BFLOAT16}", "bandwidth", "error")

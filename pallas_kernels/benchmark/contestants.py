@@ -1,15 +1,15 @@
-"""Who multiplies: this library, its two parts, and what a user could take instead."""
+"""The contestants in JAX: this library's product, its dense and sparse parts, and `jnp.dot` in bfloat16."""
 
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import sparse
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
 from pallas_kernels.aot.formats import Format
 from pallas_kernels.backends.table import Implementation
@@ -25,30 +25,29 @@ BFLOAT16 = "jnp.dot"
 
 @dataclass(frozen=True)
 class Prepared:
-    """A contestant with activations x.
+    """A contestant that is compiled for one x.
 
     Attributes:
-      product: x · weightᵀ, `[tokens, out]`.
-      time: measures how long that takes.
+      product: x · weightᵀ.
+      time: times the product.
     """
 
-    product: Any
+    product: Float[Array | np.ndarray, "tokens out"]
     time: Callable[[], Timing]
 
 
 @dataclass(frozen=True)
 class Contestant:
-    """One way to multiply with one matrix.
+    """One implementation of the product with one matrix.
 
     Attributes:
-      name: shown beside the results.
-      format: what the weights are held in.
-      nbytes: of the weights.
-      dtype: of the activations.
-      weight: what it multiplies with, dense, in float32 or in the type in which it is held.
-      prepare: makes ready, and multiplies once, given x and about how many seconds that takes; several threads can have
-        several contestants do so.
-      most_tokens: more are not asked of it.
+      name: name in the results.
+      format: format of the stored weights.
+      nbytes: bytes of the stored weights.
+      dtype: type of the activations.
+      weight: the dense weight, in float32 or in the stored type.
+      prepare: compiles for x and multiplies once, given an estimate of the seconds per call. Thread-safe.
+      most_tokens: largest number of tokens to time.
     """
 
     name: str
@@ -63,18 +62,23 @@ class Contestant:
 def jax_contestants(
     form: Format, shape: tuple[int, int], implementation: Implementation | None
 ) -> Iterator[Contestant]:
-    """Those that are always there, all of the same random matrix.
+    """The contestants that need only JAX, all for one random matrix.
 
     Args:
-      form: what the matrix is packed as.
+      form: format of the packed matrix.
       shape: (out, in).
-      implementation: of `spqr_matmul`.
+      implementation: backend of `spqr_matmul`. None: the default of the device.
+
+    Example:
+      >>> form = Format.parse("3b-g16-s3-o1%")
+      >>> [contestant.name for contestant in jax_contestants(form, (64, 256), None)]
+      ['spqr_matmul', 'jnp.dot', 'dense part', 'sparse part']
     """
     packed = random_matrix(form, shape, 0)
     weight = exact_weight(packed)
     multiply = functools.partial(spqr_matmul, implementation=implementation)
     yield _contestant(SPQR, str(form), jnp.bfloat16, multiply, packed, weight)
-    # As the layers of models have it: [in, out].
+    # [in, out], the layout in the layers of models.
     kernel = weight.T.astype(jnp.bfloat16)
     yield _contestant(BFLOAT16, "bfloat16", jnp.bfloat16, jnp.dot, kernel, kernel.T)
     if packed.outliers is not None:
@@ -83,19 +87,20 @@ def jax_contestants(
         dense_weight = exact_weight(dense)
         yield _contestant(DENSE_PART, dense_form, jnp.bfloat16, multiply, dense, dense_weight)
         residuals = sparse_part(packed)
-        # JAX has a library do this in float32 only.
+        # JAX calls NVIDIA's library for this product in float32 only.
         yield _contestant(
             SPARSE_PART, "BCSR float32", jnp.float32, lambda x, w: (w @ x.T).T, residuals, weight - dense_weight
         )
 
 
 def exact_weight(packed: SpqrTensor) -> Float[Array, "out in"]:
-    """ŵ in float32, found without the kernels that are measured."""
-    return jax.jit(functools.partial(spqr_dequantize, implementation="xla"))(packed)
+    """ŵ in float32, computed by XLA and not by the kernels under test."""
+    weight: Array = jax.jit(functools.partial(spqr_dequantize, implementation="xla"))(packed)
+    return weight
 
 
 def sparse_part(packed: SpqrTensor) -> sparse.BCSR:
-    """The residuals of the outliers, columns in the order of the input features."""
+    """The residuals of the outliers, with columns in the order of the input features."""
     assert packed.outliers is not None
     outliers = packed.outliers
     columns = jnp.asarray(outliers.columns, jnp.int32)
@@ -106,9 +111,14 @@ def sparse_part(packed: SpqrTensor) -> sparse.BCSR:
 
 
 def _contestant(
-    name: str, form: str, dtype: DTypeLike, function: Callable[..., Array], w: Any, weight: Array
+    name: str,
+    form: str,
+    dtype: DTypeLike,
+    function: Callable[..., Array],
+    w: PyTree[Array],
+    weight: Float[Array, "out in"],
 ) -> Contestant:
-    def prepare(x: Array, rough: float) -> Prepared:
+    def prepare(x: Float[Array, "tokens in"], rough: float) -> Prepared:
         calls = compile_calls(function, x, w, rough)
         return Prepared(calls.program(x, [w] * calls.copies)[-1], lambda: measure(calls, x, w))
 

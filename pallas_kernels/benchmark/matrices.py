@@ -1,4 +1,4 @@
-"""Packed matrices with random content, made where they are needed: nothing is quantized, and nothing packed."""
+"""Random packed matrices, generated directly in the packed format on the device, without quantizing."""
 
 import functools
 import itertools
@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int, UInt16
+from jaxtyping import Array, Int, UInt16, UInt32
 
 from pallas_kernels.aot.formats import Format
 from pallas_kernels.format.bit_layout import pack_codes
@@ -16,27 +16,28 @@ from pallas_kernels.format.outliers import Outliers
 from pallas_kernels.format.tensor import SpqrTensor
 
 WEIGHT = 0.03
-"""Standard deviation of the weights, about."""
+"""Approximate standard deviation of the weights."""
 RESIDUAL = 0.1
-"""The same of the residuals of outliers."""
+"""Standard deviation of the residuals of outliers."""
 
 
 def random_matrix(form: Format, shape: tuple[int, int], seed: int | Array) -> SpqrTensor:
-    """A matrix of this format on JAX's device; all matrices of one format and shape can be stacked.
+    """A random matrix in a packed format on JAX's default device.
 
-    The numbers of outliers of its rows are uneven (binomially distributed), those of whole matrices equal.
+    The number of outliers per row is binomially distributed. The total is fixed, so matrices of one format and shape
+    can be stacked.
 
     Args:
-      form: what the matrix is packed as.
+      form: format of the packed matrix.
       shape: (out, in).
-      seed: equal ones give equal matrices on devices of one kind.
+      seed: equal seeds give equal matrices on devices of one kind.
 
     Raises:
-      SpqrError: the format does not support these sizes; the message says which.
+      SpqrError: the format does not support these sizes.
 
     Example:
-      >>> random_matrix(Format.parse("3b-g16-s3-o1%"), (4096, 11008), seed=0).outliers.capacity
-      450888
+      >>> random_matrix(Format.parse("3b-g16-s3-o1%"), (64, 256), seed=0).outliers.capacity
+      164
     """
     return _random_matrix(form, shape, seed)
 
@@ -44,7 +45,7 @@ def random_matrix(form: Format, shape: tuple[int, int], seed: int | Array) -> Sp
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _random_matrix(form: Format, shape: tuple[int, int], seed: int | Array) -> SpqrTensor:
     like = form.tensor(shape)
-    # What such keys give comes from the device's own generator, in a fraction of the time.
+    # The "rbg" keys use the device's own generator, which takes a fraction of threefry's time.
     keys = map(functools.partial(jax.random.fold_in, jax.random.key(seed, impl="rbg")), itertools.count())
     columns, steps = shape[1], 2**form.bits
     present = pack_codes(jnp.full((1, columns), steps - 1, jnp.uint8), form.bits)
@@ -59,15 +60,15 @@ def _random_matrix(form: Format, shape: tuple[int, int], seed: int | Array) -> S
     )
 
 
-def _bits(key: Array, like: Any) -> Array:
+def _bits(key: Array, like: Array | jax.ShapeDtypeStruct) -> Array:
     return jax.random.bits(key, like.shape, like.dtype)
 
 
 def _statistics(name: str, like: SpqrTensor, low: float, high: float, keys: Iterator[Array]) -> dict[str, Any]:
-    """The fields of one statistic, whose values lie about evenly between low and high."""
+    """The fields of the scales, or of the zeros, with values about uniform between low and high."""
 
-    def uniform(form: Any, low: float, high: float) -> Array:
-        return jax.random.uniform(next(keys), form.shape, minval=low, maxval=high).astype(form.dtype)
+    def uniform(like: Array | jax.ShapeDtypeStruct, low: float, high: float) -> Array:
+        return jax.random.uniform(next(keys), like.shape, minval=low, maxval=high).astype(like.dtype)
 
     if (plain := getattr(like, name)) is not None:
         return {name: uniform(plain, low, high)}
@@ -81,12 +82,12 @@ def _statistics(name: str, like: SpqrTensor, low: float, high: float, keys: Iter
 
 
 def _outliers(like: SpqrTensor, keys: Iterator[Array]) -> Outliers | None:
-    """Outliers in CSR form: each is in a random row, and they share out the columns of theirs."""
+    """Random outliers: each is in a random row, and the outliers of a row divide its columns evenly among them."""
     if like.outliers is None:
         return None
     (out, columns), count = like.shape, like.outliers.capacity
     per_row = jnp.bincount(jax.random.randint(next(keys), (count,), 0, out), length=out)
-    # More outliers than columns are possible in small matrices only; what is cut off there is padding.
+    # Only small matrices can draw more outliers than columns for a row. The excess becomes padding.
     per_row = jnp.minimum(per_row, columns).astype(jnp.uint32)
     offsets = jnp.concatenate([jnp.zeros(1, jnp.uint32), jnp.cumsum(per_row, dtype=jnp.uint32)])
     place = jnp.arange(count, dtype=jnp.uint32)
@@ -99,8 +100,10 @@ def _outliers(like: SpqrTensor, keys: Iterator[Array]) -> Outliers | None:
     )
 
 
-def _columns(key: Array, number: Array, of: Array, columns: int) -> UInt16[Array, " nnz"]:
-    """A random column for outlier `number` of the `of` in its row, from its own stretch of the row."""
+def _columns(
+    key: Array, number: UInt32[Array, " nnz"], of: UInt32[Array, " nnz"], columns: int
+) -> UInt16[Array, " nnz"]:
+    """Random columns: outlier `number` of the `of` outliers in a row draws from part `number` of `of` equal parts."""
     first = number * columns // of
     width: Int[Array, " nnz"] = (number + 1) * columns // of - first
     return (first + jax.random.bits(key, number.shape, jnp.uint32) % width).astype(jnp.uint16)

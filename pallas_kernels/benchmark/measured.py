@@ -1,4 +1,4 @@
-"""Times of all contestants on the device that is there; each product is checked before it is timed."""
+"""Measured rows: all contestants on the present device, each product checked before it is timed."""
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,9 +16,9 @@ from pallas_kernels.benchmark.torch_contestants import torch_contestants
 from pallas_kernels.errors import SpqrError
 
 MOST_ERROR = 2.0**-8
-"""‖Δ‖ / ‖y‖ of a right product: a number is rounded to bfloat16 by as much at most."""
+"""Largest ‖Δ‖ / ‖y‖ of a correct product: the largest relative rounding error of bfloat16."""
 OPERATIONS = 1e15
-"""About what the tensor cores of a large GPU do in a second."""
+"""Approximate operations per second of a large GPU's tensor cores, to estimate times."""
 
 
 def measured_rows(
@@ -31,21 +31,22 @@ def measured_rows(
     skipped: dict[str, str],
     implementation: Implementation | None = None,
 ) -> Iterator[list[Row]]:
-    """The rows of all contestants, for one number of tokens after the other.
+    """Measures all contestants, and yields their rows for one number of tokens at a time.
 
     Args:
-      form: what the matrix is packed as.
+      form: format of the packed matrix.
       shape: (out, in).
-      matrix: its name.
-      bandwidth: of the device.
-      skipped: contestants in PyTorch that are left out.
-      implementation: of `spqr_matmul`.
+      tokens: numbers of tokens.
+      matrix: name of the matrix.
+      bandwidth: bytes per second of the device.
+      skipped: contestants in PyTorch to leave out, with the reasons.
+      implementation: backend of `spqr_matmul`. None: the default of the device.
     """
     contestants = [*jax_contestants(form, shape, implementation), *torch_contestants(form, shape, skipped)]
     for number in tokens:
         x = jax.random.normal(jax.random.key(number), (number, shape[1]), jnp.bfloat16)
         able = [contestant for contestant in contestants if number <= contestant.most_tokens]
-        # Compiled side by side, and measured one by one.
+        # Compile in parallel, but measure one at a time.
         with ThreadPoolExecutor() as pool:
             prepared = [pool.submit(_prepare, contestant, x, bandwidth) for contestant in able]
         yield [
@@ -68,7 +69,7 @@ def measured_row(
     matrix: str,
     bandwidth: float,
 ) -> Row:
-    """The row of one contestant: with a time if its product is right, with an error otherwise."""
+    """The row of one contestant, with a time if its product is correct and an error otherwise."""
     x = x.astype(contestant.dtype)
     out, columns = contestant.weight.shape
     read_bytes = contestant.nbytes + x.nbytes
@@ -78,7 +79,7 @@ def measured_row(
         relative_error = checked_error(one.product, x, contestant.weight)
         timing = one.time()
         seconds, quartiles = timing.seconds, timing.quartiles
-    # Other programs fail in their own ways; the rows of the rest are wanted all the same.
+    # Other programs raise errors of any type, which must not prevent the remaining rows.
     except Exception as error:
         message = str(error).partition("\n")[0]
     return Row(
@@ -97,19 +98,25 @@ def measured_row(
     )
 
 
-def checked_error(y: Float[Array, "tokens out"], x: Float[Array, "tokens in"], weight: Float[Array, "out in"]) -> float:
-    """‖y − x · weightᵀ‖ / ‖x · weightᵀ‖, the product in float32.
+def checked_error(
+    y: Float[Array | np.ndarray, "..."], x: Float[Array, "tokens in"], weight: Float[Array, "out in"]
+) -> float:
+    """The relative error ‖y − x · weightᵀ‖ / ‖x · weightᵀ‖, with the exact product in float32.
 
     Raises:
-      SpqrError: it is above `MOST_ERROR`, or y has another shape, so y is wrong.
+      SpqrError: the error is above `MOST_ERROR`, or y has another shape.
+
+    Example:
+      >>> checked_error(x @ weight.T, x, weight) < 1e-6
+      True
     """
     expected = np.asarray(_exact(x, weight), np.float64)
     if y.shape != expected.shape:
-        raise SpqrError(f"the product is wrong: its shape is {y.shape}, not {expected.shape}")
+        raise SpqrError(f"the product is wrong: its shape is {y.shape}, but must be {expected.shape}")
     error = float(np.linalg.norm(np.asarray(y, np.float64) - expected) / np.linalg.norm(expected))
-    # Not >, because of NaN.
+    # Negated, because NaN must fail.
     if not error <= MOST_ERROR:
-        raise SpqrError(f"the product is wrong: its relative error is {error:.2g}, but may be {MOST_ERROR:.2g}")
+        raise SpqrError(f"the product is wrong: its relative error is {error:.2g}, above {MOST_ERROR:.2g}")
     return error
 
 

@@ -1,4 +1,4 @@
-"""Times on a GPU that is not there: of compiled kernels, and of a roofline for what is not ours."""
+"""Predicted rows for an absent GPU: compiled kernels for `spqr_matmul`, a roofline for bfloat16."""
 
 from collections.abc import Iterator, Sequence
 
@@ -14,9 +14,9 @@ from pallas_kernels.matmul import spqr_matmul
 from pallas_kernels.tuning.regimes import MOST_TOKENS, regime
 
 CHECKED_SHAPE, CHECKED_TOKENS = (64, 512), (1, 16, 200)
-"""One number of tokens for each kernel."""
+"""One number of tokens per kernel."""
 ITEM = 2
-"""Bytes of a bfloat16 number."""
+"""Bytes per bfloat16 number."""
 
 
 def checked(form: Format) -> dict[int, float]:
@@ -27,7 +27,7 @@ def checked(form: Format) -> dict[int, float]:
     """
     packed = random_matrix(form, CHECKED_SHAPE, 0)
     weight = exact_weight(packed)
-    # What XLA does beyond that for CPUs takes minutes with programs like these.
+    # With XLA's other optimizations for CPUs, interpreted kernels take minutes to compile.
     options: dict[str, str | bool] = {
         "xla_backend_optimization_level": 0,  # type: ignore[dict-item]
         "xla_llvm_disable_expensive_passes": True,
@@ -45,20 +45,21 @@ def checked(form: Format) -> dict[int, float]:
 def predicted_rows(
     target: str, form: Format, shape: tuple[int, int], tokens: Sequence[int], *, matrix: str
 ) -> Iterator[list[Row]]:
-    """The rows of what can be predicted, for one number of tokens after the other.
+    """Predicts `spqr_matmul` and `jnp.dot`, and yields their rows for one number of tokens at a time.
 
     Args:
       target: one of `GPUS`.
-      form: what the matrix is packed as.
+      form: format of the packed matrix.
       shape: (out, in).
-      matrix: its name.
+      tokens: numbers of tokens.
+      matrix: name of the matrix.
 
     Raises:
       ModuleNotFoundError: the compiler is not installed.
       SpqrError: the format does not support these sizes.
     """
     gpu = GPUS[target]
-    # Beyond the tensor core kernel all numbers of tokens have the same kernel.
+    # Above the limit of the tensor-core kernel, one kernel serves all numbers of tokens.
     compiled = [min(number, MOST_TOKENS["bfloat16"]["mma"] + 1) for number in tokens]
     different = list(dict.fromkeys(compiled))
     reports = dict(zip(different, report_all([(target, form, number, shape) for number in different]), strict=True))
@@ -79,9 +80,9 @@ def predicted_rows(
 
 
 def kernel_seconds(reports: Sequence[KernelReport], shape: tuple[int, int], tokens: int, gpu: Gpu) -> float:
-    """The kernels of a product with a packed matrix, one after the other.
+    """Seconds of a product with a packed matrix: the sum over its kernels.
 
-    Where they only write the weight out, the product is a roofline's.
+    In the dequantize regime, the kernels write the dense weight, and the roofline of the dense product is added.
     """
     seconds = 1e-6 * sum(kernel.predicted_us for kernel in reports)
     if regime(tokens, jnp.bfloat16) == "dequantize":
@@ -90,11 +91,11 @@ def kernel_seconds(reports: Sequence[KernelReport], shape: tuple[int, int], toke
 
 
 def roofline(shape: tuple[int, int], tokens: int, gpu: Gpu) -> float:
-    """Seconds that a product in bfloat16 takes at least: those of its bytes or of its operations.
+    """Lower bound of the seconds of a bfloat16 product: max(bytes / bandwidth, operations / tensor rate).
 
     Example:
-      >>> roofline((4096, 11008), 1, GPUS["h100"])
-      3.0e-05
+      >>> round(1e6 * roofline((4096, 11008), 1, GPUS["h100"]), 1)
+      30.1
     """
     out, columns = shape
     nbytes = ITEM * (out * columns + tokens * (out + columns))

@@ -1,4 +1,4 @@
-"""What a benchmark finds, and the JSON files that hold it. Measured and predicted times are never in one file."""
+"""The results of the benchmark and their JSON files. A file has either measured or predicted times."""
 
 import dataclasses
 import json
@@ -17,21 +17,21 @@ Source = Literal["measured", "compile-ahead", "roofline"]
 
 @dataclass(frozen=True)
 class Row:
-    """One product, by one contestant.
+    """One product by one contestant.
 
     Attributes:
-      matrix: models and names of the matrices that have this shape; empty for other shapes.
+      matrix: models and matrices with this shape. Empty for a shape of no known model.
       shape: (out, in).
       tokens: rows of the activations.
-      contestant: who multiplies.
-      format: what the weights are held in.
-      read_bytes: weights and activations, each once.
-      source: where the time is from.
-      seconds: per call, the median; None where the product is wrong or failed.
-      quartiles: of what was measured.
-      bandwidth_fraction: `read_bytes` in this time, over the bandwidth of the device.
-      relative_error: ‖Δ‖ / ‖y‖ of the product against one in float32 with the same weights.
-      error: what went wrong.
+      contestant: name of the contestant.
+      format: format of the stored weights.
+      read_bytes: bytes of weights and activations, each counted once.
+      source: origin of the time.
+      seconds: median time per call. None if the product is wrong or failed.
+      quartiles: lower and upper quartile of measured times.
+      bandwidth_fraction: `read_bytes` / `seconds` / bandwidth of the device.
+      relative_error: ‖Δ‖ / ‖y‖ against the product in float32 with the same weights.
+      error: message of the error, if any.
     """
 
     matrix: str
@@ -53,14 +53,14 @@ class Results:
     """All rows of one device.
 
     Attributes:
-      measured: whether the times are measured; otherwise all are predicted.
-      device: its name.
-      bandwidth: bytes that it reads or writes in a second.
-      tensor_rate: additions and multiplications of its tensor cores in a second, where known.
-      checked: relative errors of interpreted kernels by tokens, where none could run.
-      date: when it was found, in UTC.
-      versions: of Python and of the packages that took part.
-      rows: the products.
+      measured: True if the times are measured, False if they are predicted.
+      device: name of the device.
+      bandwidth: bytes read or written per second.
+      tensor_rate: additions and multiplications of the tensor cores per second, if known.
+      checked: relative errors of the interpreted kernels by tokens, for predicted times.
+      date: date and time in UTC.
+      versions: versions of Python and of the packages used.
+      rows: the rows.
     """
 
     measured: bool
@@ -74,11 +74,11 @@ class Results:
 
     def __post_init__(self) -> None:
         if any((row.source == "measured") != self.measured for row in self.rows):
-            raise SpqrError("measured and predicted rows cannot be in the same results")
+            raise SpqrError("measured and predicted rows cannot be in the same results; write two files")
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that take part, where installed."""
+    """Versions of Python and of the installed packages that the benchmark uses."""
     found = {"python": platform.python_version()}
     for name in ("jax", "jaxlib", "torch", "spqr_quant"):
         try:
@@ -89,27 +89,28 @@ def versions() -> dict[str, str]:
 
 
 def now() -> str:
-    """The present time in UTC, to the second."""
+    """The current time in UTC, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def write(results: Any, path: Path) -> None:
-    """Writes a dataclass with `rows` as JSON, at once: who reads the file finds the old content or the new one."""
+    """Writes a dataclass with `rows` as JSON, one row per line. The file is replaced atomically."""
+    content = dataclasses.asdict(results)
+    rows = [json.dumps(row) for row in content["rows"]]
+    head = json.dumps({**content, "rows": []}, indent=1)
     partial = path.with_name(f".{path.name}.partial")
-    rows = [json.dumps(dataclasses.asdict(row)) for row in results.rows]
-    head = json.dumps(dataclasses.asdict(dataclasses.replace(results, rows=())), indent=1)
-    # A line for each row.
     body = head.replace('"rows": []', '"rows": [\n  ' + ",\n  ".join(rows) + "\n ]")
     partial.write_text(body + "\n")
     os.replace(partial, path)
 
 
 def read(path: Path) -> Results:
-    """What `write` has written.
+    """Reads results that `write` wrote.
 
     Example:
-      >>> read(Path("notebooks/results/kernels-h100-predicted.json")).measured
-      False
+      >>> write(Results(True, "a GPU", 1e12, None, {}, now(), versions()), Path("kernels.json"))
+      >>> read(Path("kernels.json")).device
+      'a GPU'
     """
     found: dict[str, Any] = json.loads(path.read_text())
     rows: list[dict[str, Any]] = found.pop("rows")

@@ -1,4 +1,4 @@
-"""What is measured: the matrices of models, and numbers of tokens."""
+"""The matrices of known models, the numbers of tokens, and their order in the benchmark."""
 
 from collections.abc import Collection, Sequence
 
@@ -21,16 +21,16 @@ MODELS: dict[str, dict[Shape, str]] = {
         (8192, 32768): "dense_4h_to_h",
     },
 }
-"""The matrices of each model's blocks, (out, in), by their names in its checkpoints."""
+"""The shapes (out, in) of each model's matrices, with their names in checkpoints."""
 
 TOKENS = [1, 2, 4, 8, 16, 32, 64, 128, 512, 2048]
 
 FIRST_SHAPES, FIRST_TOKENS = [(4096, 11008), (11008, 4096)], [1, 16, 2048]
-"""What is measured first, because it says most if the time ends there."""
+"""The settings to measure first, because they matter most if the time limit ends the run."""
 
 
 def names(models: Collection[str]) -> dict[Shape, str]:
-    """The different shapes of these models' matrices, and which matrices have them.
+    """The distinct shapes of these models' matrices, each with the names of its matrices.
 
     Example:
       >>> names(["llama-7b"])[4096, 11008]
@@ -44,7 +44,7 @@ def names(models: Collection[str]) -> dict[Shape, str]:
 
 
 def plan(shapes: Collection[Shape], tokens: Collection[int]) -> list[tuple[Shape, Sequence[int]]]:
-    """The order of work: shapes with numbers of tokens, those first that say most.
+    """The order of the work: shapes with numbers of tokens, `FIRST_SHAPES` with `FIRST_TOKENS` before the rest.
 
     Example:
       >>> plan([(16, 16), (4096, 11008)], [1, 2])

@@ -1,7 +1,7 @@
-"""How long a call takes on JAX's device, without the time that it takes to get there.
+"""Timing of one call on JAX's device, without the latency of dispatch.
 
-Many calls are one program: a loop, each of whose steps calls the function once with every one of several copies of the
-matrix, in turn. By the time that a copy comes again, the cache no longer has it.
+One program makes many calls. It is a loop whose steps call the function once with each of several copies of the matrix.
+When a copy is used again, the cache no longer holds it.
 """
 
 import time
@@ -15,11 +15,11 @@ import numpy as np
 from jaxtyping import Array
 
 ROTATED_BYTES = 2 * 126 << 20
-"""Bytes of all copies: twice the largest cache of a GPU, the B200's; an H100's has 50 MB."""
+"""Bytes of all copies: twice 126 MB, the largest cache of a GPU (B200). An H100 has 50 MB."""
 MOST_COPIES = 16
 SAMPLES = 9
 SAMPLE_SECONDS = 0.01
-"""About what one measurement takes: much more than to start a program."""
+"""Approximate duration of one sample, far longer than dispatching a program."""
 MOST_REPETITIONS = 1000
 
 COPIED_BYTES = {"gpu": 1 << 30, "cpu": 1 << 26}
@@ -30,8 +30,8 @@ class Timing:
     """Seconds per call.
 
     Attributes:
-      seconds: the median over executions of the program.
-      quartiles: the lower and the upper one.
+      seconds: median over the samples.
+      quartiles: lower and upper quartile.
     """
 
     seconds: float
@@ -39,17 +39,18 @@ class Timing:
 
 
 def seconds_per_call(function: Callable[[Array, Any], Any], x: Array, w: Any, *, copies: int | None = None) -> Timing:
-    """Measures what `function(x, w)` takes.
+    """Times `function(x, w)`.
 
     Args:
-      function: can be jitted; it is called with the same x and other copies of w.
+      function: a function that can be jitted. It is called with the same x and with copies of w.
       x: activations.
       w: a pytree of arrays.
-      copies: number of copies of w; None is as many as make up `ROTATED_BYTES`, up to `MOST_COPIES`.
+      copies: number of copies of w. None: as many as fill `ROTATED_BYTES`, at most `MOST_COPIES`.
 
     Example:
-      >>> seconds_per_call(spqr_matmul, x, packed).seconds
-      7.3e-06
+      >>> timing = seconds_per_call(jnp.dot, x, kernel, copies=2)
+      >>> 0 < timing.quartiles[0] <= timing.seconds
+      True
     """
     call = jax.jit(function)
     rough = min(_seconds(call, x, w) for _ in range(4))
@@ -58,7 +59,7 @@ def seconds_per_call(function: Callable[[Array, Any], Any], x: Array, w: Any, *,
 
 @dataclass(frozen=True)
 class Calls:
-    """A program that calls a function so many times with each of so many matrices."""
+    """A program that calls a function `steps` times with each of `copies` matrices."""
 
     program: Callable[[Array, Sequence[Any]], list[Any]]
     copies: int
@@ -68,22 +69,26 @@ class Calls:
 def compile_calls(
     function: Callable[[Array, Any], Any], x: Array, w: Any, rough: float, *, copies: int | None = None
 ) -> Calls:
-    """The program that `measure` runs, where a call takes about `rough` seconds; several threads can compile some."""
+    """Compiles the program that `measure` runs. Thread-safe.
+
+    Args:
+      rough: estimated seconds per call, which decide the number of repetitions.
+    """
     if copies is None:
         copies = copies_for(sum(leaf.nbytes for leaf in jax.tree.leaves(w)))
     steps = repetitions(rough * copies)
     options: dict[str, str | bool] = {}
     if jax.default_backend() == "gpu":
-        # In CUDA graphs, calls that could run at once would do so.
+        # Otherwise a CUDA graph runs independent calls concurrently.
         options["xla_gpu_command_buffer_scheduling_mode"] = "SERIALIZE"
     program = jax.jit(repeated(function, steps)).lower(x, [w] * copies).compile(compiler_options=options)
     return Calls(program, copies, steps)
 
 
 def measure(calls: Calls, x: Array, w: Any) -> Timing:
-    """Runs a program several times, and divides its time by the number of its calls."""
+    """Runs a program several times and divides its time by the number of its calls."""
     matrices = [jax.tree.map(jnp.copy, w) for _ in range(calls.copies)]
-    # Where calls take less than was thought, several programs are queued, so that what starts them does not count.
+    # If calls are faster than estimated, queue several programs to hide the latency of dispatch.
     executions = repetitions(min(_seconds(calls.program, x, matrices) for _ in range(2)))
 
     def sample() -> list[Any]:
@@ -95,36 +100,38 @@ def measure(calls: Calls, x: Array, w: Any) -> Timing:
 
 
 def repetitions(seconds: float) -> int:
-    """How often what takes so long is repeated in one measurement."""
+    """The number of repetitions of something that takes this long in one sample."""
     return int(np.clip(SAMPLE_SECONDS / seconds, 1, MOST_REPETITIONS))
 
 
 def summary(seconds: Sequence[float]) -> Timing:
-    """Median and quartiles of several measurements of the same."""
+    """Median and quartiles of samples."""
     lower, median, upper = np.quantile(seconds, [0.25, 0.5, 0.75])
     return Timing(float(median), (float(lower), float(upper)))
 
 
 def copies_for(nbytes: int) -> int:
-    """How many copies of a matrix of so many bytes make up `ROTATED_BYTES`, up to `MOST_COPIES`."""
+    """The number of copies of a matrix of `nbytes` that fill `ROTATED_BYTES`, at most `MOST_COPIES`."""
     return min(-(-ROTATED_BYTES // nbytes), MOST_COPIES)
 
 
 def repeated(function: Callable[[Array, Any], Any], steps: int) -> Callable[[Array, Sequence[Any]], list[Any]]:
-    """A function of x and several matrices that calls another one with each of these, so many times.
+    """A function of x and several matrices that calls `function` `steps` times with each matrix.
 
-    Every result is used, and what every call gets depends on the call before: so, compiled, none is left out, and no
-    part of one is moved out of the loop.
+    All results are used, and the arguments of each call depend on the previous call. The compiler can therefore neither
+    drop a call nor move a part of one out of the loop.
 
     Example:
-      >>> jax.jit(repeated(spqr_matmul, steps=10))(x, [first, second])  # 20 products
+      >>> results = jax.jit(repeated(jnp.dot, steps=10))(x, [kernel, kernel])  # 20 products
+      >>> len(results)
+      2
     """
 
     def program(x: Array, matrices: Sequence[Any]) -> list[Any]:
         def step(_: Array, carry: tuple[Array, list[Any]]) -> tuple[Array, list[Any]]:
             x, results = carry
             for i, w in enumerate(matrices):
-                # Number −1, the last of the step before, for the first.
+                # For the first matrix, results[-1] is the last result of the previous step.
                 x, w, _ = jax.lax.optimization_barrier((x, w, results[i - 1]))
                 results = [*results[:i], function(x, w), *results[i + 1 :]]
             return x, results
@@ -136,11 +143,11 @@ def repeated(function: Callable[[Array, Any], Any], steps: int) -> Callable[[Arr
 
 
 def bandwidth() -> float:
-    """Bytes per second that the device reads and writes: those of multiplying a large array by a number.
+    """Bytes per second that the device reads and writes while it multiplies a large array by a number.
 
     Example:
-      >>> bandwidth()  # an H100
-      2.9e12
+      >>> bandwidth() > 1e6
+      True
     """
     nbytes = COPIED_BYTES[jax.default_backend()]
     large = jnp.ones(nbytes // 2, jnp.bfloat16)

@@ -1,6 +1,6 @@
-"""Contestants that run in PyTorch, on the same GPU: its own product, and the official kernel.
+"""The contestants in PyTorch on the same GPU: PyTorch's own product and the official SpQR kernel.
 
-Nothing here runs without the packages; `missing` says which there are not.
+They need PyTorch and the official package; `missing` reports which are not installed.
 """
 
 from collections.abc import Callable
@@ -17,11 +17,11 @@ from pallas_kernels.benchmark.timing import SAMPLES, Timing, copies_for, repetit
 
 DEVICE = "cuda"
 OFFICIAL_TOKENS = 16
-"""The official kernel multiplies with one token at a time."""
+"""The official kernel treats one token per call, so more tokens are not timed."""
 
 
 def missing(form: Format) -> dict[str, str]:
-    """Contestants of which there will be no rows, and why."""
+    """The contestants that cannot run, with the reasons."""
     try:
         import torch
 
@@ -35,20 +35,20 @@ def missing(form: Format) -> dict[str, str]:
         import spqr_quant  # noqa: F401
 
         import converters.formats.official.tiles  # noqa: F401
-    # It is compiled when it is imported, which can fail in any way.
+    # The import compiles the kernel, which can fail with any exception.
     except Exception as error:
         return {"official kernel": str(error).partition("\n")[0]}
     return {}
 
 
 def torch_contestants(form: Format, shape: tuple[int, int], skipped: dict[str, str]) -> list[Contestant]:
-    """Those that are not skipped, of the matrix that `jax_contestants` have."""
+    """The contestants that are not skipped, for the random matrix of `jax_contestants`."""
     makers = {"torch.matmul": torch_matmul, "official kernel": official_kernel}
     return [make(form, shape) for name, make in makers.items() if name not in skipped]
 
 
 def torch_matmul(form: Format, shape: tuple[int, int]) -> Contestant:
-    """`torch.matmul` in bfloat16."""
+    """The contestant `torch.matmul` in bfloat16."""
     import torch
 
     weight = exact_weight(random_matrix(form, shape, 0)).astype(jnp.bfloat16)
@@ -68,7 +68,7 @@ def torch_matmul(form: Format, shape: tuple[int, int]) -> Contestant:
 
 
 def official_kernel(form: Format, shape: tuple[int, int]) -> Contestant:
-    """The kernel of the SpQR authors, with the outliers in CSR and the permutation fused."""
+    """The contestant of the SpQR authors: a kernel with CSR outliers and fused permutation."""
     import torch
     from spqr_quant.inference import FeatureFlags
     from spqr_quant.inference_kernels.cuda_kernel import call_spqr_mul_fused
@@ -80,7 +80,7 @@ def official_kernel(form: Format, shape: tuple[int, int]) -> Contestant:
     held = {name: torch.from_numpy(array).to(DEVICE) for name, array in arrays.items()}
     nbytes = sum(array.nbytes for array in arrays.values())
     out, columns = shape
-    # Otherwise it waits for the GPU after each call.
+    # The asynchronous variant: the other one waits for the GPU after each call.
     flags = int(FeatureFlags.SPARSE_FUSED_FP32_ASYNC)
 
     def call(x: Any, w: dict[str, Any]) -> Any:
@@ -106,24 +106,24 @@ def _prepared(function: Callable[[Any, Any], Any], x: Any, w: Any, nbytes: int) 
 
 
 def to_torch(array: Float[Array, "..."]) -> Any:
-    """The same memory as PyTorch's tensor, on the same device."""
+    """A PyTorch tensor that shares the array's memory, on the same device."""
     import torch
 
     return torch.from_dlpack(array.block_until_ready())
 
 
 def from_torch(tensor: Any) -> Float[np.ndarray, "..."]:
-    """In float32, on the host."""
+    """Copies a PyTorch tensor to the host in float32."""
     return tensor.float().cpu().numpy()
 
 
 def cuda_seconds_per_call(function: Callable[[Any, Any], Any], x: Any, w: Any, nbytes: int) -> Timing:
-    """What `function(x, w)` takes: calls with copies of w in turn as one CUDA graph, between CUDA events."""
+    """Times `function(x, w)` with CUDA events around a CUDA graph that calls it with each of several copies of w."""
     import torch
 
     copies = [_copy(w) for _ in range(copies_for(nbytes))]
     torch.cuda.synchronize()
-    # What a library does at its first call cannot be in a graph.
+    # Warm up: the initialization in a library's first call cannot be captured in a graph.
     with torch.cuda.stream(torch.cuda.Stream()):
         function(x, copies[0])
     torch.cuda.synchronize()

@@ -1,1 +1,1 @@
-"""What quantizing and decoding cost: `python -m spqr_jax.benchmark`."""
+"""The benchmarks of quantizing and decoding: `python -m spqr_jax.benchmark`."""

@@ -1,6 +1,6 @@
-"""The command `python -m spqr_jax.benchmark`: what quantizing costs, or with `--decode` what decoding costs.
+"""The command `python -m spqr_jax.benchmark`: benchmarks quantizing or, with `--decode`, decoding.
 
-Exit status: 0 done, 1 an error told in one line, 2 wrong usage.
+Exit status: 0 on success, 1 on an error (printed as one line), 2 on wrong usage.
 """
 
 import dataclasses
@@ -34,27 +34,27 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 
 @app.command()
 def main(
-    as_json: Annotated[bool, typer.Option("--json", help="Print results as JSON.")] = False,
-    decode: Annotated[bool, typer.Option("--decode", help="Decode instead of quantizing.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
+    decode: Annotated[bool, typer.Option("--decode", help="Benchmark decoding instead of quantizing.")] = False,
     model: Annotated[
         str,
         typer.Option(
             parser=one_of(MODELS),
             metavar="|".join(MODELS),
-            help=f"Without a GPU, only {FOR_ANY_DEVICE} is measured; others are predicted for {TARGET}.",
+            help=f"Model to decode. Without a GPU, all but {FOR_ANY_DEVICE} are predicted for {TARGET}.",
         ),
     ] = "llama-7b",
-    output: Annotated[Path | None, typer.Option(help="JSON file, written again after every row of --decode.")] = None,
-    seconds: Annotated[float, typer.Option(help="Measure nothing more after so many seconds of --decode.")] = float(
-        "inf"
-    ),
+    output: Annotated[Path | None, typer.Option(help="JSON file for the rows of --decode, updated by row.")] = None,
+    seconds: Annotated[
+        float, typer.Option(help="With --decode, start no new measurement after this many seconds.")
+    ] = float("inf"),
 ) -> None:
-    """Measure quantizing or, with random weights in 3 bits and in bfloat16, decoding.
+    """Benchmark quantizing or, with random weights in 3 bits and in bfloat16, decoding.
 
     Example: python -m spqr_jax.benchmark --decode --output decode-h100.json
     """
     if not decode:
-        # Only this needs what reads other projects' checkpoints.
+        # Only this benchmark needs the converters.
         from spqr_jax.benchmark import quantization
 
         quantization.measure_and_print(as_json)
@@ -62,7 +62,7 @@ def main(
     deadline = time.monotonic() + seconds
     results, rows = plan(model, deadline)
     terminal = Console(stderr=as_json)
-    # Where nobody looks, a file or a pipe, nothing is cut.
+    # Not a terminal (a file or a pipe): print full-width rows.
     screen = Console(stderr=as_json, width=None if terminal.is_terminal else 140)
     screen.print(f"{model}, {'measured on' if results.measured else 'PREDICTED for'} {results.device}")
     for assumption in results.assumptions:
@@ -71,14 +71,14 @@ def main(
         for row in rows:
             results = dataclasses.replace(results, rows=(*results.rows, row))
             if row.skipped:
-                screen.print(f"{row.weights}, batch {row.batch}, prefix {row.prefix} is skipped: {row.skipped}")
+                screen.print(f"{row.weights}, batch {row.batch}, prefix {row.prefix}: skipped, {row.skipped}")
             if output is not None:
                 write(results, output)
     except ModuleNotFoundError as error:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(1) from None
     if results.measured and time.monotonic() > deadline:
-        screen.print("the time is up: settings that are not among the rows are left out")
+        screen.print("time limit reached: settings without a row are left out")
     if as_json:
         console.emit(dataclasses.asdict(results), as_json=True)
     else:
@@ -86,7 +86,10 @@ def main(
 
 
 def plan(model: str, deadline: float) -> tuple[Results, Iterator[Row]]:
-    """What is known before the first row, and the rows: measured where the device can run the model in good time."""
+    """The results still without rows, and an iterator over the rows.
+
+    Rows are measured on a GPU, and for the tiny model on any device. Otherwise they are predicted.
+    """
     measured = model == FOR_ANY_DEVICE or choose(None).kernels
     results = Results(
         measured=measured,
@@ -103,7 +106,7 @@ def plan(model: str, deadline: float) -> tuple[Results, Iterator[Row]]:
 
 
 def table(results: Results) -> Table:
-    """One row each, times in milliseconds."""
+    """The table of the rows that have times, in milliseconds."""
     heads = ("weights", "GB", "batch", "prefix", "tokens/s", "in all", "first token", "step", "quartiles")
     parts = ("products", "attention", "rest")
     title = f"{results.model}, {'measured' if results.measured else 'predicted'}, {results.device}; times in ms"

@@ -1,20 +1,22 @@
-"""Decoding with packed weights and with bfloat16 ones, measured on JAX's device: the paper's two set-ups.
+"""Measured decoding with packed and with bfloat16 weights on JAX's device, in the paper's two set-ups.
 
-The step is that of `generation.decode`, the loop that `generate` runs; products and attention are programs of their own
-with the same shapes, and what they do not explain is the rest.
+A step is one iteration of `generation.decode`, the loop that `generate` runs. Products and attention are also timed in
+separate programs of equal shapes. The remainder of the step is reported as the rest.
 """
 
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.aot import Format
 from pallas_kernels.benchmark.timing import Timing, seconds_per_call, summary
+from pallas_kernels.format.tensor import SpqrTensor
 from spqr_jax import generation
 from spqr_jax.benchmark.random_model import fused_shapes, random_params
 from spqr_jax.benchmark.results import Row
@@ -23,11 +25,13 @@ from spqr_jax.models import Decoder, layer_name
 from spqr_jax.models.decoder import Params
 from spqr_jax.models.layers import attend, linear
 
+T = TypeVar("T")
+
 NEW_TOKENS = 100
 BATCHES, PREFIXES = (1, 16), (0, 1024)
 REPETITIONS = 5
 ROOM = 1.15
-"""Memory that decoding takes over that of the weights and the cache, about."""
+"""Approximate memory of decoding / memory of the weights and the cache."""
 
 
 def measured_rows(
@@ -38,14 +42,14 @@ def measured_rows(
     prefixes: Sequence[int] = PREFIXES,
     deadline: float = float("inf"),
 ) -> Iterator[Row]:
-    """Rows as they are measured, by batch, weights and prefix, until the time is up.
+    """Measures and yields rows by batch, format and prefix, until the deadline.
 
     Args:
-      model: whose weights are random.
-      forms: what the matrices are packed as; None: bfloat16.
+      model: the model, which gets random weights.
+      forms: formats of the packed matrices. None: bfloat16.
       batches: numbers of sequences.
-      prefixes: lengths of the prompts; 0 is one token, for there must be one.
-      deadline: of `time.monotonic`; nothing new is begun after it.
+      prefixes: lengths of the prompts. 0 stands for a prompt of one token, the shortest possible.
+      deadline: time of `time.monotonic` after which no new measurement starts.
     """
     for batch in batches:
         for form in forms:
@@ -65,7 +69,13 @@ def measured_rows(
 
 
 def empty_row(model: Decoder, form: Format | None, batch: int, prefix: int) -> Row:
-    """A row without times, skipped where the device has too little memory."""
+    """A row without times. It is marked as skipped if the device has too little memory.
+
+    Example:
+      >>> from spqr_jax.benchmark.random_model import MODELS
+      >>> empty_row(MODELS["tiny"], None, batch=2, prefix=0).cache_bytes
+      196608
+    """
     params = jax.eval_shape(lambda: random_params(model, form))
     state = jax.eval_shape(lambda: start(model, params, batch, prefix)[0])
     weight_bytes, cache_bytes = (
@@ -80,21 +90,23 @@ def empty_row(model: Decoder, form: Format | None, batch: int, prefix: int) -> R
 
 
 def memory_limit() -> float:
-    """Bytes that JAX may take of its device's memory, where it says so."""
+    """Bytes of device memory that JAX may allocate. Infinity if the device does not report a limit."""
     return float((jax.devices()[0].memory_stats() or {}).get("bytes_limit", "inf"))
 
 
-def start(model: Decoder, params: Params, batch: int, prefix: int) -> tuple[generation.State, Any, Any]:
-    """`generation.start` for random prompts of one length."""
+def start(
+    model: Decoder, params: Params, batch: int, prefix: int
+) -> tuple[generation.State, Int[np.ndarray, "batch length"], Bool[np.ndarray, "batch length"]]:
+    """Starts generation from random prompts of one length: the state, the prompt tokens, and their mask."""
     size = batch, max(prefix, 1)
     prompts = np.random.default_rng(0).integers(0, model.config.vocab_size, size).tolist()
     return generation.start(model, params, prompts, NEW_TOKENS)
 
 
 def products_seconds(model: Decoder, params: Params, batch: int) -> float:
-    """All products with matrices of one step, each matrix alone and read from memory."""
+    """Seconds of all products with matrices in one step, each timed alone with its matrix not in the cache."""
 
-    def seconds(kernel: Any, in_features: int) -> float:
+    def seconds(kernel: SpqrTensor | Float[Array, "in out"], in_features: int) -> float:
         x = jax.random.normal(jax.random.key(0), (batch, 1, in_features), model.dtype)
         return seconds_per_call(linear, x, kernel).seconds
 
@@ -104,7 +116,7 @@ def products_seconds(model: Decoder, params: Params, batch: int) -> float:
 
 
 def attention_seconds(model: Decoder, batch: int, slots: int) -> float:
-    """The attention of all blocks to the cache in one step."""
+    """Seconds of the attention of all blocks over the cache in one step."""
     config = model.config
     queries = jnp.ones((batch, 1, config.num_heads, config.head_dim), model.dtype)
     keys = jnp.zeros((batch, config.num_kv_heads, slots, config.head_dim), model.dtype)
@@ -128,9 +140,9 @@ def _measured(model: Decoder, params: Params, row: Row, products: float) -> Row:
 
 
 def step_seconds(model: Decoder, params: Params, batch: int, prefix: int) -> tuple[Timing, Timing, int]:
-    """Seconds to the first token, seconds of a step after it, and slots of the cache."""
+    """The time to the first token, the time of a later step, and the number of slots in the cache."""
     firsts, steps, slots = [], [], 0
-    # The first time compiles.
+    # The first repetition compiles and is not counted.
     for repetition in range(REPETITIONS + 1):
         state, tokens, mask = jax.block_until_ready(start(model, params, batch, prefix))
         slots = state.cache.valid.shape[1]
@@ -142,7 +154,7 @@ def step_seconds(model: Decoder, params: Params, batch: int, prefix: int) -> tup
     return summary(firsts), summary(steps), slots
 
 
-def _timed(function: Callable[[], Any]) -> tuple[Any, float]:
+def _timed(function: Callable[[], T]) -> tuple[T, float]:
     started = time.perf_counter()
     result = jax.block_until_ready(function())
     return result, time.perf_counter() - started

@@ -1,4 +1,4 @@
-"""How the time of quantizing grows with rows, columns, tokens and blocks, beside how its operations do."""
+"""The scaling of quantization time with rows, columns, sequences and blocks, compared with its operations."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -14,15 +14,15 @@ from spqr_jax.quantization.model import quantize
 
 ROWS, COLUMNS, SEQUENCES, BLOCKS = (384, 768, 1536, 3072), (384, 768, 1536, 3072), (4, 8, 16, 32), (1, 2, 4, 8)
 FIXED = 576
-"""Columns where rows grow, and rows where columns do."""
+"""Columns while rows grow, and rows while columns grow."""
 TOKENS = 256
-"""Of a sequence."""
+"""Tokens per sequence."""
 TOLERATED = 0.15
-"""By how much a measured exponent may be larger than that of the operations before it is said to be worse."""
+"""Excess of a measured exponent over that of the operations that is still attributed to noise."""
 
 
 class Growth(NamedTuple):
-    """Times at several sizes of one thing, and the exponents a of size^a that fit them and the operations best."""
+    """Times at several sizes of one dimension, with fitted exponents a of seconds ~ size^a and operations ~ size^a."""
 
     of: str
     sizes: tuple[int, ...]
@@ -32,36 +32,45 @@ class Growth(NamedTuple):
 
     @property
     def is_worse(self) -> bool:
-        """Whether the time grows faster than the operations."""
+        """True if the time grows faster than the operations."""
         return self.exponent > self.operations_exponent + TOLERATED
 
 
 def fitted(
     of: str, sizes: Sequence[int], seconds: Callable[[int], float], operations: Callable[[int], float]
 ) -> Growth:
-    """Measures at each size, and fits.
+    """Measures at each size and fits both exponents by least squares in logarithms.
+
+    Args:
+      of: name of the dimension.
+      sizes: its sizes.
+      seconds: measures the time at one size.
+      operations: counts the operations at one size.
 
     Example:
-      >>> fitted("squares", [1, 2, 4, 8], seconds=lambda n: 1e-3 * n**2, operations=lambda n: n**2).exponent
+      >>> growth = fitted("squares", [1, 2, 4, 8], seconds=lambda n: 1e-3 * n**2, operations=lambda n: n**2)
+      >>> round(growth.exponent, 3)
       2.0
     """
     times = tuple(map(seconds, sizes))
     return Growth(of, tuple(sizes), times, _exponent(sizes, times), _exponent(sizes, [operations(n) for n in sizes]))
 
 
-def growths(solver_seconds: Callable[[tuple[int, int]], float], timed: Callable[[Callable], float]) -> list[Growth]:
-    """All four.
+def growths(
+    solver_seconds: Callable[[tuple[int, int]], float], timed: Callable[[Callable[[], object]], float]
+) -> list[Growth]:
+    """Measures the growth with rows, columns, sequences and blocks.
 
     Args:
-      solver_seconds: what the solver takes for a matrix (out, in), compiled before.
-      timed: what a call takes.
+      solver_seconds: measures the solver on a matrix (out, in), without compilation.
+      timed: measures the seconds of a call.
     """
 
     def model_seconds(blocks: int, sequences: int) -> float:
         model = _model(blocks)
         params = model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
         tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, (sequences, TOKENS))
-        # The first one compiles.
+        # The minimum excludes the first call, which compiles.
         return min(timed(lambda: quantize(params, tokens, model=model, config=SpqrConfig())) for _ in range(3))
 
     def model_operations(blocks: int, sequences: int) -> float:
@@ -79,25 +88,37 @@ def growths(solver_seconds: Callable[[tuple[int, int]], float], timed: Callable[
 
 
 def solver_operations(out: int, columns: int) -> float:
-    """Of matrices of one input, `out` rows in all: refit and factorization, 8 n³; refit and columns, 10 n² · rows."""
+    """Operations of the solver on the matrices of one input, with n columns and `out` rows in total.
+
+    Refit and factorization take 8 n³, refit and the column loop 10 n² · out.
+
+    Example:
+      >>> solver_operations(10, 10)
+      18000.0
+    """
     return 8.0 * columns**3 + 10.0 * columns**2 * out
 
 
 def token_operations(out: int, columns: int) -> float:
-    """Of one token: products with the weights of both models, 4; the upper panels of H, 1.25 n²; C, 2 n².
+    """Operations of one calibration token for the matrices of one input, with n columns and `out` rows in total.
 
-    Without R, 2 for each weight of two of a block's matrices.
+    Products in the original and the quantized model take 4 · out · n, the upper panels of H 1.25 n², and C 2 n². R is
+    left out: 2 for each weight of two matrices per block.
+
+    Example:
+      >>> token_operations(10, 10)
+      725.0
     """
     return 4.0 * out * columns + 3.25 * columns**2
 
 
 def _exponent(sizes: Sequence[int], values: Sequence[float]) -> float:
-    """The slope of a straight line through the logarithms."""
+    """The least-squares slope of log values over log sizes."""
     return float(np.polyfit(np.log(sizes), np.log(values), 1)[0])
 
 
 def _model(blocks: int) -> Decoder:
-    """Blocks as large as SmolLM2's, with a small vocabulary."""
+    """A model with blocks of SmolLM2's size and a small vocabulary."""
     return Llama(
         LlamaConfig(
             vocab_size=1024,

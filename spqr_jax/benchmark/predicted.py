@@ -1,4 +1,4 @@
-"""A decode step on a GPU that is not there: the sum over the kernels of its program, compiled for it."""
+"""Predicted decoding on an absent GPU: the sum over the kernels of the decode step, compiled ahead of time."""
 
 import functools
 import itertools
@@ -19,9 +19,9 @@ from spqr_jax.generation import Policy
 from spqr_jax.models import Decoder
 
 OURS = "spqr_"
-"""What the names of this project's kernels begin with."""
+"""Prefix of the names of this project's kernels."""
 GAP = 1e-6
-"""Seconds from the end of a kernel to the start of the next."""
+"""Seconds from the end of one kernel to the start of the next, an assumption."""
 
 ASSUMPTIONS = (
     "nothing here is measured: the decode step was compiled for the GPU, and its kernels are added up",
@@ -36,12 +36,12 @@ ASSUMPTIONS = (
 
 @dataclass(frozen=True)
 class Step:
-    """The kernels that each step of decoding launches.
+    """The kernel launches of one decode step.
 
     Attributes:
-      launches: how many there are.
-      ours: how many are this project's.
-      other_bytes: bytes that the others read and write.
+      launches: number of launches.
+      ours: number of launches of this project's kernels.
+      other_bytes: bytes that the other kernels read and write.
     """
 
     launches: int
@@ -57,18 +57,18 @@ def predicted_rows(
     batches: Sequence[int] = BATCHES,
     prefixes: Sequence[int] = PREFIXES,
 ) -> Iterator[Row]:
-    """Rows of a model in this format and in bfloat16, for one GPU.
+    """Predicts and yields rows of a model in a packed format and in bfloat16.
 
     Args:
       name: one of `MODELS`.
-      form: what the matrices are packed as.
+      form: format of the packed matrices.
       target: one of `GPUS`.
       batches: numbers of sequences.
       prefixes: lengths of the prompts.
 
     Raises:
       ModuleNotFoundError: the compiler is not installed.
-      SpqrError: the format does not support the sizes of the model, or the program has other kernels than expected.
+      SpqrError: the format does not support the sizes of the model, or the compiled program has unexpected kernels.
     """
     model, gpu = MODELS[name], GPUS[target]
     shapes = list(fused_shapes(model).values())
@@ -85,7 +85,7 @@ def predicted_rows(
 
 
 def compiled_step(name: str, target: str, batch: int, form: Format | None, prefix: int) -> Step:
-    """The kernels of a decode step, in a process of `run_apart`."""
+    """Counts the launches of a decode step. Call it in a process of `run_apart`."""
     program = compiled_decode(MODELS[name], GPUS[target], batch, form, prefix)
     kernels = [kernel for kernel in program.kernels if kernel.in_loop]
     others = [kernel for kernel in kernels if not kernel.name.startswith(OURS)]
@@ -93,7 +93,7 @@ def compiled_step(name: str, target: str, batch: int, form: Format | None, prefi
 
 
 def compiled_decode(model: Decoder, gpu: Gpu, batch: int, form: Format | None, prefix: int) -> Program:
-    """The loop of decoding, compiled for a GPU, in a process of `run_apart`."""
+    """Compiles the decode loop for a GPU. Call it in a process of `run_apart`."""
     params = jax.eval_shape(lambda: random_params(model, form))
     state = jax.eval_shape(lambda: start(model, params, batch, prefix)[0])
     function = jax.jit(functools.partial(generation.decode, model, Policy()), donate_argnums=1)
@@ -101,7 +101,7 @@ def compiled_decode(model: Decoder, gpu: Gpu, batch: int, form: Format | None, p
 
 
 def _predicted(row: Row, step: Step, ours: Sequence[KernelReport], model: Decoder, gpu: Gpu) -> Row:
-    """The row with its times; `ours` are this project's kernels of one block."""
+    """The row with times added; `ours` has the reports of this project's kernels in one block."""
     layers, config = model.config.num_layers, model.config
     dense = config.vocab_size * config.hidden_size
     if not ours:
@@ -109,8 +109,9 @@ def _predicted(row: Row, step: Step, ours: Sequence[KernelReport], model: Decode
     dense_bytes = jnp.dtype(model.dtype).itemsize * dense
     if step.ours != layers * len(ours) or step.other_bytes < dense_bytes + row.cache_bytes:
         raise SpqrError(
-            f"{step.ours} kernels of this project, of {layers * len(ours)} expected, and others that read and write "
-            f"{step.other_bytes} bytes, of at least {dense_bytes + row.cache_bytes} expected"
+            f"the decode step launches {step.ours} kernels of this project, not {layers * len(ours)}, or its other "
+            f"kernels access {step.other_bytes} bytes, fewer than the {dense_bytes + row.cache_bytes} of dense weights "
+            "and cache"
         )
     packed = 1e-6 * layers * sum(kernel.predicted_us for kernel in ours)
     return row.with_times(

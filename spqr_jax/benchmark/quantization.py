@@ -1,14 +1,14 @@
 """Speed and memory of quantization.
 
-The solver on matrices of SmolLM2's four shapes, the whole model (32 × 512 calibration tokens), and how time grows. The
-official code's times beside them were taken once on another machine with 2 cores, in PyTorch, so a ratio holds only on
-such a machine; matrices here are random, which does not change the work.
+It measures the solver on random matrices of SmolLM2's four shapes, the whole model (32 × 512 calibration tokens), and
+the growth with size. The official times were measured once, in PyTorch on another machine with 2 cores, so a ratio to
+them holds only on such a machine.
 """
 
 import resource
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +32,14 @@ REPETITIONS = 10
 
 
 class SolverRow(NamedTuple):
-    """Times of one matrix `[out, in]`: the median of repeated runs, and the first, which compiles."""
+    """Times of the solver on one matrix `[out, in]`.
+
+    Attributes:
+      shape: (out, in).
+      seconds: median of repeated runs.
+      compile_seconds: additional time of the first run.
+      official_seconds: time of the official code.
+    """
 
     shape: tuple[int, int]
     seconds: float
@@ -41,35 +48,44 @@ class SolverRow(NamedTuple):
 
 
 def solver_row(shape: tuple[int, int]) -> SolverRow:
-    """The solver beside the official one."""
+    """Times the solver on a matrix of one of SmolLM2's shapes."""
     seconds, first = solver_seconds(shape)
     return SolverRow(shape, seconds, first - seconds, OFFICIAL_SECONDS[shape])
 
 
 def solver_seconds(shape: tuple[int, int]) -> tuple[float, float]:
-    """Times the solver (factorization, columns, packing) on a random matrix and Hessian: the median, and the first."""
+    """Times the solver (factorization, columns, packing) on a random matrix and Hessian.
+
+    Returns:
+      the median seconds of repeated runs, and the seconds of the first run, which compiles.
+    """
     columns = shape[1]
     rng = np.random.default_rng(0)
     weight = jnp.asarray(0.05 * rng.standard_t(5, size=shape), jnp.float32)
     inputs = rng.normal(size=(4 * columns, columns)) * np.exp(0.5 * rng.normal(size=columns))
     hessian = jnp.asarray(inputs.T @ inputs, jnp.float32)
 
-    def solve() -> Any:
-        return jax.block_until_ready(quantize_shared((weight,), hessian, SpqrConfig()))
+    def solve() -> None:
+        jax.block_until_ready(quantize_shared((weight,), hessian, SpqrConfig()))
 
     first = timed(solve)
     return float(np.median([timed(solve) for _ in range(REPETITIONS)])), first
 
 
-def timed(function: Callable[[], Any]) -> float:
-    """Seconds of wall time that a call takes."""
+def timed(function: Callable[[], object]) -> float:
+    """Wall time of a call in seconds.
+
+    Example:
+      >>> timed(lambda: sum(range(1000))) > 0
+      True
+    """
     started = time.perf_counter()
     function()
     return time.perf_counter() - started
 
 
 def whole_model() -> dict[str, float]:
-    """Quantizes SmolLM2 with the default configuration; seconds include compilation."""
+    """Quantizes SmolLM2 with the default configuration. The times include compilation."""
     model, params, tokenizer = from_pretrained(find_smollm2(), dtype=np.float16)
     ids = np.array(encode(tokenizer, wikitext2("valid")))
     tokens = windows_at(ids, np.array(REFERENCE_STARTS), 512)
@@ -91,8 +107,8 @@ def whole_model() -> dict[str, float]:
 
 
 def measure_and_print(as_json: bool) -> None:
-    """Measures the solver, the whole model and how time grows."""
-    # The whole model first: it then pays for its own compilation, and its peak memory is its own.
+    """Measures the whole model, the solver and the growth with size, and prints the results."""
+    # Start with the whole model, so that its time includes all compilation and its peak memory nothing else.
     model = whole_model()
     jax.clear_caches()
     rows = [solver_row(shape) for shape in OFFICIAL_SECONDS]
@@ -114,7 +130,7 @@ def measure_and_print(as_json: bool) -> None:
 
 
 def growth_table(grown: Sequence[Growth]) -> Table:
-    """One row for each thing that grows; time ~ size^a."""
+    """The table of fitted exponents a of time ~ size^a, one row per dimension."""
     table = Table("of", "sizes", "seconds", "a", "a of the operations", "", title="growth")
     for growth in grown:
         table.add_row(
@@ -123,6 +139,6 @@ def growth_table(grown: Sequence[Growth]) -> Table:
             ", ".join(f"{seconds:.3g}" for seconds in growth.seconds),
             f"{growth.exponent:.2f}",
             f"{growth.operations_exponent:.2f}",
-            "worse than the operations say" if growth.is_worse else "",
+            "faster than the operations" if growth.is_worse else "",
         )
     return table

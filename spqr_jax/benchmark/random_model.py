@@ -1,8 +1,7 @@
-"""Language models with random weights, made on the device in the form in which they are decoded."""
+"""Language models with random weights, generated on the device in the form that decoding uses."""
 
 import functools
 import itertools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +9,7 @@ from jaxtyping import Array
 
 from pallas_kernels.aot import Format
 from pallas_kernels.benchmark.matrices import WEIGHT, random_matrix
+from pallas_kernels.format.tensor import SpqrTensor
 from spqr_jax.models import Decoder, Llama, LlamaConfig, RotaryConfig, layer_name
 from spqr_jax.models.decoder import Params, fused_name
 
@@ -44,18 +44,20 @@ MODELS: dict[str, Decoder] = {
 
 
 def random_params(model: Decoder, form: Format | None, seed: int = 0) -> Params:
-    """Parameters of a model, matrices of one input as one, the blocks apart.
+    """Random parameters of a model, with the matrices of one input fused and the blocks not stacked.
 
     Args:
-      model: one whose matrices have no biases.
-      form: what the blocks' matrices are packed as; None: bfloat16. Everything else is bfloat16.
-      seed: of the random numbers.
+      model: a model whose matrices have no biases.
+      form: format of the blocks' packed matrices. None: bfloat16. All other parameters are bfloat16.
+      seed: seed of the random numbers.
 
     Raises:
       SpqrError: the format does not support the sizes of the model.
 
     Example:
-      >>> generate(MODELS["llama-7b"], random_params(MODELS["llama-7b"], Format.parse("3b-g16-s3-o1%")), [[1]], ...)
+      >>> params = random_params(MODELS["tiny"], Format.parse("3b-g16-s3-o1%"))
+      >>> params["layers_0"]["gate_proj+up_proj"]["kernel"].shape
+      (192, 64)
     """
     shapes = _shapes(model)
     blocks = [layer_name(index) for index in range(model.config.num_layers)]
@@ -64,7 +66,7 @@ def random_params(model: Decoder, form: Format | None, seed: int = 0) -> Params:
     inside = {name: leaves for name, leaves in shapes[blocks[0]].items() if name not in multiplied}
     seeds = itertools.count(seed)
 
-    def kernel(shape: tuple[int, int]) -> Any:
+    def kernel(shape: tuple[int, int]) -> SpqrTensor | Array:
         return _normal(shape[::-1], next(seeds)) if form is None else random_matrix(form, shape, next(seeds))
 
     def block() -> Params:
@@ -76,7 +78,7 @@ def random_params(model: Decoder, form: Format | None, seed: int = 0) -> Params:
 
 
 def fused_shapes(model: Decoder) -> dict[str, tuple[int, int]]:
-    """(out, in) of each matrix of a block, those of one input as one, by the name that it has in the parameters.
+    """The shapes (out, in) of a block's matrices by name, with the matrices of one input fused.
 
     Example:
       >>> fused_shapes(MODELS["llama-7b"])["gate_proj+up_proj"]
@@ -97,9 +99,9 @@ def _shapes(model: Decoder) -> Params:
 
 
 def _ordinary(shapes: Params, seed: int) -> Params:
-    """Norms of ones, anything else random."""
+    """Parameters outside packed matrices: scales of norms are one, others random."""
 
-    def fill(path: Any, leaf: Any) -> Array:
+    def fill(path: tuple[jax.tree_util.DictKey, ...], leaf: jax.ShapeDtypeStruct) -> Array:
         ones = path[-1].key == "scale"
         return jnp.ones(leaf.shape, jnp.bfloat16) if ones else _normal(leaf.shape, seed)
 

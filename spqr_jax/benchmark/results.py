@@ -1,4 +1,4 @@
-"""What the decode benchmark finds, and the JSON files that hold it. Measured and predicted are never in one file."""
+"""The results of the decode benchmark and their JSON files. A file has either measured or predicted times."""
 
 import dataclasses
 import json
@@ -9,25 +9,25 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Row:
-    """One model in one form, decoding so many sequences after prompts of one length.
+    """One model in one format that decodes a batch of sequences after prompts of one length.
 
     Attributes:
       weights: `bfloat16`, or the format as `Format` spells it.
       batch: number of sequences.
-      prefix: tokens of each prompt; 0: from nothing, that is, from one token.
-      weight_bytes: of all parameters.
-      cache_bytes: of the keys and values of all slots.
-      first_token_seconds: from prompts to first tokens; None where it is predicted, which it cannot be.
-      step_seconds: from one token of each sequence to the next, the median; None where the row was skipped.
-      step_quartiles: of what was measured.
-      products_seconds: the part of a step that the products with matrices take, measured alone.
-      attention_seconds: the same of the attention to the cache.
-      rest_seconds: the step without both: norms, rotary embedding, sampling, all starts of kernels. Of measured parts
-        it can be below zero.
-      launches: kernels of a step, where it is predicted.
-      tokens_per_second: of one sequence, after its first token.
-      tokens_per_second_in_all: of all sequences.
-      skipped: why there are no times.
+      prefix: tokens of each prompt. 0 stands for a prompt of one token.
+      weight_bytes: bytes of all parameters.
+      cache_bytes: bytes of the keys and values in all slots.
+      first_token_seconds: time from the prompts to the first tokens. None for predicted rows.
+      step_seconds: median time of a step, in which each sequence gets one token. None for skipped rows.
+      step_quartiles: lower and upper quartile of measured steps.
+      products_seconds: time of the step's products with matrices, measured alone.
+      attention_seconds: time of the step's attention over the cache, measured alone.
+      rest_seconds: step without products and attention: norms, rotary embedding, sampling and kernel launches. It can
+        be negative, because the parts are measured alone.
+      launches: kernel launches per step. None for measured rows.
+      tokens_per_second: rate of one sequence after its first token.
+      tokens_per_second_in_all: rate of all sequences together.
+      skipped: reason for missing times.
     """
 
     weights: str
@@ -47,7 +47,12 @@ class Row:
     skipped: str | None = None
 
     def with_times(self, step: float, products: float, attention: float, **others: Any) -> "Row":
-        """The row with the times of a step, and what follows from them."""
+        """The row with the times of a step and the values derived from them.
+
+        Example:
+          >>> Row("bfloat16", 2, 0, 10, 10).with_times(0.5, 0.25, 0.125).tokens_per_second_in_all
+          4.0
+        """
         return dataclasses.replace(
             self,
             step_seconds=step,
@@ -65,14 +70,14 @@ class Results:
     """All rows of one model on one device.
 
     Attributes:
-      measured: whether the times are measured; otherwise all are predicted.
-      device: its name.
-      model: its name, see `random_model`.
-      new_tokens: tokens that each sequence is continued by.
-      assumptions: what predicted times rest on.
-      date: when it was found, in UTC.
-      versions: of Python and JAX.
-      rows: what was found.
+      measured: True if the times are measured, False if they are predicted.
+      device: name of the device.
+      model: name of the model, see `random_model`.
+      new_tokens: tokens generated per sequence.
+      assumptions: assumptions of predicted times.
+      date: date and time in UTC.
+      versions: versions of Python and JAX.
+      rows: the rows.
     """
 
     measured: bool
@@ -86,11 +91,13 @@ class Results:
 
 
 def read(path: Path) -> Results:
-    """What `pallas_kernels.benchmark.rows.write` has written.
+    """Reads results that `pallas_kernels.benchmark.rows.write` wrote.
 
     Example:
-      >>> read(Path("notebooks/results/decode-h100-predicted.json")).measured
-      False
+      >>> results = Results(True, "a GPU", "tiny", 100, (), "2026-01-01T00:00:00+00:00", {})
+      >>> _ = Path("decode.json").write_text(json.dumps(dataclasses.asdict(results)))
+      >>> read(Path("decode.json")) == results
+      True
     """
     found: dict[str, Any] = json.loads(path.read_text())
     rows = [

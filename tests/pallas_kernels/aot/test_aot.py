@@ -165,7 +165,7 @@ def test_pointers_kept_on_the_stack_are_traced():
 
 
 def test_what_returns_is_an_error():
-    with pytest.raises(ValueError, match="where RET goes is not known"):
+    with pytest.raises(ValueError, match="the target of RET is known only at run time"):
         listing("RET.REL.NODEC R2 `(.L_x_1)")
 
 

@@ -158,7 +158,7 @@ def test_bytes_of_instructions():
 
 def test_missing_kernels_are_an_error():
     row = decode.empty_row(TINY, None, batch=1, prefix=0)
-    with pytest.raises(ValueError, match="others that read and write 1000 bytes, of at least"):
+    with pytest.raises(ValueError, match="kernels access 1000 bytes, fewer than"):
         predicted._predicted(row, predicted.Step(20, 0, 1000), [], TINY, GPUS["h100"])
 
 
