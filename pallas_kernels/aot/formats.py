@@ -32,7 +32,7 @@ class Format:
     bits: int
     group_size: int
     stats_bits: int | None = None
-    outlier_percent: float = 0
+    outlier_percent: float = 0.0
 
     @classmethod
     def parse(cls, spelling: str) -> "Format":

@@ -83,7 +83,7 @@ def jax_contestants(
     yield _contestant(BFLOAT16, "bfloat16", jnp.bfloat16, jnp.dot, kernel, kernel.T)
     if packed.outliers is not None:
         dense = replace(packed, outliers=None)
-        dense_form = str(replace(form, outlier_percent=0))
+        dense_form = str(replace(form, outlier_percent=0.0))
         dense_weight = exact_weight(dense)
         yield _contestant(DENSE_PART, dense_form, jnp.bfloat16, multiply, dense, dense_weight)
         residuals = sparse_part(packed)

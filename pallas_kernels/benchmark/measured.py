@@ -99,7 +99,7 @@ def measured_row(
 
 
 def checked_error(
-    y: Float[Array | np.ndarray, "..."], x: Float[Array, "tokens in"], weight: Float[Array, "out in"]
+    y: Float[Array | np.ndarray, "..."], x: Float[Array, "tokens in"], weight: Float[Array | np.ndarray, "out in"]
 ) -> float:
     """The relative error ‖y − x · weightᵀ‖ / ‖x · weightᵀ‖, with the exact product in float32.
 
@@ -121,6 +121,6 @@ def checked_error(
 
 
 @jax.jit
-def _exact(x: Float[Array, "tokens in"], weight: Float[Array, "out in"]) -> Float[Array, "tokens out"]:
+def _exact(x: Float[Array, "tokens in"], weight: Float[Array | np.ndarray, "out in"]) -> Float[Array, "tokens out"]:
     x, weight = x.astype(jnp.float32), weight.astype(jnp.float32)
     return jnp.matmul(x, weight.T, precision=jax.lax.Precision.HIGHEST)

@@ -48,7 +48,7 @@ def fitted(
       operations: counts the operations at one size.
 
     Example:
-      >>> growth = fitted("squares", [1, 2, 4, 8], seconds=lambda n: 1e-3 * n**2, operations=lambda n: n**2)
+      >>> growth = fitted("squares", [1, 2, 4, 8], seconds=lambda n: 1e-3 * n**2, operations=lambda n: 5.0 * n**2)
       >>> round(growth.exponent, 3)
       2.0
     """
