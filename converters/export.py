@@ -93,11 +93,11 @@ def export_hf_spqr(
     weights = dict(_weights(model, params))
     packed = {name.removesuffix(".weight"): leaf for name, leaf in weights.items() if isinstance(leaf, SpqrTensor)}
     if not packed:
-        raise ConversionError("The model holds no packed matrix; quantize it first.")
+        raise ConversionError("the model holds no packed matrix; quantize it first")
     arrays: dict[str, np.ndarray] = {}
     for module, tensor in packed.items():
         if f"{module}.bias" in weights:
-            raise ConversionError(f"{module} has a bias, which the official SpQR format cannot hold.")
+            raise ConversionError(f"{module} has a bias, which the official SpQR format cannot hold")
         arrays |= {f"{module}.{field}": array for field, array in encode_tensor(tensor, module).items()}
     dense = {name: leaf for name, leaf in weights.items() if not isinstance(leaf, SpqrTensor)}
     quantization = {
@@ -120,12 +120,12 @@ def export_hf_spqr(
 def _weights(model: Decoder, params: Params) -> Iterator[Named]:
     """Hugging Face's name of each tensor, with its array, in PyTorch's orientation, or its packed matrix."""
     if mesh_of(params) is not None:
-        raise ConversionError("The parameters are split over devices; export those they were made from.")
+        raise ConversionError("the parameters are split over devices; export those they were made from")
     flat = flatten_dict(unstack_blocks(params))
     for target in family_of(model).layout(model.config, "huggingface").targets:
         if target.path not in flat:
             raise ConversionError(
-                f"{'.'.join(target.path)} is missing; where projections are fused, export the original parameters."
+                f"{'.'.join(target.path)} is missing; where projections are fused, export the original parameters"
             )
         leaf = flat[target.path]
         yield target.source, leaf.T if target.path[-1] == "kernel" and not isinstance(leaf, SpqrTensor) else leaf
@@ -137,7 +137,7 @@ def _dense(name: str, leaf: Any, dtype: DTypeLike) -> np.ndarray:
         result = np.ascontiguousarray(weight.astype(dtype))
     if not np.isfinite(result.astype(np.float32)).all():
         largest = np.abs(weight.astype(np.float32)).max()
-        raise ConversionError(f"{name} has a weight of {largest:g}, too large for {jnp.dtype(dtype).name}.")
+        raise ConversionError(f"{name} has a weight of {largest:g}, too large for {jnp.dtype(dtype).name}")
     return result
 
 
@@ -152,7 +152,7 @@ def _write(
     """A complete directory or none: config.json, the tensors in one file or in shards, the tokenizer's files."""
     destination = directory.resolve()
     if destination.exists():
-        raise ConversionError(f"{destination} exists already; choose another path.")
+        raise ConversionError(f"{destination} exists already; choose another path")
     try:
         with new_directory(destination) as incomplete:
             if tokenizer is not None:
@@ -167,7 +167,7 @@ def _write(
         raise
     except Exception as error:  # on a full disk: OSError, or what the Rust libraries raise
         parent = existing_parent(destination)
-        raise ConversionError(f"{destination} could not be written: {error}; look at the space in {parent}.") from error
+        raise ConversionError(f"{destination} could not be written: {error}; look at the space in {parent}") from error
 
 
 def _write_shards(directory: Path, tensors: Iterable[Named]) -> None:

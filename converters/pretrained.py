@@ -13,10 +13,11 @@ from transformers import PreTrainedTokenizerFast
 from converters.errors import ConversionError
 from converters.families.base import Family
 from converters.families.table import FAMILIES, GGUF_FAMILIES
-from converters.formats.detect import Form, Source, open_source
+from converters.formats.detect import open_source
 from converters.formats.gguf.file import GgufFile
 from converters.formats.gguf.tokenizer import build_tokenizer
 from converters.formats.json_files import read_json
+from converters.formats.source import Source
 from converters.layout import Params, part_readers
 from spqr_jax.models import Decoder
 from spqr_jax.storage.model_source import ModelSource
@@ -79,7 +80,7 @@ def open_pretrained(path_or_hub_id: str | PathLike[str], *, dtype: DTypeLike = j
     source = open_source(path_or_hub_id)
     family = _family(source)
     with _naming(source.description):
-        if source.form is Form.GGUF:
+        if source.naming == "gguf":
             config = family.from_gguf(GgufFile(source.metadata, source.tensors))
         else:
             config = family.from_huggingface(source.metadata)
@@ -89,13 +90,13 @@ def open_pretrained(path_or_hub_id: str | PathLike[str], *, dtype: DTypeLike = j
                 f"the configuration has {config.num_layers} blocks, but {source.path} has {len(source.tensors)} tensors"
             )
     tokenizer = _tokenizer(source)
-    layout = family.layout(config, "gguf" if source.form is Form.GGUF else "huggingface")
+    layout = family.layout(config, source.naming)
     parts = part_readers(layout, source.tensors, dtype=dtype, origin=source.path)
     return ModelSource(family.model(config, dtype=jnp.dtype(dtype), alias=family.alias), parts, tokenizer)
 
 
 def _family(source: Source) -> Family[Any]:
-    families = GGUF_FAMILIES if source.form is Form.GGUF else FAMILIES
+    families = GGUF_FAMILIES if source.naming == "gguf" else FAMILIES
     if not isinstance(source.model_type, str) or source.model_type not in families:
         raise ConversionError(
             f"{source.description} is a model of type {source.model_type!r}, supported are {', '.join(families)}"
@@ -104,14 +105,14 @@ def _family(source: Source) -> Family[Any]:
 
 
 def _tokenizer(source: Source) -> PreTrainedTokenizerFast | None:
-    if source.form is Form.GGUF:
+    if source.naming == "gguf":
         with _naming(source.path):
             return build_tokenizer(source.metadata)
     directory = source.description.parent
     if not (directory / "tokenizer.json").is_file():
         if (directory / "tokenizer.model").is_file():
             raise ConversionError(
-                f"{directory} has a tokenizer.model but no tokenizer.json; transformers' AutoTokenizer can write one."
+                f"{directory} has a tokenizer.model but no tokenizer.json; transformers' AutoTokenizer can write one"
             )
         return None
     options = [name for name in TOKENIZER_OPTIONS if (directory / name).is_file()]
@@ -125,7 +126,7 @@ def _tokenizer(source: Source) -> PreTrainedTokenizerFast | None:
         raise
     except BaseException as error:  # the Rust library raises plain Exception; its panics are not even that
         beside = "".join(f" with {name}" for name in options)
-        raise ConversionError(f"{directory / 'tokenizer.json'} cannot be read{beside}: {error}.") from error
+        raise ConversionError(f"{directory / 'tokenizer.json'} cannot be read{beside}: {error}") from error
     return tokenizer
 
 

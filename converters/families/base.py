@@ -3,17 +3,17 @@
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Generic, Literal, NamedTuple, TypedDict, TypeVar
+from typing import Generic, NamedTuple, TypedDict, TypeVar
 
 import numpy as np
 
 from converters.families.rotary import ROTARY_KNOWN, ROTARY_NEUTRAL
 from converters.formats.gguf.file import GgufFile
 from converters.formats.options import Neutral, Options, require_groups, require_neutral, size
+from converters.formats.source import Naming
 from converters.layout import Layout, Target, Transform
 from spqr_jax.models import Decoder, ModelConfig, layer_name
 
-Naming = Literal["huggingface", "gguf"]
 Config = TypeVar("Config", bound=ModelConfig)
 
 

@@ -8,7 +8,7 @@ from jaxtyping import Float
 
 from converters.errors import ConversionError
 from converters.families import base
-from converters.families.base import Family, Matrix, Names, Naming, Parts, decoder_layout, gguf_sizes, huggingface_sizes
+from converters.families.base import Family, Matrix, Names, Parts, decoder_layout, gguf_sizes, huggingface_sizes
 from converters.families.rotary import rotary_from_gguf, rotary_from_huggingface, rotary_to_huggingface
 from converters.formats.gguf.file import GgufFile
 from converters.formats.options import (
@@ -21,6 +21,7 @@ from converters.formats.options import (
     require_neutral,
     size,
 )
+from converters.formats.source import Naming
 from converters.layout import Layout
 from spqr_jax.models import Falcon, FalconConfig, RotaryConfig
 

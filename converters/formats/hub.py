@@ -57,4 +57,4 @@ def _snapshot(hub_id: str, patterns: tuple[str, ...]) -> Path:
 
 
 def _nowhere(hub_id: str, reason: str) -> str:
-    return f"{hub_id} is neither a file nor a directory, nor on the hub or in its cache: {reason}."
+    return f"{hub_id} is neither a file nor a directory, nor on the hub or in its cache: {reason}"

@@ -16,9 +16,9 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConversionError(f"{path} cannot be read: {error.strerror}.") from error
+        raise ConversionError(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
-        raise ConversionError(f"{path} is not JSON: {error}.") from error
+        raise ConversionError(f"{path} is not JSON: {error}") from error
     if not isinstance(content, dict):
-        raise ConversionError(f"{path} is not a JSON object.")
+        raise ConversionError(f"{path} is not a JSON object")
     return content

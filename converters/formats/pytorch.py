@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from converters.errors import ConversionError
-from converters.formats.shards import open_shards
+from converters.formats.shards import holds, index_of, open_shards
+from converters.formats.source import Form, huggingface_source
 from converters.formats.torch_files import load_torch, to_numpy
 from converters.layout import StoredTensor
 
@@ -42,7 +43,7 @@ def open_pytorch(directory: Path) -> dict[str, StoredTensor]:
 def _open_file(path: Path) -> dict[str, StoredTensor]:
     content = load_torch(path)
     if not isinstance(content, dict):
-        raise ConversionError(f"{path} holds a {type(content).__name__}, not a dict from names to tensors.")
+        raise ConversionError(f"{path} holds a {type(content).__name__}, not a dict from names to tensors")
     return {str(name): stored_tensor(value, str(name), path) for name, value in content.items()}
 
 
@@ -59,11 +60,19 @@ def stored_tensor(value: Any, name: str, path: Path) -> StoredTensor:
     import torch
 
     if not isinstance(value, torch.Tensor):
-        raise ConversionError(f"{path}: {name} is a {type(value).__name__}, not a tensor.")
+        raise ConversionError(f"{path}: {name} is a {type(value).__name__}, not a tensor")
     if value.is_meta or value.is_nested:
         what = "a tensor without its numbers" if value.is_meta else "a nested tensor"
-        raise ConversionError(f"{path}: {name} is {what}, which is not supported.")
+        raise ConversionError(f"{path}: {name} is {what}, which is not supported")
     kind = KINDS.get(str(value.dtype).removeprefix("torch."))
     if kind is None or value.layout is not torch.strided:
-        raise ConversionError(f"{path}: {name} is of {value.dtype} and {value.layout}, which is not supported.")
+        raise ConversionError(f"{path}: {name} is of {value.dtype} and {value.layout}, which is not supported")
     return StoredTensor(tuple(value.shape), kind, partial(to_numpy, value))
+
+
+FORM: Form = Form(
+    "Hugging Face directory, PyTorch",
+    f"{SINGLE} or {index_of(SINGLE)}",
+    lambda path: holds(path, SINGLE),
+    lambda path: huggingface_source(FORM.name, path, open_pytorch),
+)

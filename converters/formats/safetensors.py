@@ -11,7 +11,8 @@ from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 
 from converters.errors import ConversionError
-from converters.formats.shards import index_of, open_shards
+from converters.formats.shards import holds, index_of, open_shards
+from converters.formats.source import Form, huggingface_source
 from converters.layout import StoredTensor
 
 SINGLE = "model.safetensors"
@@ -48,4 +49,12 @@ def _opened(path: Path) -> Iterator[Any]:
         with safe_open(path, framework="numpy") as file:
             yield file
     except (SafetensorError, OSError) as error:
-        raise ConversionError(f"{path} is not a readable safetensors file: {error}.") from error
+        raise ConversionError(f"{path} is not a readable safetensors file: {error}") from error
+
+
+FORM: Form = Form(
+    "Hugging Face directory, safetensors",
+    f"{SINGLE} or {index_of(SINGLE)}",
+    lambda path: holds(path, SINGLE),
+    lambda path: huggingface_source(FORM.name, path, open_safetensors),
+)

@@ -40,10 +40,10 @@ def open_shards(
         return open_file(directory / single)
     index = directory / index_of(single)
     if not index.is_file():
-        raise ConversionError(f"{directory} holds neither {single} nor {index.name}.")
+        raise ConversionError(f"{directory} holds neither {single} nor {index.name}")
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
-        raise ConversionError(f"{index} has no weight_map from tensor names to file names.")
+        raise ConversionError(f"{index} has no weight_map from tensor names to file names")
     shards = {shard: open_file(_beside(index, shard)) for shard in sorted(set(weight_map.values()))}
     # A tensor that the index promises and its shard lacks is left out here, and so reported with the missing ones.
     return {name: shards[shard][name] for name, shard in weight_map.items() if name in shards[shard]}
@@ -52,7 +52,7 @@ def open_shards(
 def _beside(index: Path, shard: str) -> Path:
     path = index.parent / shard
     if path.parent != index.parent:
-        raise ConversionError(f"{index} refers to {shard}, which is not in the same directory.")
+        raise ConversionError(f"{index} refers to {shard}, which is not in the same directory")
     if not os.path.isfile(path):  # false also for a name that no file can have
-        raise ConversionError(f"{path} is missing, but {index.name} refers to it.")
+        raise ConversionError(f"{path} is missing, but {index.name} refers to it")
     return path

@@ -28,7 +28,7 @@ def load_torch(path: Path) -> Any:
         import torch
     except ImportError as error:
         raise ConversionError(
-            f"{path} is a PyTorch file, and PyTorch is not installed: run pip install torch, or use safetensors."
+            f"{path} is a PyTorch file, and PyTorch is not installed: run pip install torch, or use safetensors"
         ) from error
     try:
         is_archive = zipfile.is_zipfile(path)
@@ -36,14 +36,14 @@ def load_torch(path: Path) -> Any:
             with zipfile.ZipFile(path) as archive:
                 damaged = archive.testzip()
             if damaged is not None:
-                raise ConversionError(f"{path} is damaged: the checksum of {damaged} in it is wrong; copy it again.")
+                raise ConversionError(f"{path} is damaged: the checksum of {damaged} in it is wrong; copy it again")
         # Files older than PyTorch 1.6 are no archives, and cannot be mapped.
         return torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
     except ConversionError:
         raise
     except pickle.UnpicklingError as error:
         raise ConversionError(
-            f"{path} is damaged, or holds other things than tensors, which are not loaded because they could run code."
+            f"{path} is damaged, or holds other things than tensors, which are not loaded because they could run code"
         ) from error
     except Exception as error:  # the unpickler and the archive readers raise whatever the damage leads to
         reason = " ".join(str(error).split()) or type(error).__name__

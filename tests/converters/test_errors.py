@@ -168,7 +168,7 @@ def truncate_tokenizer_config(directory: Path) -> None:
         (1, lambda d: (d / "config.json").write_text("{"), "config.json is not JSON"),
         (1, lambda d: (d / "config.json").write_bytes(b"\xff\xfe\x00"), "config.json is not JSON"),
         (1, lambda d: (d / "config.json").write_text("[]"), "config.json is not a JSON object"),
-        (1, lambda d: (d / "model.safetensors").unlink(), "neither model.safetensors nor"),
+        (1, lambda d: (d / "model.safetensors").unlink(), "none of the forms that can be read"),
         (1, lambda d: truncate(d / "model.safetensors"), "model.safetensors is not a readable"),
         (1, lambda d: (d / "model.safetensors").write_bytes(b""), "model.safetensors is not a readable"),
         (2, lambda d: (d / "model-00002-of-00002.safetensors").unlink(), "model-00002-of-00002.safetensors is missing"),

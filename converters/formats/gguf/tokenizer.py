@@ -47,7 +47,7 @@ def build_tokenizer(metadata: Mapping[str, Any]) -> PreTrainedTokenizerFast | No
         return None
     builders = {"gpt2": _byte_level, "llama": _sentencepiece}
     if algorithm not in builders:
-        raise ConversionError(f"tokenizer.ggml.model {algorithm!r} is not supported, only {', '.join(builders)}.")
+        raise ConversionError(f"tokenizer.ggml.model {algorithm!r} is not supported, only {', '.join(builders)}")
     tokens = _required(content, "ggml.tokens")
     tokenizer = builders[algorithm](content, tokens)
     _add_tokens(tokenizer, tokens, content.get("ggml.token_type", ()))
@@ -72,15 +72,15 @@ def _byte_level(content: Mapping[str, Any], tokens: Sequence[str]) -> Tokenizer:
     """BPE over bytes: SmolLM2, LLaMA 3 and Falcon."""
     pre = content.get("ggml.pre", "default")
     if pre not in SPLITS:
-        raise ConversionError(f"tokenizer.ggml.pre {pre!r} is not supported, only {', '.join(SPLITS)}.")
+        raise ConversionError(f"tokenizer.ggml.pre {pre!r} is not supported, only {', '.join(SPLITS)}")
     if content.get("ggml.add_space_prefix", False):
-        raise ConversionError("tokenizer.ggml.add_space_prefix is not supported with tokenizer.ggml.model 'gpt2'.")
+        raise ConversionError("tokenizer.ggml.add_space_prefix is not supported with tokenizer.ggml.model 'gpt2'")
     merges = [tuple(merge.split(" ", 1)) for merge in _required(content, "ggml.merges")]
     # LLaMA 3 takes a piece that is a token as it is, also where no chain of merges leads to it.
     try:
         model = models.BPE(vocab=_vocabulary(tokens), merges=merges, ignore_merges=pre == "llama-bpe")
     except Exception as error:  # the Rust library raises plain Exception
-        raise ConversionError(f"tokenizer.ggml.merges do not fit tokenizer.ggml.tokens: {error}.") from error
+        raise ConversionError(f"tokenizer.ggml.merges do not fit tokenizer.ggml.tokens: {error}") from error
     tokenizer = Tokenizer(model)
     splits = [pre_tokenizers.Split(Regex(expression), "isolated") for expression in SPLITS[pre]]
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -140,11 +140,11 @@ def _vocabulary(tokens: Sequence[str]) -> dict[str, int]:
 
 def _token(content: Mapping[str, Any], tokens: Sequence[str], key: str) -> str:
     if not 0 <= content[key] < len(tokens):
-        raise ConversionError(f"tokenizer.{key} is {content[key]}, but there are {len(tokens)} tokens.")
+        raise ConversionError(f"tokenizer.{key} is {content[key]}, but there are {len(tokens)} tokens")
     return tokens[content[key]]
 
 
 def _required(content: Mapping[str, Any], key: str) -> Sequence[Any]:
     if not isinstance(content.get(key), list):
-        raise ConversionError(f"tokenizer.{key} is missing.")
+        raise ConversionError(f"tokenizer.{key} is missing")
     return content[key]

@@ -5,26 +5,31 @@ Every quantized `<module>` has four tensors, `<module>.dense_weights` and so on 
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from converters.errors import ConversionError
+from converters.formats.json_files import read_json
 from converters.formats.official.outliers import ROWS
 from converters.formats.official.tiles import BITS, TILE, TYPES, decode_tensor
 from converters.formats.options import require_neutral
+from converters.formats.pytorch import FORM as PYTORCH
+from converters.formats.safetensors import FORM as SAFETENSORS
+from converters.formats.source import CONFIG, Form, Source
 from converters.layout import PACKED, StoredTensor
 from pallas_kernels import SpqrTensor
 from pallas_kernels.format.tensor import MAX_COLUMNS
 
-NEUTRAL = {
+_NEUTRAL = {
     "quant_method": ("spqr",),
     "bits": (None, BITS),
     "beta1": (None, TILE),
     "beta2": (None, TILE),
     "outlier_values": (None, "added"),
 }
-KNOWN = {*NEUTRAL, "modules_to_not_convert", "shapes"}
+_KNOWN = {*_NEUTRAL, "modules_to_not_convert", "shapes"}
 
 ADDED = {"outlier_values": "added"}
 """Marks, in a quantization configuration, that outliers are stored as what `official_tiles.encode_tensor` writes."""
@@ -52,25 +57,25 @@ def open_hf_spqr(
       StoredTensor(shape=(14336, 4096), kind='SpQR', read=...)
     """
     # An unknown setting may be one that says what outliers are, with its name damaged.
-    if unknown := quantization_config.keys() - KNOWN:
+    if unknown := quantization_config.keys() - _KNOWN:
         names = ", ".join(map(repr, sorted(unknown)))
-        raise ConversionError(f"{directory / 'config.json'}: quantization_config has settings not known: {names}.")
+        raise ConversionError(f"{directory / 'config.json'}: quantization_config has settings not known: {names}")
     try:
-        require_neutral({"quant_method": None, **quantization_config}, NEUTRAL)
+        require_neutral({"quant_method": None, **quantization_config}, _NEUTRAL)
     except ConversionError as error:
         raise ConversionError(f"{directory / 'config.json'}: quantization_config: {error}") from error
     added = quantization_config.get("outlier_values") == ADDED["outlier_values"]
     lengths = quantization_config.get("shapes") or {}
     if not isinstance(lengths, dict):
         raise ConversionError(
-            f"{directory / 'config.json'}: shapes in quantization_config is {lengths!r}, not an object."
+            f"{directory / 'config.json'}: shapes in quantization_config is {lengths!r}, not an object"
         )
     promised = {key.removesuffix(".shape"): length for key, length in lengths.items()}
     quantized = {name for name in stored.keys() | promised.keys() if _part(name) in TYPES}
     tensors = {name: tensor for name, tensor in stored.items() if name not in quantized}
     for module in sorted({name.rpartition(".")[0] for name in quantized}):
         if f"{module}.weight" in tensors:
-            raise ConversionError(f"{directory}: {module} has both weight and dense_weights.")
+            raise ConversionError(f"{directory}: {module} has both weight and dense_weights")
         parts = _parts(module, stored, promised, directory)
         name = f"{directory}: {module}"
         shape = _shape(parts, name)
@@ -95,10 +100,10 @@ def _parts(
             if len(stored[name].shape) != 1 or length not in (None, *stored[name].shape):
                 raise ConversionError(
                     f"{directory}: {name} has the shape {list(stored[name].shape)}, but shapes in quantization_config "
-                    f"says {length}."
+                    f"says {length}"
                 )
         elif part != "in_perm" or length:
-            raise ConversionError(f"{directory}: {name} is missing.")
+            raise ConversionError(f"{directory}: {name} is missing")
     return parts
 
 
@@ -124,7 +129,7 @@ def _shape(parts: Mapping[str, StoredTensor], name: str) -> tuple[int, int]:
     ]
     if not possible:
         lengths = ", ".join(f"{part} {tensor.shape[0]}" for part, tensor in parts.items())
-        raise ConversionError(f"{name}: no matrix has tensors of these lengths: {lengths}.")
+        raise ConversionError(f"{name}: no matrix has tensors of these lengths: {lengths}")
     if len(possible) == 1:
         return possible[0]
     row_offsets = parts["row_offsets"].read_array()
@@ -133,3 +138,27 @@ def _shape(parts: Mapping[str, StoredTensor], name: str) -> tuple[int, int]:
 
 def _read(parts: Mapping[str, StoredTensor], shape: tuple[int, int], name: str, added: bool) -> SpqrTensor:
     return decode_tensor({part: tensor.read_array() for part, tensor in parts.items()}, shape, name, added=added)
+
+
+def _dense_form(directory: Path) -> Form | None:
+    """The form that the directory would have without its quantization."""
+    return next((form for form in (SAFETENSORS, PYTORCH) if form.detect(directory)), None)
+
+
+def _detect(directory: Path) -> bool:
+    if _dense_form(directory) is None:
+        return False
+    quantization = read_json(directory / CONFIG).get("quantization_config")
+    return isinstance(quantization, dict) and quantization.get("quant_method") == "spqr"
+
+
+def _open_source(directory: Path) -> Source:
+    form = _dense_form(directory)
+    assert form is not None
+    source = form.open(directory)
+    metadata = dict(source.metadata)
+    tensors = open_hf_spqr(source.tensors, metadata.pop("quantization_config"), directory)
+    return replace(source, form=FORM.name, metadata=metadata, tensors=tensors)
+
+
+FORM: Form = Form("Hugging Face directory, SpQR", f"{CONFIG} with quant_method spqr", _detect, _open_source)

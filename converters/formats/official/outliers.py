@@ -28,13 +28,13 @@ def decode_outliers(
     if row_offsets.size not in (out + 1, out // ROWS + 1):
         raise ConversionError(
             f"{name}.row_offsets has {row_offsets.size} entries, but {out} rows take {out + 1} (CSR) "
-            f"or {out // ROWS + 1} (PTCSR)."
+            f"or {out // ROWS + 1} (PTCSR)"
         )
     falls = np.count_nonzero(np.diff(row_offsets) < 0)
     if row_offsets[0] != 0 or row_offsets[-1] != col_vals.size or falls:
         raise ConversionError(
             f"{name}.row_offsets must rise from 0 to the {col_vals.size} entries of col_vals, but goes from "
-            f"{row_offsets[0]} to {row_offsets[-1]} and falls {falls} times."
+            f"{row_offsets[0]} to {row_offsets[-1]} and falls {falls} times"
         )
     # Without outliers the official writer leaves an empty array of floats.
     words = col_vals.view(np.uint32) if col_vals.size else np.zeros(0, np.uint32)
@@ -57,7 +57,7 @@ def encode_outliers(
 def _compressed_rows(offsets: np.ndarray, words: np.ndarray, name: str) -> tuple[np.ndarray, np.ndarray]:
     """From PTCSR to CSR."""
     if odd := np.count_nonzero(offsets % ROWS):
-        raise ConversionError(f"{name}.row_offsets has {odd} entries that are not multiples of {ROWS} (PTCSR).")
+        raise ConversionError(f"{name}.row_offsets has {odd} entries that are not multiples of {ROWS} (PTCSR)")
     # Sixteen rows start at a multiple of sixteen, so an entry's place tells its row among them.
     rows = ROWS * np.repeat(np.arange(offsets.size - 1), np.diff(offsets)) + np.arange(words.size) % ROWS
     rows, words = rows[words != 0], words[words != 0]

@@ -52,9 +52,9 @@ def check_outliers(outliers: StoredOutliers, in_features: int, name: str) -> Non
     """Raises a ConversionError where a column is beyond the matrix or repeated in a row, or a value is not finite."""
     columns = outliers.columns.astype(np.int64)
     if columns.size and columns.max() >= in_features:
-        raise ConversionError(f"{name} has an outlier in column {columns.max()}, but only {in_features} columns.")
+        raise ConversionError(f"{name} has an outlier in column {columns.max()}, but only {in_features} columns")
     if repeated := columns.size - np.unique(outliers.rows * in_features + columns).size:
-        raise ConversionError(f"{name} has {repeated} of {columns.size} outliers at a place that has one already.")
+        raise ConversionError(f"{name} has {repeated} of {columns.size} outliers at a place that has one already")
     check_finite(outliers.values, f"outliers of {name}")
 
 
@@ -63,14 +63,14 @@ def check_permutation(permutation: Int[np.ndarray, " in"], name: str) -> None:
     missing = np.setdiff1d(np.arange(permutation.size), permutation)
     if missing.size:
         raise ConversionError(
-            f"The permutation of {name} lacks {missing.size} of {permutation.size} features, {missing[0]} first."
+            f"the permutation of {name} lacks {missing.size} of {permutation.size} features, {missing[0]} first"
         )
 
 
 def check_finite(values: Float[np.ndarray, "..."], what: str) -> None:
     """Raises a ConversionError that says what has how many values that are NaN or infinite."""
     if bad := values.size - np.count_nonzero(np.isfinite(values)):
-        raise ConversionError(f"The {what} have {bad} of {values.size} values that are not finite in float16.")
+        raise ConversionError(f"the {what} have {bad} of {values.size} values that are not finite in float16")
 
 
 def stored_outliers(tensor: SpqrTensor) -> StoredOutliers:
@@ -166,7 +166,7 @@ def _in_float16(statistics: Statistics, what: str) -> Statistics:
     # Second-level scales of wide codes can be too small for float16.
     loss = np.abs(rounded - exact).max() / (np.abs(exact).max() or 1)
     if loss > MAX_LOSS:
-        raise ConversionError(f"The {what} change by {loss:.1%} of the largest when their parts are put in float16.")
+        raise ConversionError(f"the {what} change by {loss:.1%} of the largest when their parts are put in float16")
     return statistics
 
 

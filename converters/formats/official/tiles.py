@@ -231,11 +231,11 @@ def _code(words: UInt64[np.ndarray, "out groups"], index: int) -> UInt8[np.ndarr
 def _second_level(words: UInt64[np.ndarray, "out groups"], name: str) -> Float16[np.ndarray, "4 stats_groups groups"]:
     """The four numbers of every tile."""
     if unused := np.count_nonzero(words >> STATISTICS_SHIFT + 8):
-        raise ConversionError(f"{name}.dense_weights has {unused} words with bit 62 or 63 set, which must be zero.")
+        raise ConversionError(f"{name}.dense_weights has {unused} words with bit 62 or 63 set, which must be zero")
     octets = (words >> STATISTICS_SHIFT).astype(np.uint8).reshape(-1, TILE // 2, 2, words.shape[1])
     if unequal := np.count_nonzero(octets[:, :, 0] != octets[:, :, 1]):
         raise ConversionError(
-            f"{name}.dense_weights has {unequal} pairs of rows whose bytes of second-level statistics differ."
+            f"{name}.dense_weights has {unequal} pairs of rows whose bytes of second-level statistics differ"
         )
     numbers = np.ascontiguousarray(octets[:, :, 0].swapaxes(1, 2)).view("<f2")
     check_finite(numbers, f"second-level statistics of {name}")
@@ -248,15 +248,15 @@ def _check_sizes(arrays: Mapping[str, np.ndarray], shape: tuple[int, int], name:
     _check_shape(out, in_features, MAX_COLUMNS, name)
     for part, dtype in TYPES.items():
         if part not in arrays:
-            raise ConversionError(f"{name}.{part} is missing.")
+            raise ConversionError(f"{name}.{part} is missing")
         found = arrays[part]
         if found.ndim != 1 or (found.size and found.dtype != dtype):
             raise ConversionError(
-                f"{name}.{part} is {found.dtype} of shape {list(found.shape)}, but must be a row of {np.dtype(dtype)}."
+                f"{name}.{part} is {found.dtype} of shape {list(found.shape)}, but must be a row of {np.dtype(dtype)}"
             )
     for part, sizes in (("dense_weights", (out * in_features // TILE,)), ("in_perm", (in_features // 2, 0))):
         if (size := arrays[part].size) not in sizes:
-            raise ConversionError(f"{name}.{part} has {size} entries, but {out} × {in_features} takes {sizes[0]}.")
+            raise ConversionError(f"{name}.{part} has {size} entries, but {out} × {in_features} takes {sizes[0]}")
 
 
 def _check_format(tensor: SpqrTensor, name: str) -> None:
@@ -270,7 +270,7 @@ def _check_format(tensor: SpqrTensor, name: str) -> None:
     if wrong := [f"{what} {value}" for what, (value, needed) in found.items() if value != needed]:
         raise ConversionError(
             f"{name} has {', '.join(wrong)}, but the official SpQR format has {BITS} bits, also for scales and zeros, "
-            f"and groups and statistics groups of {TILE}."
+            f"and groups and statistics groups of {TILE}"
         )
     _check_shape(out, in_features, READER_COLUMNS, name)
 
@@ -279,5 +279,5 @@ def _check_shape(out: int, in_features: int, most: int, name: str) -> None:
     if out % TILE or in_features % TILE or out == 0 or not 0 < in_features <= most:
         raise ConversionError(
             f"{name} is {out} × {in_features}, but the official SpQR format has multiples of {TILE}, "
-            f"columns up to {most}."
+            f"columns up to {most}"
         )

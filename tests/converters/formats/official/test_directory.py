@@ -128,10 +128,11 @@ def test_unquantized_parameters(directories: Path) -> None:
 def test_a_whole_model_has_the_logits_of_the_official_weights(directories: Path) -> None:
     config = LLAMA.from_huggingface(tiny_config())
     tensors = open_official_directory(directories / "llama").tensors
-    readers = part_readers(LLAMA.layout(config, "huggingface"), tensors, dtype=jnp.float32, origin="llama")
+    layout = LLAMA.layout(config, "huggingface")
+    readers = part_readers(layout, tensors, dtype=jnp.float32, origin="llama")
     packed = {name: read() for name, read in readers.items()}
     dense = jax.tree.map(np.asarray, packed, is_leaf=lambda leaf: not isinstance(leaf, dict))
-    modules = {names[1]: names[0] for names in llama.MATRICES}
+    modules = {target.source.split(".", 3)[-1].removesuffix(".weight"): target.path[1] for target in layout.targets}
     for name, weight in expected_weights("llama").items():
         index, _, sublayer = name.partition("/")
         dense[f"layers_{index}"][modules[sublayer]] = {"kernel": weight.T}
