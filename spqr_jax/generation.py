@@ -1,4 +1,4 @@
-"""Continuing prompts: greedy or sampled decoding of a batch with a KV cache."""
+"""Generates text: greedy or sampled decoding of a batch of prompts with a KV cache."""
 
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
+from transformers import PreTrainedTokenizerBase
 
 from pallas_kernels.backends.table import choose
 from pallas_kernels.errors import SpqrError
@@ -19,13 +20,13 @@ from spqr_jax.models.fusion import fuse_projections
 from spqr_jax.models.stacked_blocks import level_blocks, stack_blocks
 from spqr_jax.models.token_ids import check_vocabulary
 
-# Lengths are rounded up to a multiple of this, so that prompts of similar lengths share a compiled program.
+# Lengths are rounded up to a multiple of 64, so that prompts of similar lengths share a compiled program.
 _BUCKET = 64
 
 
 @dataclass(frozen=True)
 class Policy:
-    """How the next token is chosen, greedily if nothing else is said, and which tokens end a sequence."""
+    """Choice of the next token, greedy by default, and the tokens that end a sequence."""
 
     temperature: float = 0.0
     top_k: int | None = None
@@ -35,7 +36,7 @@ class Policy:
 
 @flax.struct.dataclass
 class State:
-    """Decoding under way: the first `step` columns of `tokens` are chosen, all but the last of them are in `cache`."""
+    """State of decoding: the first `step` columns of `tokens` are chosen, all but the last of them are in `cache`."""
 
     cache: KVCache
     tokens: Int[Array, "batch capacity"]
@@ -64,7 +65,7 @@ def generate(
 
     Args:
       model: the language model.
-      params: its parameters, dense or packed; `for_decoding` beforehand saves doing it in each call.
+      params: its parameters, dense or packed; apply `for_decoding` once where there are many calls.
       prompts: token ids of one or more prompts; their lengths may differ.
       max_new_tokens: most tokens to add to each prompt.
       temperature: 0 for greedy decoding.
@@ -74,15 +75,15 @@ def generate(
       stop_tokens: ids that end a sequence.
 
     Returns:
-      The new tokens of each prompt, up to its first stop token, which is left out.
+      The new tokens of each prompt, up to its first stop token, without it.
 
     Raises:
       SpqrError: an argument is out of its range, a prompt is empty or has an id outside the vocabulary, or a prompt
-        and its new tokens are more than the model has positions for.
+        and its new tokens exceed the positions of the model.
 
     Example:
-      >>> generate(model, params, [[504, 3575], [28]], max_new_tokens=3, stop_tokens=[2])
-      [[282, 4649, 314], [216]]
+      >>> [len(tokens) for tokens in generate(model, params, [[84, 104], [28]], max_new_tokens=3)]
+      [3, 3]
     """
     chunks = stream(
         model,
@@ -112,7 +113,7 @@ def stream(
     stop_tokens: Collection[int] = (),
     chunk: int = 1,
 ) -> Iterator[list[list[int]]]:
-    """Yields the tokens of `generate` as they come, `chunk` at a time.
+    """Yields the tokens of `generate` as soon as they are computed, `chunk` at a time.
 
     Args:
       chunk: tokens per prompt between two yields; the other arguments are those of `generate`.
@@ -124,8 +125,8 @@ def stream(
       SpqrError: as `generate`, when called.
 
     Example:
-      >>> for (tokens,) in stream(model, params, [prompt], max_new_tokens=100):
-      ...     print(tokenizer.decode(tokens), end="", flush=True)
+      >>> [len(tokens) for (tokens,) in stream(model, params, [[84, 104]], max_new_tokens=5, chunk=2)]
+      [2, 2, 1]
     """
     policy = Policy(temperature, top_k, top_p, tuple(stop_tokens))
     _check(model, prompts, max_new_tokens, policy)
@@ -149,24 +150,25 @@ def stream(
 
 
 def for_decoding(model: Decoder, params: Params) -> Params:
-    """The form of the parameters in which the next token comes soonest, on the device.
+    """Puts parameters on the device in the form with the shortest latency per token.
 
-    Matrices of one input are one (`fuse_projections`). For the kernels of a GPU every block has arrays of its own
-    (`level_blocks`); elsewhere they are stacked (`stack_blocks`), which compiles in the time of one block.
+    Matrices of one input are fused (`fuse_projections`). For the kernels of a GPU every block has arrays of its own
+    (`level_blocks`); elsewhere they are stacked (`stack_blocks`), which compiles as fast as one block.
     """
     fused = fuse_projections(params, model)
     return jax.device_put(level_blocks(fused) if choose(None).kernels else stack_blocks(fused))
 
 
-def chat_prompt(tokenizer: Any, message: str) -> list[int]:
+def chat_prompt(tokenizer: PreTrainedTokenizerBase, message: str) -> list[int]:
     """Token ids of a user's message in the tokenizer's chat template, or of the plain text where it has none.
 
     Args:
       tokenizer: a tokenizer of `transformers`.
-      message: what the user says.
+      message: the user's message.
 
     Example:
-      >>> generate(model, params, [chat_prompt(tokenizer, "What is gravity?")], max_new_tokens=50)
+      >>> tokenizer.decode(chat_prompt(tokenizer, "What is gravity?"))
+      'What is gravity?...'
     """
     if not tokenizer.chat_template:
         return list(tokenizer.encode(message))
@@ -177,15 +179,18 @@ def chat_prompt(tokenizer: Any, message: str) -> list[int]:
 def start(
     model: Decoder, params: Params, prompts: Sequence[Sequence[int]], max_new_tokens: int, seed: int = 0
 ) -> tuple[State, Int[np.ndarray, "batch tokens"], Bool[np.ndarray, "batch tokens"]]:
-    """What `extend` takes for the first new token: the state, and the prompts, padded on the left, with their mask.
+    """Prepares the first new token: the arguments of `extend`, which are the state and the prompts, padded on the left.
 
     Args:
-      params: in the form of `for_decoding`, which the cache follows.
+      params: in the form of `for_decoding`; the cache has its structure.
 
     Example:
-      >>> state, tokens, mask = start(model, params, prompts, max_new_tokens=100)
+      >>> params = for_decoding(model, params)
+      >>> state, tokens, mask = start(model, params, [[84, 104]], max_new_tokens=4)
       >>> state = extend(model, Policy(), params, state, tokens, mask)  # the first new token
-      >>> state = decode(model, Policy(), params, state, 100)  # the others
+      >>> state = decode(model, Policy(), params, state, 4)  # the others
+      >>> int(state.step)
+      4
     """
     tokens, mask = pad_left(prompts)
     batch, length = tokens.shape
@@ -211,7 +216,7 @@ def extend(
 ) -> State:
     """Runs the model over tokens that are not in the cache yet, and chooses the next one from the last logits.
 
-    The state that is given is used up, here and in `decode`: the cache is written in place.
+    The state is donated, here and in `decode`: the cache is written in place.
     """
     apply: Callable[..., Any] = partial(model.apply, {"params": params})
     hidden, cache = apply(tokens, mask=mask, cache=state.cache, method="hidden_states")
@@ -228,7 +233,7 @@ def extend(
 
 
 @partial(jax.jit, static_argnames=("model", "policy"), donate_argnames="state")
-def decode(model: Decoder, policy: Policy, params: Params, state: State, limit: Int[Array, ""]) -> State:
+def decode(model: Decoder, policy: Policy, params: Params, state: State, limit: Int[Array, ""] | int) -> State:
     """Adds tokens until there are `limit` of them or every sequence has stopped."""
 
     def unfinished(state: State) -> Bool[Array, ""]:
@@ -260,7 +265,7 @@ def _choose(logits: Float[Array, "batch vocabulary"], policy: Policy, key: Key[A
 def pad_left(
     prompts: Sequence[Sequence[int]],
 ) -> tuple[Int[np.ndarray, "batch tokens"], Bool[np.ndarray, "batch tokens"]]:
-    """Prompts in the last columns of one array, of one of few widths, and where in it they are."""
+    """Pads prompts on the left to one of few lengths; returns the array and the mask of their tokens."""
     length = _round_up(max(map(len, prompts)))
     tokens = np.zeros((len(prompts), length), np.int32)
     mask = np.zeros((len(prompts), length), bool)

@@ -1,4 +1,4 @@
-"""Repositories of the Hugging Face hub: download of what a checkpoint needs, into the cache that all tools share."""
+"""Repositories of the Hugging Face hub: downloads the files of a checkpoint into the cache that all tools share."""
 
 import re
 from pathlib import Path
@@ -8,48 +8,48 @@ from huggingface_hub.errors import RepositoryNotFoundError
 
 from converters.errors import ConversionError
 
-DESCRIPTION = ("config.json", "tokenizer*", "special_tokens_map.json", "chat_template*")
-SAFETENSORS = ("model*.safetensors", "model.safetensors.index.json")
-PYTORCH = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
+_DESCRIPTION = ("config.json", "tokenizer*", "special_tokens_map.json", "chat_template*")
+_SAFETENSORS = ("model*.safetensors", "model.safetensors.index.json")
+_PYTORCH = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
 
 
 def download_checkpoint(hub_id: str) -> Path:
-    """The directory with a repository's configuration, tokenizer and weights; code in it is left where it is.
+    """Downloads a repository's configuration, tokenizer and weights, but no code; returns their directory.
 
-    The `.bin` files of a repository are wanted only if it has no safetensors. The cache and `HF_HUB_OFFLINE` are
+    The `.bin` files of a repository are downloaded only if it has no safetensors. The cache and `HF_HUB_OFFLINE` are
     respected.
 
     Raises:
-      ConversionError: the repository is neither on the hub nor in the cache, or not shown to this user.
+      ConversionError: the repository is neither on the hub nor in the cache, or not accessible to this user.
 
     Example:
-      >>> download_checkpoint("HuggingFaceTB/SmolLM2-135M")
+      >>> download_checkpoint("HuggingFaceTB/SmolLM2-135M")  # doctest: +SKIP
       PosixPath('/home/…/snapshots/93efa2f097d58c2a74874c7e644dbc9b0cee75a2')
     """
-    directory = _snapshot(hub_id, (*DESCRIPTION, *SAFETENSORS))
+    directory = _snapshot(hub_id, (*_DESCRIPTION, *_SAFETENSORS))
     if any(directory.glob("model*.safetensors")):
         return directory
-    return _snapshot(hub_id, (*DESCRIPTION, *PYTORCH))
+    return _snapshot(hub_id, (*_DESCRIPTION, *_PYTORCH))
 
 
 def download_description(hub_id: str) -> Path:
-    """The same without weights.
+    """Downloads a repository's configuration and tokenizer; returns their directory.
 
     Raises:
       ConversionError: as for `download_checkpoint`.
 
     Example:
-      >>> download_description("HuggingFaceTB/SmolLM2-135M") / "config.json"
+      >>> download_description("HuggingFaceTB/SmolLM2-135M") / "config.json"  # doctest: +SKIP
       PosixPath('/home/…/snapshots/93efa2f097d58c2a74874c7e644dbc9b0cee75a2/config.json')
     """
-    return _snapshot(hub_id, DESCRIPTION)
+    return _snapshot(hub_id, _DESCRIPTION)
 
 
 def _snapshot(hub_id: str, patterns: tuple[str, ...]) -> Path:
     try:
         return Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=list(patterns)))
     except RepositoryNotFoundError as error:
-        reason = "there is no such repository, or it is shown only to users who have logged in and accepted its terms"
+        reason = "there is no such repository, or it is open only to users who have logged in and accepted its terms"
         raise ConversionError(_nowhere(hub_id, reason)) from error
     except Exception as error:  # besides its own errors, those of the HTTP library
         first_sentence = re.split(r"\n|\. ", str(error).strip())[0].rstrip(".")

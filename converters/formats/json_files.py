@@ -8,7 +8,7 @@ from converters.errors import ConversionError
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
+    """Reads the object in a JSON file.
 
     Raises:
       ConversionError: the file is missing, or holds no JSON object.

@@ -2,7 +2,6 @@
 
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from converters.errors import ConversionError
 from converters.formats.shards import holds, index_of, open_shards
@@ -12,7 +11,7 @@ from converters.layout import StoredTensor
 
 SINGLE = "pytorch_model.bin"
 
-KINDS = {
+_KINDS = {
     "float64": "F64",
     "float32": "F32",
     "float16": "F16",
@@ -34,7 +33,7 @@ def open_pytorch(directory: Path) -> dict[str, StoredTensor]:
         something else than a dict of dense tensors.
 
     Example:
-      >>> open_pytorch(directory)["model.norm.weight"].kind
+      >>> open_pytorch(directory)["model.norm.weight"].kind  # doctest: +SKIP
       'BF16'
     """
     return open_shards(directory, SINGLE, _open_file)
@@ -47,14 +46,15 @@ def _open_file(path: Path) -> dict[str, StoredTensor]:
     return {str(name): stored_tensor(value, str(name), path) for name, value in content.items()}
 
 
-def stored_tensor(value: Any, name: str, path: Path) -> StoredTensor:
-    """What a PyTorch file has under a name, if it is a dense tensor of a type that safetensors has as well.
+def stored_tensor(value: object, name: str, path: Path) -> StoredTensor:
+    """A value in a PyTorch file as a tensor, if it is dense and of a type that safetensors has too.
 
     Raises:
       ConversionError: it is something else; the message names file, name and type.
 
     Example:
-      >>> stored_tensor(torch.ones(3, dtype=torch.bfloat16), "model.norm.weight", path).kind
+      >>> import torch
+      >>> stored_tensor(torch.ones(3, dtype=torch.bfloat16), "model.norm.weight", Path("pytorch_model.bin")).kind
       'BF16'
     """
     import torch
@@ -64,7 +64,7 @@ def stored_tensor(value: Any, name: str, path: Path) -> StoredTensor:
     if value.is_meta or value.is_nested:
         what = "a tensor without its numbers" if value.is_meta else "a nested tensor"
         raise ConversionError(f"{path}: {name} is {what}, which is not supported")
-    kind = KINDS.get(str(value.dtype).removeprefix("torch."))
+    kind = _KINDS.get(str(value.dtype).removeprefix("torch."))
     if kind is None or value.layout is not torch.strided:
         raise ConversionError(f"{path}: {name} is of {value.dtype} and {value.layout}, which is not supported")
     return StoredTensor(tuple(value.shape), kind, partial(to_numpy, value))

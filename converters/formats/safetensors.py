@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -20,7 +19,7 @@ INDEX = index_of(SINGLE)
 
 
 def open_safetensors(directory: Path) -> dict[str, StoredTensor]:
-    """Names, shapes and readers of all tensors in `directory`; nothing is read before it is asked for.
+    """Names, shapes and readers of all tensors in `directory`; they stay in their files until they are read.
 
     Raises:
       ConversionError: there is no safetensors file, or one is missing or damaged.
@@ -38,13 +37,13 @@ def _open_file(path: Path) -> dict[str, StoredTensor]:
 
 
 def _read(path: Path, name: str) -> Float[np.ndarray, "..."]:
-    # The file is mapped: were it left open, all that has been read of it would stay in memory.
+    # The file is mapped: were it left open, all pages that have been read would stay in memory.
     with _opened(path) as file:
         return file.get_tensor(name)
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Any]:
+def _opened(path: Path) -> Iterator[safe_open]:
     try:
         with safe_open(path, framework="numpy") as file:
             yield file

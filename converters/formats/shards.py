@@ -1,4 +1,4 @@
-"""Weights of a Hugging Face directory: one file, or many and an index, in whichever format the files are."""
+"""Weights of a Hugging Face directory: one file, or shards and an index, in any format of files."""
 
 import os.path
 from collections.abc import Callable
@@ -33,8 +33,9 @@ def open_shards(
       ConversionError: there is neither the file nor an index, or a shard is missing or not beside its index.
 
     Example:
-      >>> open_shards(directory, "model.safetensors", open_file)["model.norm.weight"].shape
-      (4096,)
+      >>> from converters.formats.safetensors import _open_file
+      >>> open_shards(Path("HuggingFaceTB/SmolLM2-135M"), "model.safetensors", _open_file)["model.norm.weight"].shape
+      (64,)
     """
     if (directory / single).is_file():
         return open_file(directory / single)

@@ -3,16 +3,19 @@
 import pickle
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import jax.numpy as jnp
 import numpy as np
 
 from converters.errors import ConversionError
 
+if TYPE_CHECKING:
+    import torch
 
-def load_torch(path: Path) -> Any:
-    """The content of a `.bin`, `.pt` or `.pth` file, its tensors mapped from the file into host memory.
+
+def load_torch(path: Path) -> object:
+    """Reads a `.bin`, `.pt` or `.pth` file; its tensors are mapped from the file into host memory.
 
     Only PyTorch's own `weights_only` reader is used, which builds tensors and plain containers and nothing else.
 
@@ -21,7 +24,7 @@ def load_torch(path: Path) -> Any:
         holds other things than tensors, numbers, strings and containers of them.
 
     Example:
-      >>> load_torch(Path("pytorch_model.bin")).keys()
+      >>> load_torch(Path("pytorch_model.bin")).keys()  # doctest: +SKIP
       dict_keys(['model.embed_tokens.weight', ...])
     """
     try:
@@ -45,12 +48,12 @@ def load_torch(path: Path) -> Any:
         raise ConversionError(
             f"{path} is damaged, or holds other things than tensors, which are not loaded because they could run code"
         ) from error
-    except Exception as error:  # the unpickler and the archive readers raise whatever the damage leads to
+    except Exception as error:  # the unpickler and the archive readers raise errors of many types
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ConversionError(f"{path} cannot be read as PyTorch weights: {reason[:300]}") from error
 
 
-def to_numpy(tensor: Any) -> np.ndarray:
+def to_numpy(tensor: "torch.Tensor") -> np.ndarray:
     """A dense torch tensor as an array of the same type, bfloat16 included."""
     import torch
 

@@ -1,8 +1,8 @@
-"""What every decoder-only family shares: embedding, a stack of blocks, a final norm and a head.
+"""The parts that every decoder-only family shares: embedding, a stack of blocks, a final norm and a head.
 
 A family adds one file: its configuration, and a block cut into *stages*. A stage ends where the next matrices
-have their input, so quantization can stop there, solve those matrices and go on with the quantized ones: one
-forward pass per block, each matrix quantized for the inputs that it will see.
+have their input, so quantization can stop there, solve those matrices and resume with the quantized ones. That
+takes one forward pass per block, and each matrix is quantized for the inputs that it will see.
 """
 
 from collections.abc import Mapping
@@ -30,10 +30,11 @@ class Stage:
 
     Attributes:
       method: name of the block's method, `(state, context) -> state`.
-      feeds: for each entry of the new state that matrices multiply next, the names of those matrices. An entry is
-        fed by one stage only, and the next stage takes it out, by `Block.project`.
-      restores: that entry whose one matrix can make up for what quantization has done to `hidden`, because the next
-        stage adds its product to `hidden`; of several that are added there, one, or all would make up for the same.
+      feeds: for each entry of the new state that matrices multiply next, the names of those matrices. One stage only
+        writes an entry, and the next stage removes it, by `Block.project`.
+      restores: the entry whose one matrix can correct the error that quantization has left in `hidden`, because the
+        next stage adds its product there. If several products are added, name one; otherwise each would correct the
+        same error.
     """
 
     method: str
@@ -43,14 +44,14 @@ class Stage:
 
 @flax.struct.dataclass
 class Context:
-    """What all blocks of a forward pass share.
+    """The part of the input that all blocks of a forward pass share.
 
     Attributes:
       positions: place of each token in its sequence, padding not counted.
-      mask: which slots a token may attend to; without a KV cache the slots are the tokens.
-      slot_positions: place of the token in each slot in its sequence; 0 or less where there is none.
+      mask: True at the slots that a token may attend to; without a KV cache the slots are the tokens.
+      slot_positions: place in its sequence of the token in each slot; 0 or less in an empty slot.
       offset: first slot to be written in the KV cache.
-      mesh: devices over which matrices are split, if they are.
+      mesh: devices over which matrices are split; None where they are not.
     """
 
     positions: Int[Array, "batch tokens"]
@@ -66,8 +67,8 @@ class KVCache:
 
     Attributes:
       blocks: for each block its `keys`, `[batch, kv_heads, slots, head_dim]`, and `values`,
-        `[batch, kv_heads, head_dim, slots]`; where the parameters are stacked, so are these.
-      valid: which slots hold a real token (neither padding nor still empty).
+        `[batch, kv_heads, head_dim, slots]`; stacked where the parameters are.
+      valid: True at the slots that hold a real token (neither padding nor still empty).
       length: number of slots written; the next tokens go there.
     """
 
@@ -77,11 +78,11 @@ class KVCache:
 
 
 class Block(nn.Module):
-    """A decoder block as a chain of stages over a state that starts as `{"hidden": x}` and ends as such."""
+    """A decoder block as a chain of stages over a state, which starts and ends as `{"hidden": x}`."""
 
     config: ModelConfig
     by_columns: ClassVar[tuple[str, ...]]
-    """Names of the matrices that `shard_params` splits by columns; the others it splits by rows."""
+    """Names of the matrices that `shard_params` splits by columns; it splits the others by rows."""
 
     @property
     def stages(self) -> tuple[Stage, ...]:
@@ -102,13 +103,13 @@ class Block(nn.Module):
         return tuple(name for names in self.feeds().values() for name in names)
 
     def heads(self) -> dict[str, int]:
-        """For each matrix whose rows are those of heads, their number; `shard_params` cuts none of them."""
+        """For each matrix whose rows are those of heads, their number; `shard_params` splits no head."""
         raise NotImplementedError
 
     def project(self, state: State) -> tuple[State, State]:
         """Multiplies every entry of a state that feeds matrices by each of them.
 
-        Matrices of one input that stand in the parameters as one, see `fuse_projections`, take one product.
+        Matrices of one input that `fuse_projections` has fused take one product.
 
         Returns:
           The state without those entries, and the products under the names of the matrices.
@@ -122,18 +123,18 @@ class Block(nn.Module):
 
     def _products(self, x: Array, names: tuple[str, ...]) -> list[Array]:
         layers = [getattr(self, name) for name in names]
-        fused: Any = self.get_variable("params", fused_name(names)) if len(names) > 1 else None
+        fused: Params | None = self.get_variable("params", fused_name(names)) if len(names) > 1 else None
         if fused is None:
             return [layer(x) for layer in layers]
         return jnp.split(linear(x, **fused), np.cumsum([layer.features for layer in layers])[:-1], axis=-1)
 
 
 class Decoder(nn.Module):
-    """A causal language model; a family sets `block` and `norm`.
+    """A causal language model; a family sets `block` and `norm_module`.
 
     `params` holds `embed_tokens`, `layers_0` … `layers_{n-1}`, `norm` and, unless the embedding is tied, `lm_head`.
     `stack_blocks(params)` turns the layers into one tree with a leading axis, `blocks`, over which the forward pass
-    scans: it then compiles in the time of one block.
+    scans: it then compiles as fast as one block.
 
     Attributes:
       config: sizes and options.
@@ -141,8 +142,13 @@ class Decoder(nn.Module):
       alias: name under which the model was published, where it is not the family's: exports have it again.
 
     Example:
-      >>> logits = model.apply({"params": params}, tokens)                      # [batch, tokens, vocabulary]
-      >>> logits, cache = model.apply({"params": params}, tokens, cache=cache)  # decoding
+      >>> tokens = jnp.array([[72, 105]])
+      >>> model.apply({"params": params}, tokens).shape  # [batch, tokens, vocabulary]
+      (1, 2, 257)
+      >>> cache = model.init_cache(params, batch=1, slots=8)
+      >>> logits, cache = model.apply({"params": params}, tokens, cache=cache)
+      >>> int(cache.length)
+      2
     """
 
     config: ModelConfig
@@ -180,7 +186,7 @@ class Decoder(nn.Module):
         mask: Bool[Array, "batch tokens"] | None = None,
         cache: KVCache | None = None,
     ) -> tuple[Float[Array, "batch tokens hidden"], KVCache | None]:
-        """What the head reads: the normalized output of the last block, and the cache with the new tokens in it."""
+        """Input of the head, which is the normalized output of the last block, and the cache with the new tokens."""
         mask = jnp.ones(tokens.shape, bool) if mask is None else mask
         context, valid = make_context(mask, cache)
         context = replace(context, mesh=mesh_of(self.variables))
@@ -194,8 +200,10 @@ class Decoder(nn.Module):
             cache = KVCache(blocks, valid, cache.length + tokens.shape[1])
         return self.norm(hidden), cache
 
-    def _unrolled(self, hidden: Array, caches: tuple[State, ...] | None, context: Context) -> tuple[Array, Any]:
-        """Block by block, each with its own parameters and its own part of the cache."""
+    def _unrolled(
+        self, hidden: Array, caches: tuple[State, ...] | None, context: Context
+    ) -> tuple[Array, tuple[State, ...]]:
+        """Runs block by block, each with its own parameters and its own part of the cache."""
         written = []
         for layer, block_cache in zip(self.layers, caches or [{}] * len(self.layers), strict=True):
             after = layer({"hidden": hidden, **block_cache}, context)
@@ -204,10 +212,10 @@ class Decoder(nn.Module):
         return hidden, tuple(written)
 
     def _scan(self, hidden: Array, caches: State | None, context: Context) -> tuple[Array, State]:
-        """The same from stacked parameters."""
+        """Scans over stacked parameters."""
         block = self.new_block()
 
-        def step(carry: tuple[Array, State], inputs: tuple[Array, Params]) -> tuple[Any, None]:
+        def step(carry: tuple[Array, State], inputs: tuple[Array, Params]) -> tuple[tuple[Array, State], None]:
             hidden, caches = carry
             index, params = inputs
             block_cache = {name: array[index] for name, array in caches.items()}
@@ -219,7 +227,7 @@ class Decoder(nn.Module):
         return jax.lax.scan(step, (hidden, caches or {}), stacked)[0]
 
     def new_block(self) -> Block:
-        """One block, not bound to parameters: `block.apply({"params": params["layers_0"]}, state, context)`."""
+        """Makes one block, not bound to parameters: `block.apply({"params": params["layers_0"]}, state, context)`."""
         return self.block(self.config, parent=None)
 
     def embed(self, tokens: Int[Array, "batch tokens"]) -> Float[Array, "batch tokens hidden"]:
@@ -248,7 +256,7 @@ class Decoder(nn.Module):
 def make_context(
     mask: Bool[Array, "batch tokens"], cache: KVCache | None = None
 ) -> tuple[Context, Bool[Array, "batch slots"]]:
-    """Positions and causal mask of new tokens, and which slots are valid once they are written."""
+    """Makes positions and causal mask of new tokens, and the mask of the slots that are valid once they are written."""
     batch, tokens = mask.shape
     if cache is None:
         valid, offset, seen = mask, jnp.zeros((), jnp.int32), jnp.zeros((batch, 1), jnp.int32)
@@ -262,7 +270,7 @@ def make_context(
 
 
 def fused_name(names: tuple[str, ...]) -> str:
-    """Key of matrices that stand in a block's parameters as one."""
+    """Key of fused matrices in a block's parameters."""
     return "+".join(names)
 
 

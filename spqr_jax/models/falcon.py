@@ -158,7 +158,7 @@ def gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
 
 
 def alibi_slopes(num_heads: int) -> Float[np.ndarray, " heads"]:
-    """What each head takes off q·k per token of distance (Press et al. 2022).
+    """Amount by which each head reduces q·k per token of distance (Press et al. 2022).
 
     2^(−8i/n) for i = 1 … n, with n the largest power of two up to the number of heads; the heads beyond n take every
     other slope, from the first on, of the series for 2n.
@@ -169,7 +169,7 @@ def alibi_slopes(num_heads: int) -> Float[np.ndarray, " heads"]:
 
 
 def alibi_bias(slot_positions: Int[Array, "batch slots"], num_heads: int) -> Float[Array, "batch heads slots"]:
-    """slope · position of the key: to the softmax over a row of scores the same as −slope · distance.
+    """slope · position of the key; in the softmax over a row of scores it equals −slope · distance.
 
     Slopes, positions and products are rounded to bfloat16, as in the code that Falcon was released with.
     """
@@ -178,5 +178,5 @@ def alibi_bias(slot_positions: Int[Array, "batch slots"], num_heads: int) -> Flo
 
 
 def _bfloat16(x: Array | np.ndarray) -> Array:
-    """Rounds, but stays float32: XLA may leave out a cast to bfloat16 and back."""
+    """Rounds to bfloat16 but returns float32: XLA may remove a cast to bfloat16 and back."""
     return jax.lax.reduce_precision(jnp.asarray(x, jnp.float32), exponent_bits=8, mantissa_bits=7)

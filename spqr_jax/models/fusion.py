@@ -1,6 +1,4 @@
-"""Matrices that share an input as one: a block then launches fewer products, each of more rows."""
-
-from typing import Any
+"""Fuses matrices that share an input: a block then launches fewer products, each of more rows."""
 
 import jax.numpy as jnp
 
@@ -11,11 +9,11 @@ from spqr_jax.models.stacked_blocks import block_names
 
 
 def fuse_projections(params: Params, model: Decoder) -> Params:
-    """Puts packed matrices that multiply the same input into one, in every block; nothing is solved again.
+    """Concatenates packed matrices that multiply the same input, in every block; nothing is solved again.
 
-    In a LLaMA those are q, k and v, and gate and up: a block goes from seven products to four. Which they are is what
-    the block's stages declare. The models run from either form, with the same results: y = x [ŵ_0; ŵ_1; …]ᵀ is cut into
-    the products. Matrices stay apart where they are dense or split over devices, or where in any block they differ in
+    In a LLaMA those are q, k and v, and gate and up, so that a block has four products in place of seven. The block's
+    stages declare them. The models run from either form, with the same results: y = x [ŵ_0; ŵ_1; …]ᵀ is split into the
+    products. Matrices stay separate where they are dense or split over devices, or where in any block they differ in
     permutation or format.
 
     Args:
@@ -24,11 +22,12 @@ def fuse_projections(params: Params, model: Decoder) -> Params:
 
     Returns:
       Parameters in which, for example, `layers_0` has `q_proj+k_proj+v_proj` in the place of three entries. They can be
-      saved and loaded, but other projects' formats know no such matrices: export the original parameters.
+      saved and loaded, but other projects' formats have no such matrices: export the original parameters.
 
     Example:
       >>> fused = fuse_projections(quantized, model)
-      >>> logits = model.apply({"params": fused}, tokens)  # those of quantized
+      >>> sorted(name for name in fused["layers_0"] if "+" in name)
+      ['gate_proj+up_proj', 'q_proj+k_proj+v_proj']
     """
     blocks = {name: params[name] for name in block_names(params)}
     for names in model.new_block().feeds().values():
@@ -45,9 +44,9 @@ def _can_join(block: Params, names: tuple[str, ...]) -> bool:
 
 
 def _join(block: Params, names: tuple[str, ...]) -> Params:
-    """The block with some of its linear layers as one."""
+    """Fuses some of a block's linear layers."""
     layers = [block[name] for name in names]
-    joined: dict[str, Any] = {"kernel": concatenate_rows([layer["kernel"] for layer in layers])}
+    joined: Params = {"kernel": concatenate_rows([layer["kernel"] for layer in layers])}
     if "bias" in layers[0]:
         joined["bias"] = jnp.concatenate([layer["bias"] for layer in layers], axis=-1)
     return {key: value for key, value in block.items() if key not in names} | {fused_name(names): joined}

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import flax.linen as nn
 import jax
@@ -17,14 +17,18 @@ QUERY_CHUNK = 256
 """Queries whose scores are held at once in a forward pass without a KV cache."""
 
 
+Kernel = Float[Array, "in out"] | SpqrTensor | SplitTensor
+"""A weight: dense, packed, or packed and split over devices."""
+
+
 def linear(
     x: Float[Array, "*batch in"],
-    kernel: Float[Array, "in out"] | SpqrTensor | SplitTensor,
+    kernel: Kernel,
     bias: Float[Array, " out"] | None = None,
 ) -> Float[Array, "*batch out"]:
     """y = x Wᵀ + b; `kernel` is a dense `[in, out]` array, or an `SpqrTensor` or `SplitTensor` of shape `(out, in)`.
 
-    This function is the only place of a model that knows about quantization.
+    This is the only function of a model that knows packed weights.
     """
     if isinstance(kernel, SplitTensor):
         y = split_matmul(x, kernel)
@@ -35,7 +39,7 @@ def linear(
     return y if bias is None else y + bias.astype(x.dtype)
 
 
-def mesh_of(params: Any) -> Mesh | None:
+def mesh_of(params: object) -> Mesh | None:
     """The mesh over which matrices of a parameter tree are split; None where none is."""
     leaves = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, SplitTensor))
     return next((leaf.mesh for leaf in leaves if isinstance(leaf, SplitTensor)), None)
@@ -49,12 +53,12 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
-        kernel: Any
+        kernel: Kernel
         if self.has_variable("params", "kernel"):
             kernel = self.get_variable("params", "kernel")
         else:
             kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features))
-        bias: Any = self.param("bias", nn.initializers.zeros, (self.features,)) if self.use_bias else None
+        bias = self.param("bias", nn.initializers.zeros, (self.features,)) if self.use_bias else None
         return linear(x, kernel, bias)
 
 
@@ -88,7 +92,7 @@ class LayerNorm(nn.Module):
 
 @dataclass(frozen=True)
 class RotaryConfig:
-    """How positions become angles (Su et al. 2021), with the two scalings that LLaMA checkpoints use.
+    """Angles from positions (Su et al. 2021), with the two scalings that LLaMA checkpoints use.
 
     Attributes:
       theta: base of the geometric series of frequencies.
@@ -122,7 +126,7 @@ def rotate(
     positions: Int[Array, "batch tokens"],
     rotary: RotaryConfig,
 ) -> Float[Array, "batch tokens heads head_dim"]:
-    """Turns the pair (x[i], x[i + head_dim / 2]) by position · frequency[i], in float32."""
+    """Rotates the pair (x[i], x[i + head_dim / 2]) by position · frequency[i], in float32."""
     angles = positions[..., None, None].astype(jnp.float32) * rotary.frequencies(x.shape[-1])
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
@@ -135,10 +139,10 @@ def extend_cache(
     values: Float[Array, "batch tokens kv_heads head_dim"],
     offset: Int[Array, ""],
 ) -> tuple[dict[str, Array], Array, Array]:
-    """Puts new keys and values into the cache that a state holds, as `keys` and `values`, from slot `offset` on.
+    """Writes new keys and values into the cache in a state, `keys` and `values`, from slot `offset` on.
 
-    Both lie as attention adds them up, so that it reads them where they are: the features of a key are neighbours, and
-    so are all slots of a feature of the values.
+    Both are stored in the order in which attention sums them, so that it needs no copy: the features of a key are
+    contiguous, and so are all slots of a feature of the values.
 
     Returns:
       The state with the new cache, and the keys `[batch, kv_heads, slots, head_dim]` and the values
@@ -163,14 +167,14 @@ def attend(
 ) -> Float[Array, "batch tokens heads head_dim"]:
     """softmax(Q Kᵀ / sqrt(head_dim) + bias) V where `mask`; each KV head serves heads / kv_heads query heads.
 
-    The mask must be causal: where slots are tokens, later ones are not even looked at. A row whose mask is empty
-    (padding) gives the mean of the values that it looks at, never a NaN.
+    The mask must be causal: where slots are tokens, later ones are not read. A row whose mask is empty (padding) gives
+    the mean of the values that it reads, never a NaN.
 
     The devices of a mesh share the KV heads, or all compute all of them where they do not divide.
     """
     if mesh is None:
         return _attend_chunks(queries, keys, values, mask, bias)
-    # Left to itself, XLA gathers the cache: it cannot tell whose heads are whose once they are one axis with sequences.
+    # Without this, XLA gathers the cache: it cannot split heads over devices once they are one axis with sequences.
     axis = mesh.axis_names[0] if keys.shape[1] % mesh.size == 0 else None
     heads_second, heads_third = P(None, axis), P(None, None, axis)
     specs = heads_third, heads_second, heads_second, P(), heads_second
@@ -194,8 +198,8 @@ def _attend_chunks(queries: Array, keys: Array, values: Array, mask: Array, bias
 def _attend_all(queries: Array, keys: Array, values: Array, mask: Array, bias: Array | None) -> Array:
     batch, tokens, heads, head_dim = queries.shape
     _, kv_heads, slots, _ = keys.shape
-    # The query heads of one KV head stand below each other, so each KV head is one matrix product. Sequences and heads
-    # are one axis: XLA, left to order two of them, would for one token have the cache in another order.
+    # The query heads of one KV head are rows of one matrix, so each KV head is one product. Sequences and heads are one
+    # axis: with two, XLA would transpose the cache for each token.
     rows = (queries / math.sqrt(head_dim)).reshape(batch, tokens, kv_heads, -1, head_dim).transpose(0, 2, 3, 1, 4)
     rows = rows.reshape(batch * kv_heads, -1, head_dim)
     keys = keys.reshape(batch * kv_heads, slots, head_dim)

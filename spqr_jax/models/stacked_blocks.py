@@ -1,22 +1,23 @@
-"""From one subtree per block to one tree with a leading axis, which the forward pass scans over, and back."""
-
-from typing import Any
+"""Stacks the subtrees of all blocks along a leading axis, over which the forward pass scans, and unstacks them."""
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax import Array
 
 from pallas_kernels import SplitTensor, SpqrTensor
 from pallas_kernels.errors import SpqrError
 from pallas_kernels.format.stacks import element, pad, stack
 from spqr_jax.models.decoder import Params, layer_name
 
+Leaf = Array | np.ndarray | SpqrTensor | SplitTensor
+
 
 def stack_blocks(params: Params) -> Params:
     """Replaces `layers_0` … `layers_{n-1}` by `blocks`, every leaf of which has a leading axis of length n.
 
-    The outliers of packed matrices differ in number from block to block: they are padded with zeros, which add
-    nothing to a product, to the largest number among the blocks. Parameters that are stacked already are returned
-    as they are.
+    Packed matrices are padded to the largest number of outliers among the blocks, with zeros, which add nothing to a
+    product. Parameters that are stacked already are returned unchanged.
 
     Args:
       params: parameters of a `Decoder`.
@@ -25,7 +26,8 @@ def stack_blocks(params: Params) -> Params:
       SpqrError: there are no blocks, or they differ in structure, as when only some of them are quantized.
 
     Example:
-      >>> model.apply({"params": stack_blocks(params)}, tokens)  # the same logits, compiled in the time of one block
+      >>> stack_blocks(params)["blocks"]["q_proj"]["kernel"].shape  # [blocks, in, out]
+      (2, 64, 64)
     """
     if "blocks" in params:
         return params
@@ -38,10 +40,11 @@ def unstack_blocks(params: Params) -> Params:
     """Inverse of `stack_blocks`: `blocks` becomes `layers_0` … `layers_{n-1}`, without the padding of the outliers.
 
     Args:
-      params: parameters of a `Decoder`; those without `blocks` are returned as they are.
+      params: parameters of a `Decoder`; those without `blocks` are returned unchanged.
 
     Example:
-      >>> unstack_blocks(stack_blocks(params))  # params
+      >>> sorted(unstack_blocks(stack_blocks(params)))
+      ['embed_tokens', 'layers_0', 'layers_1', 'lm_head', 'norm']
     """
     if "blocks" not in params:
         return params
@@ -57,8 +60,8 @@ def unstack_blocks(params: Params) -> Params:
 def level_blocks(params: Params) -> Params:
     """`layers_0` … `layers_{n-1}` with arrays of the same shapes, the outliers padded as in `stack_blocks`.
 
-    A program for a GPU then compiles each kernel once for all blocks, and reads every array where it is: of arrays that
-    are stacked, each kernel would be given a copy of its slice.
+    A program for a GPU then compiles each kernel once for all blocks, and reads every array in place. Of stacked
+    arrays, each kernel would be passed a copy of its slice.
 
     Args:
       params: parameters of a `Decoder`, stacked or not.
@@ -67,7 +70,9 @@ def level_blocks(params: Params) -> Params:
       SpqrError: as `stack_blocks`.
 
     Example:
-      >>> cache = model.init_cache(level_blocks(params), batch=1, slots=128)
+      >>> level = level_blocks(quantized)
+      >>> len({level[block]["q_proj"]["kernel"].nbytes for block in ("layers_0", "layers_1")})
+      1
     """
     if "blocks" in params:
         params = unstack_blocks(params)
@@ -90,11 +95,11 @@ def block_names(params: Params) -> list[str]:
 
 
 def alike_layers(params: Params) -> dict[str, Params]:
-    """The blocks of unstacked parameters, or a ValueError where they do not hold the same arrays."""
+    """The blocks of unstacked parameters, or a SpqrError where they do not hold the same arrays."""
     layers = {name: params[name] for name in block_names(params)}
     if not layers:
         raise SpqrError("the parameters hold no blocks: neither 'blocks' nor 'layers_0'")
-    structures: dict[str, Any] = {name: jax.tree.structure(layer) for name, layer in layers.items()}
+    structures: dict[str, object] = {name: jax.tree.structure(layer) for name, layer in layers.items()}
     first = layer_name(0)
     for name, structure in structures.items():
         if structure != structures[first]:
@@ -102,16 +107,16 @@ def alike_layers(params: Params) -> dict[str, Params]:
     return layers
 
 
-def _is_matrix(leaf: Any) -> bool:
+def _is_matrix(leaf: object) -> bool:
     return isinstance(leaf, SpqrTensor | SplitTensor)
 
 
-def _stack(*leaves: Any) -> Any:
-    if isinstance(leaves[0], SpqrTensor):
-        return stack(leaves)
+def _stack(*leaves: Leaf) -> Leaf:
+    if packed := [leaf for leaf in leaves if isinstance(leaf, SpqrTensor)]:
+        return stack(packed)
     # The parts of a split matrix have room for the same number of outliers in every block, and stay where they are.
     return jax.tree.map(lambda *arrays: jnp.stack(arrays), *leaves)
 
 
-def _unstack(leaf: Any, index: int) -> Any:
+def _unstack(leaf: Leaf, index: int) -> Leaf:
     return element(leaf, index) if isinstance(leaf, SpqrTensor) else jax.tree.map(lambda array: array[index], leaf)

@@ -1,8 +1,8 @@
 """Parameters spread over the devices of a mesh: tensor parallelism, as in Megatron (Shoeybi et al. 2019).
 
 Matrices fed with an input that every device has are split by rows, so that each device computes some heads or some
-features of the MLP; those that multiply the heads' or the MLP's results are split by columns, and a sum over the
-devices ends the attention and the MLP. Which they are is what the blocks declare.
+features of the MLP. Those that multiply the heads' or the MLP's results are split by columns, and a sum over the
+devices ends the attention and the MLP. The blocks declare which matrices are split by columns.
 """
 
 from collections.abc import Sequence

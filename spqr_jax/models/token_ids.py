@@ -1,4 +1,4 @@
-"""The one check that all users of token ids share."""
+"""Checks token ids."""
 
 import numpy as np
 from numpy.typing import ArrayLike

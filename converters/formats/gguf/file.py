@@ -6,18 +6,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import UnionType
-from typing import Any
 
 import gguf
 import numpy as np
 from jaxtyping import Float
 
 from converters.errors import ConversionError
-from converters.formats.gguf.header import Entry, read_header
+from converters.formats.gguf.header import Entry, Metadata, read_header
 from converters.formats.source import Form, Source
 from converters.layout import StoredTensor
 
-# Keys whose values are used as they are. The sizes and options of a model are checked where they are read.
+# Keys whose values are used unchanged. The sizes and options of a model are checked where they are read.
 _TYPES: dict[str, type] = {
     "general.architecture": str,
     "split.count": int,
@@ -40,7 +39,7 @@ _PER_TOKEN = ("tokenizer.ggml.scores", "tokenizer.ggml.token_type")
 class GgufFile:
     """Content of a GGUF file; the tensors stay in the file until they are read."""
 
-    metadata: Mapping[str, Any]
+    metadata: Metadata
     tensors: Mapping[str, StoredTensor]
 
 
@@ -55,7 +54,7 @@ def is_gguf(path: Path) -> bool:
 
 
 def open_gguf(path: Path) -> GgufFile:
-    """Lists what is in a GGUF file; nothing is read before it is asked for.
+    """Lists what is in a GGUF file; tensors stay in the file until they are read.
 
     A tensor's shape is `[out, in]`, as in PyTorch; the format itself names the dimensions the other way round.
 
@@ -86,7 +85,7 @@ def _open_source(path: Path) -> Source:
 FORM: Form = Form("GGUF file", "a .gguf file", is_gguf, _open_source)
 
 
-def _check_types(metadata: Mapping[str, Any], path: Path) -> None:
+def _check_types(metadata: Metadata, path: Path) -> None:
     for key, wanted in _TYPES.items():
         if key in metadata and not isinstance(metadata[key], wanted):
             raise ConversionError(f"{path}: {key} is not of type {wanted.__name__}")
@@ -103,7 +102,7 @@ def _check_types(metadata: Mapping[str, Any], path: Path) -> None:
 def _stored(name: str, entry: Entry, path: Path) -> StoredTensor:
     def read() -> Float[np.ndarray, "..."]:
         size = math.prod(entry.byte_shape)
-        # Not mapped: what has been read of a map stays in memory with it.
+        # Not mapped: pages that have been read of a map stay in memory as long as it.
         stored = np.fromfile(path, np.uint8, size, offset=entry.start)
         if stored.size < size:
             raise ConversionError(f"{path} has become shorter while it was read: {name} ends beyond it")

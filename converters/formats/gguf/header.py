@@ -1,8 +1,8 @@
-"""What stands before the tensors in a GGUF file: metadata, and where each tensor lies.
+"""The header of a GGUF file: metadata, and the place of each tensor.
 
 The format is described in https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The reader of the `gguf` package
-makes an array for each number and each string, which takes seconds for a vocabulary, and where a damaged count leads
-past the end of the file it goes on with empty arrays, for as long as the count says.
+makes an array for each number and each string, which takes seconds for a vocabulary. Where a damaged count leads past
+the end of the file, it reads empty arrays until the count is reached.
 """
 
 import math
@@ -17,12 +17,15 @@ from gguf import GGML_QUANT_SIZES, GGUF_DEFAULT_ALIGNMENT, GGMLQuantizationType,
 
 from pallas_kernels.errors import SpqrError
 
-VERSIONS = (2, 3)
-MAX_DIMENSIONS = 4
-# Bytes of a string, and bytes or entries of a list, that no real metadata come near.
-MAX_LENGTH = 2**26
+Metadata = Mapping[str, Any]
+"""Values under the keys of a GGUF file."""
 
-NUMBERS = {
+_VERSIONS = (2, 3)
+_MAX_DIMENSIONS = 4
+# Bytes of a string, and bytes or entries of a list, far beyond any real metadata.
+_MAX_LENGTH = 2**26
+
+_NUMBERS = {
     GGUFValueType.UINT8: "<u1",
     GGUFValueType.INT8: "<i1",
     GGUFValueType.UINT16: "<u2",
@@ -63,19 +66,14 @@ def read_header(file: mmap.mmap) -> tuple[dict[str, Any], dict[str, Entry]]:
 
     Raises:
       SpqrError: the file is damaged, or of a version or byte order that is not supported.
-
-    Example:
-      >>> metadata, entries = read_header(file)
-      >>> entries["output_norm.weight"]
-      Entry(shape=(576,), kind=<GGMLQuantizationType.F32: 0>, start=1776512)
     """
     if _take(file, 4) != b"GGUF":
         raise SpqrError("it does not begin with GGUF")
     version = _integer(file, "<I")
     if version & 0xFFFF == 0:
         raise SpqrError("its bytes are in the other order, which is not supported")
-    if version not in VERSIONS:
-        raise SpqrError(f"it is of version {version}, but supported are {' and '.join(map(str, VERSIONS))}")
+    if version not in _VERSIONS:
+        raise SpqrError(f"it is of version {version}, but supported are {' and '.join(map(str, _VERSIONS))}")
     tensor_count, key_count = _integer(file, "<Q"), _integer(file, "<Q")
     metadata: dict[str, Any] = {}
     for _ in range(key_count):
@@ -95,7 +93,7 @@ def read_header(file: mmap.mmap) -> tuple[dict[str, Any], dict[str, Entry]]:
 
 
 def _placed(entry: Entry, origin: int, name: str, file_size: int) -> Entry:
-    """The entry with its start counted from the start of the file."""
+    """The entry with its start relative to the start of the file."""
     block, _ = GGML_QUANT_SIZES[entry.kind]
     if entry.shape[-1] % block:
         raise SpqrError(f"{name} has {entry.shape[-1]} features, not a multiple of {entry.kind.name}'s {block}")
@@ -108,7 +106,7 @@ def _placed(entry: Entry, origin: int, name: str, file_size: int) -> Entry:
 
 def _entry(file: mmap.mmap) -> Entry:
     dimensions = _integer(file, "<I")
-    if not 1 <= dimensions <= MAX_DIMENSIONS:
+    if not 1 <= dimensions <= _MAX_DIMENSIONS:
         raise SpqrError(f"a tensor has {dimensions} dimensions")
     shape = tuple(_integer(file, "<Q") for _ in range(dimensions))
     return Entry(shape[::-1], GGMLQuantizationType(_integer(file, "<I")), _integer(file, "<Q"))
@@ -128,8 +126,8 @@ def _value(file: mmap.mmap, kind: GGUFValueType) -> Any:
     return [_string(file) for _ in range(count)]
 
 
-def _numbers(file: mmap.mmap, kind: GGUFValueType, count: int) -> list[Any]:
-    dtype = np.dtype(NUMBERS[kind])
+def _numbers(file: mmap.mmap, kind: GGUFValueType, count: int) -> list[int | float | bool]:
+    dtype = np.dtype(_NUMBERS[kind])
     return np.frombuffer(_take(file, count * dtype.itemsize), dtype).tolist()
 
 
@@ -145,15 +143,15 @@ def _take(file: mmap.mmap, size: int) -> bytes:
     _require_length(size)
     content = file.read(size)
     if len(content) < size:
-        raise SpqrError(f"it ends after {len(file)} bytes, where {size - len(content)} more are to come")
+        raise SpqrError(f"it ends after {len(file)} bytes, but {size - len(content)} more are expected")
     return content
 
 
 def _require_length(length: int) -> None:
-    if length > MAX_LENGTH:
+    if length > _MAX_LENGTH:
         raise SpqrError(f"a string or list of length {length} cannot be metadata")
 
 
-def _require_new(name: str, known: Mapping[str, Any]) -> None:
+def _require_new(name: str, known: Mapping[str, object]) -> None:
     if name in known:
         raise SpqrError(f"{name} occurs twice")

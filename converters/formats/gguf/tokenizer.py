@@ -6,40 +6,40 @@ expressions are those of llama.cpp, which defines the format.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from gguf import TokenType
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from converters.errors import ConversionError
+from converters.formats.gguf.header import Metadata
 
-GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
-LLAMA3 = (
+_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
+_LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# Each expression in turn cuts its matches out of the pieces that the one before has left.
-SPLITS = {
-    "default": (r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", r"[0-9][0-9][0-9]"),
-    "falcon": (r"[\p{P}\$\+<=>\^~\|`]+", GPT2, r"[0-9][0-9][0-9]"),
-    "gpt-2": (GPT2,),
-    "llama-bpe": (LLAMA3,),
+# Each expression in turn cuts its matches out of the pieces that the previous one left.
+_SPLITS = {
+    "default": (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]"),
+    "falcon": (r"[\p{P}\$\+<=>\^~\|`]+", _GPT2, r"[0-9][0-9][0-9]"),
+    "gpt-2": (_GPT2,),
+    "llama-bpe": (_LLAMA3,),
     # Decimal digits one by one; llama.cpp cuts out \p{N}, so also characters such as ½.
-    "smollm": (r"\p{Nd}", GPT2),
+    "smollm": (r"\p{Nd}", _GPT2),
 }
-SPACE = "▁"
+_SPACE = "▁"
 
 
-def build_tokenizer(metadata: Mapping[str, Any]) -> PreTrainedTokenizerFast | None:
-    """The tokenizer that the `tokenizer.` keys of a GGUF file describe, or None if there are none.
+def build_tokenizer(metadata: Metadata) -> PreTrainedTokenizerFast | None:
+    """Builds the tokenizer that the `tokenizer.` keys of a GGUF file describe; None if it has no such keys.
 
     Raises:
       ConversionError: the algorithm or the way of cutting text is not supported, or a list is missing.
 
     Example:
-      >>> build_tokenizer(open_gguf(path).metadata).encode("Hello", add_special_tokens=False)
-      [19556]
+      >>> build_tokenizer({"general.architecture": "llama"}) is None
+      True
     """
     content = {key.removeprefix("tokenizer."): v for key, v in metadata.items() if key.startswith("tokenizer.")}
     algorithm = content.get("ggml.model", "none")
@@ -68,11 +68,11 @@ def build_tokenizer(metadata: Mapping[str, Any]) -> PreTrainedTokenizerFast | No
     )
 
 
-def _byte_level(content: Mapping[str, Any], tokens: Sequence[str]) -> Tokenizer:
+def _byte_level(content: Metadata, tokens: Sequence[str]) -> Tokenizer:
     """BPE over bytes: SmolLM2, LLaMA 3 and Falcon."""
     pre = content.get("ggml.pre", "default")
-    if pre not in SPLITS:
-        raise ConversionError(f"tokenizer.ggml.pre {pre!r} is not supported, only {', '.join(SPLITS)}")
+    if pre not in _SPLITS:
+        raise ConversionError(f"tokenizer.ggml.pre {pre!r} is not supported, only {', '.join(_SPLITS)}")
     if content.get("ggml.add_space_prefix", False):
         raise ConversionError("tokenizer.ggml.add_space_prefix is not supported with tokenizer.ggml.model 'gpt2'")
     merges = [tuple(merge.split(" ", 1)) for merge in _required(content, "ggml.merges")]
@@ -82,31 +82,31 @@ def _byte_level(content: Mapping[str, Any], tokens: Sequence[str]) -> Tokenizer:
     except Exception as error:  # the Rust library raises plain Exception
         raise ConversionError(f"tokenizer.ggml.merges do not fit tokenizer.ggml.tokens: {error}") from error
     tokenizer = Tokenizer(model)
-    splits = [pre_tokenizers.Split(Regex(expression), "isolated") for expression in SPLITS[pre]]
+    splits = [pre_tokenizers.Split(Regex(expression), "isolated") for expression in _SPLITS[pre]]
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*splits, byte_level])
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
 
 
-def _sentencepiece(content: Mapping[str, Any], tokens: Sequence[str]) -> Tokenizer:
-    """BPE over characters, with bytes for what the vocabulary lacks: LLaMA 1 and 2."""
+def _sentencepiece(content: Metadata, tokens: Sequence[str]) -> Tokenizer:
+    """BPE over characters, with bytes for characters that the vocabulary lacks: LLaMA 1 and 2."""
     vocabulary = _vocabulary(tokens)
-    merges = merges_from_scores(vocabulary, _required(content, "ggml.scores"))
+    merges = _merges_from_scores(vocabulary, _required(content, "ggml.scores"))
     unknown = _token({"ggml.unknown_token_id": 0, **content}, tokens, "ggml.unknown_token_id")
     tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
-    steps: list[Any] = [normalizers.Replace(" ", SPACE)]
-    undo: list[Any] = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    steps: list[normalizers.Normalizer] = [normalizers.Replace(" ", _SPACE)]
+    undo: list[decoders.Decoder] = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     if content.get("ggml.add_space_prefix", True):
-        steps.insert(0, normalizers.Prepend(SPACE))
+        steps.insert(0, normalizers.Prepend(_SPACE))
         undo.append(decoders.Strip(" ", 1, 0))
     tokenizer.normalizer = normalizers.Sequence(steps)
     tokenizer.decoder = decoders.Sequence(undo)
     return tokenizer
 
 
-def merges_from_scores(vocabulary: Mapping[str, int], scores: Sequence[float]) -> list[tuple[str, str]]:
-    """The pairs of tokens that make a token, best result first.
+def _merges_from_scores(vocabulary: Mapping[str, int], scores: Sequence[float]) -> list[tuple[str, str]]:
+    """The pairs of tokens that make a token, highest score first.
 
     SentencePiece always joins the neighbours whose result has the highest score, so that order is the merges' rank.
     """
@@ -126,7 +126,7 @@ def _add_tokens(tokenizer: Tokenizer, tokens: Sequence[str], kinds: Sequence[int
         tokenizer.add_tokens([AddedToken(token, special=special, normalized=False) for token in found])
 
 
-def _enclose(tokenizer: Tokenizer, bos: str | None, eos: str | None) -> Any:
+def _enclose(tokenizer: Tokenizer, bos: str | None, eos: str | None) -> processors.TemplateProcessing:
     """Puts the tokens that are to begin and end a text around it, and around each text of a pair."""
     single = [*([f"{bos}:0"] if bos else []), "$A:0", *([f"{eos}:0"] if eos else [])]
     second = [*([f"{bos}:1"] if bos else []), "$B:1", *([f"{eos}:1"] if eos else [])]
@@ -138,13 +138,13 @@ def _vocabulary(tokens: Sequence[str]) -> dict[str, int]:
     return {token: index for index, token in enumerate(tokens)}
 
 
-def _token(content: Mapping[str, Any], tokens: Sequence[str], key: str) -> str:
+def _token(content: Metadata, tokens: Sequence[str], key: str) -> str:
     if not 0 <= content[key] < len(tokens):
         raise ConversionError(f"tokenizer.{key} is {content[key]}, but there are {len(tokens)} tokens")
     return tokens[content[key]]
 
 
-def _required(content: Mapping[str, Any], key: str) -> Sequence[Any]:
+def _required(content: Metadata, key: str) -> list:
     if not isinstance(content.get(key), list):
         raise ConversionError(f"tokenizer.{key} is missing")
     return content[key]

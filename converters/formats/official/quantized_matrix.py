@@ -1,7 +1,7 @@
-"""From the parts of a quantized matrix, as checkpoints of other projects hold them, to a packed one, and back."""
+"""Packs a quantized matrix from the parts that checkpoints of other projects hold, and unpacks it."""
 
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -12,10 +12,10 @@ from pallas_kernels import Outliers, QuantizedStatistics, SpqrTensor, pack
 from pallas_kernels.backends.xla import dequantize_in_order
 
 # The most by which rounding to float16 may change statistics: some sixteen times what is usual.
-MAX_LOSS = 2.0**-7
+_MAX_LOSS = 2.0**-7
 
-DEQUANTIZE = jax.jit(dequantize_in_order)
-PACK = jax.jit(pack, static_argnames=("bits", "group_size", "scale_bits", "zero_bits"))
+_DEQUANTIZE = jax.jit(dequantize_in_order)
+_PACK = jax.jit(pack, static_argnames=("bits", "group_size", "scale_bits", "zero_bits"))
 
 
 class StoredStatistics(NamedTuple):
@@ -36,7 +36,7 @@ Statistics = Float[np.ndarray, "out groups"] | StoredStatistics
 
 
 class StoredOutliers(NamedTuple):
-    """Outliers in CSR form, columns in quantization order; what the values stand for, the context says."""
+    """Outliers in CSR form, columns in quantization order; values are weights, residuals or summands by context."""
 
     offsets: Int[np.ndarray, " out+1"]
     columns: Int[np.ndarray, " nnz"]
@@ -68,7 +68,7 @@ def check_permutation(permutation: Int[np.ndarray, " in"], name: str) -> None:
 
 
 def check_finite(values: Float[np.ndarray, "..."], what: str) -> None:
-    """Raises a ConversionError that says what has how many values that are NaN or infinite."""
+    """Raises a ConversionError that counts the values that are NaN or infinite."""
     if bad := values.size - np.count_nonzero(np.isfinite(values)):
         raise ConversionError(f"the {what} have {bad} of {values.size} values that are not finite in float16")
 
@@ -84,9 +84,9 @@ def stored_outliers(tensor: SpqrTensor) -> StoredOutliers:
 def weight_in_order(tensor: SpqrTensor) -> Float32[np.ndarray, "out in"]:
     """`dequantize_in_order` in host memory, compiled once for all matrices of a shape.
 
-    The outliers go on afterwards, because JAX would compile anew for each number of them.
+    The outliers are added afterwards, because JAX would compile anew for each number of them.
     """
-    weight = np.array(DEQUANTIZE(replace(tensor, outliers=None)))
+    weight = np.array(_DEQUANTIZE(replace(tensor, outliers=None)))
     outliers = stored_outliers(tensor)
     weight[outliers.rows, outliers.columns] += outliers.values.astype(np.float32)
     return weight
@@ -127,7 +127,7 @@ def quantized_tensor(
       ...                           scale_bits=None, zero_bits=None)
     """
     scale, zero = _in_float16(scale, f"scales of {name}"), _in_float16(zero, f"zeros of {name}")
-    packed = PACK(
+    packed = _PACK(
         codes,
         _for_packing(scale),
         _for_packing(zero),
@@ -153,7 +153,7 @@ def quantized_tensor(
 
 
 def _in_float16(statistics: Statistics, what: str) -> Statistics:
-    """The same with everything but codes in float16."""
+    """Rounds statistics to float16, except codes."""
     exact = _values(statistics)
     with np.errstate(over="ignore", invalid="ignore"):
         if isinstance(statistics, StoredStatistics):
@@ -165,12 +165,12 @@ def _in_float16(statistics: Statistics, what: str) -> Statistics:
     check_finite(rounded, what)
     # Second-level scales of wide codes can be too small for float16.
     loss = np.abs(rounded - exact).max() / (np.abs(exact).max() or 1)
-    if loss > MAX_LOSS:
+    if loss > _MAX_LOSS:
         raise ConversionError(f"the {what} change by {loss:.1%} of the largest when their parts are put in float16")
     return statistics
 
 
-def _for_packing(statistics: Statistics) -> Any:
+def _for_packing(statistics: Statistics) -> Float[np.ndarray, "out groups"] | QuantizedStatistics:
     return QuantizedStatistics(*statistics) if isinstance(statistics, StoredStatistics) else statistics  # type: ignore[arg-type]
 
 

@@ -363,7 +363,7 @@ def test_errors_of_the_network_are_told_in_one_sentence(monkeypatch: pytest.Monk
         raise RuntimeError("No route to host. Try again later.\nAnd again.")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fails)
-    assert message("someone/tiny").endswith("nor on the hub or in its cache: No route to host.")
+    assert message("someone/tiny").endswith("nor on the hub or in its cache: No route to host")
 
 
 @pytest.fixture
