@@ -62,7 +62,8 @@ def analyze(
     from spqr_jax.config import SpqrConfig
     from spqr_jax.figures import sensitivity_maps
     from spqr_jax.models.decoder import layer_name
-    from spqr_jax.storage.checkpoint import check_destination, describe_model
+    from spqr_jax.storage.checkpoint import check_destination
+    from spqr_jax.storage.description import describe_model
     from spqr_jax.storage.directories import new_directory
 
     config = SpqrConfig(bits=bits, group_size=group_size, outlier_threshold=outlier_threshold)

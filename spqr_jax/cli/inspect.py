@@ -35,7 +35,7 @@ def inspect_own(directory: str) -> tuple[dict[str, Any], Table]:
     """Content of a checkpoint of ours, for machines and for people."""
     from spqr_jax.storage.checkpoint import describe
 
-    header = describe(directory)
+    header: Any = describe(directory)
     columns = ("out x in", "bits", "group", "statistics", "outliers", "bits/weight")
     table = Table(Column("matrix", no_wrap=True), *columns, box=None)
     for path, matrix in header["matrices"].items():

@@ -22,6 +22,7 @@ def open_model(source: str, dtype: str) -> Any:
     import jax.numpy as jnp
 
     from converters import open_pretrained
+    from pallas_kernels import SpqrTensor
     from spqr_jax.storage import checkpoint
 
     if not checkpoint.is_checkpoint(source):
@@ -29,11 +30,11 @@ def open_model(source: str, dtype: str) -> Any:
     opened = checkpoint.open_checkpoint(source)
 
     def cast(leaf: Any) -> Any:
-        is_weight = not isinstance(leaf, checkpoint.SpqrTensor) and jnp.issubdtype(leaf.dtype, jnp.floating)
+        is_weight = not isinstance(leaf, SpqrTensor) and jnp.issubdtype(leaf.dtype, jnp.floating)
         return leaf.astype(dtype) if is_weight else leaf
 
     def read(name: str) -> Any:
-        return jax.tree.map(cast, opened.parts[name](), is_leaf=lambda leaf: isinstance(leaf, checkpoint.SpqrTensor))
+        return jax.tree.map(cast, opened.parts[name](), is_leaf=lambda leaf: isinstance(leaf, SpqrTensor))
 
     return opened._replace(parts={name: partial(read, name) for name in opened.parts})
 

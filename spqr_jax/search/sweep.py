@@ -22,11 +22,14 @@ from spqr_jax.config import Method, SpqrConfig
 from spqr_jax.measure.perplexity import counted_perplexity, token_losses
 from spqr_jax.models.decoder import Decoder, Params, layer_name
 from spqr_jax.quantization.checks import check_weights
-from spqr_jax.storage.checkpoint import describe_model, is_checkpoint, load, read_json
+from spqr_jax.storage.checkpoint import is_checkpoint, load
+from spqr_jax.storage.description import describe_model
+from spqr_jax.storage.digests import digest
 from spqr_jax.storage.directories import remove_directory, write_text
-from spqr_jax.storage.disk_to_disk import digest, quantize_checkpoint
+from spqr_jax.storage.disk_to_disk import quantize_checkpoint
+from spqr_jax.storage.json_files import read_json
 from spqr_jax.storage.model_source import ModelSource
-from spqr_jax.storage.partial_run import claim
+from spqr_jax.storage.partial_run import PartialRun
 from spqr_jax.storage.record import Record, new_record, read_record
 from spqr_jax.storage.totals import summarize
 
@@ -180,7 +183,7 @@ def sweep(
     del first
     directory = directory.resolve()
     directory.parent.mkdir(parents=True, exist_ok=True)
-    with claim(directory, description):
+    with PartialRun(directory).claim(description):
         shares: dict[str, float] = {}
         for cell in (None, *grid):
             name = "original" if cell is None else cell.name

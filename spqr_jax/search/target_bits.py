@@ -29,9 +29,11 @@ from spqr_jax.quantization.solver import quantize_matrix
 from spqr_jax.quantization.thresholds import outlier_threshold
 from spqr_jax.quantization.walk import walk_original
 from spqr_jax.runtime.lapack import in_one_thread
-from spqr_jax.storage.checkpoint import check_destination, describe, read_json
+from spqr_jax.storage.checkpoint import check_destination, describe
+from spqr_jax.storage.digests import digest
 from spqr_jax.storage.directories import write_text
-from spqr_jax.storage.disk_to_disk import digest, quantize_checkpoint
+from spqr_jax.storage.disk_to_disk import quantize_checkpoint
+from spqr_jax.storage.json_files import read_json
 from spqr_jax.storage.model_source import ModelSource
 from spqr_jax.storage.record import BlockReport
 from spqr_jax.storage.totals import summarize_described

@@ -1,4 +1,4 @@
-"""Directories, and files, that get their name only when all of their content is on the disk."""
+"""Atomic replacement of directories and files: a name appears only when all of its content is on the disk."""
 
 import ctypes
 import os
@@ -19,17 +19,19 @@ LEFTOVER = re.compile(r"\.(incomplete|replaced)-[0-9a-f]{8}$")
 
 @contextmanager
 def new_directory(destination: Path) -> Iterator[Path]:
-    """An empty directory to be filled, which takes the place of `destination` when the block ends without an error.
+    """Yields an empty directory, which replaces `destination` when the block ends without an error.
 
-    Until then it is `<name>.incomplete-<random>` beside it, and after an error it is deleted. What had the name before
-    keeps it up to that moment and is deleted last. What is missing above the destination is made.
+    Until then its name is `<name>.incomplete-<random>`; after an error it is deleted. An existing destination keeps its
+    name until it is replaced, and is deleted last. Missing directories above the destination are made.
 
     Raises:
-      OSError: writing failed, as on a full disk; the destination is then as it was.
+      OSError: writing failed, as on a full disk. The destination is then unchanged.
 
     Example:
       >>> with new_directory(Path("results")) as directory:
-      ...     (directory / "report.txt").write_text("done")
+      ...     _ = (directory / "report.txt").write_text("done")
+      >>> Path("results/report.txt").read_text()
+      'done'
     """
     incomplete = _sibling(destination, "incomplete")
     incomplete.mkdir(parents=True)
@@ -42,7 +44,7 @@ def new_directory(destination: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file at once: who reads it finds the old content or the new one."""
+    """Replaces a file atomically: a reader finds the old content or the new content."""
     partial = path.with_name(f".{path.name}.partial")
     try:
         partial.write_text(text, encoding="utf-8")
@@ -53,21 +55,21 @@ def write_text(path: Path, text: str) -> None:
 
 
 def remove_leftovers(directory: Path) -> None:
-    """Deletes what a killed `new_directory` or `remove_directory` has left in a directory."""
+    """Deletes the leftovers of a killed `new_directory` or `remove_directory` in a directory."""
     for path in directory.iterdir():
         if LEFTOVER.search(path.name):
             shutil.rmtree(path)
 
 
 def remove_directory(directory: Path) -> None:
-    """Deletes a directory; it loses its name at once, before its content goes."""
+    """Deletes a directory: it is renamed first, so no reader finds part of its content under its name."""
     nameless = _sibling(directory, "replaced")
     directory.rename(nameless)
     shutil.rmtree(nameless)
 
 
 def synchronize_all(directory: Path) -> None:
-    """Waits until a directory and all that is in it is on the disk."""
+    """Waits until a directory and all its content is on the disk."""
     for path in (directory, *directory.rglob("*")):
         synchronize(path)
 
@@ -87,7 +89,7 @@ def existing_parent(path: Path) -> Path:
 
 
 def publish(complete: Path, destination: Path) -> None:
-    """Gives a complete directory its name; what had it before gets the other name, to be deleted."""
+    """Gives a complete directory its name; an existing destination gets the other name, to be deleted."""
     if destination.exists():
         _exchange(complete, destination)
     else:
@@ -96,9 +98,9 @@ def publish(complete: Path, destination: Path) -> None:
 
 
 def _exchange(first: Path, second: Path) -> None:
-    """Exchanges the names of two directories, in one step where the operating system can (Linux, most file systems).
+    """Exchanges the names of two directories, atomically on Linux and most of its file systems.
 
-    Elsewhere a process killed between the renames leaves what `second` named as `<name>.replaced-<random>`.
+    Elsewhere a process killed between the renames leaves the directory `second` as `<name>.replaced-<random>`.
     """
     renameat2 = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
     if renameat2 and not renameat2(AT_FDCWD, os.fsencode(first), AT_FDCWD, os.fsencode(second), RENAME_EXCHANGE):
@@ -118,5 +120,10 @@ def _sibling(destination: Path, purpose: str) -> Path:
 
 
 def bytes_on_disk(directory: Path) -> int:
-    """Bytes of all files below a directory."""
+    """Bytes of all files below a directory.
+
+    Example:
+      >>> bytes_on_disk(Path("tiny-spqr")) < bytes_on_disk(Path("tiny-dense"))
+      True
+    """
     return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())

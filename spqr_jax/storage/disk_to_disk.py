@@ -1,13 +1,12 @@
-"""Quantizing from disk to disk: one block's weights in memory at a time, in a run that can be stopped and continued."""
+"""Quantization from disk to disk, one block in memory at a time, in a run that can be interrupted and resumed."""
 
 import dataclasses
-import hashlib
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from functools import partial
+from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -25,22 +24,35 @@ from spqr_jax.quantization.checks import check_shares, check_tokens, check_weigh
 from spqr_jax.quantization.hidden_states import embed, start
 from spqr_jax.runtime.placement import Placement
 from spqr_jax.runtime.processes import agree, is_first
-from spqr_jax.storage.checkpoint import CheckpointError, Entries, check_destination, describe_model
-from spqr_jax.storage.directories import existing_parent, remove_directory
+from spqr_jax.storage.description import Entries, describe_model
+from spqr_jax.storage.destination import check_destination
+from spqr_jax.storage.digests import digest
+from spqr_jax.storage.directories import existing_parent
+from spqr_jax.storage.errors import CheckpointError
 from spqr_jax.storage.model_source import ModelSource
-from spqr_jax.storage.partial_run import (
-    State,
-    allocate_in_file,
-    claim,
-    finish,
-    is_published,
-    keep_part,
-    record,
-    resume,
-    tidy,
-    writing,
-)
+from spqr_jax.storage.partial_run import PartialRun
 from spqr_jax.storage.record import BlockReport, new_record
+from spqr_jax.storage.run_state import RunState
+
+
+@dataclass(frozen=True)
+class _Job:
+    """The inputs of a run, and the placement of its work."""
+
+    source: ModelSource
+    tokens: Int[np.ndarray, "sequences tokens"] | None
+    config: SpqrConfig
+    placement: Placement
+
+    @property
+    def blocks(self) -> list[str]:
+        """Names of the decoder blocks, in order."""
+        return [layer_name(index) for index in range(self.source.model.config.num_layers)]
+
+    @property
+    def ends(self) -> list[str]:
+        """Names of the parts that stay as they are: embedding, final norm and head."""
+        return sorted(self.source.parts.keys() - set(self.blocks))
 
 
 def quantize_checkpoint(
@@ -54,174 +66,145 @@ def quantize_checkpoint(
     overwrite: bool = False,
     on_block: Callable[[BlockReport], None] | None = None,
 ) -> list[BlockReport]:
-    """Quantizes a model that may be larger than the memory, into a checkpoint with the bits that `quantize` gives.
+    """Quantizes a model that may be larger than memory into a checkpoint, bit for bit the result of `quantize`.
 
-    One block's weights are in memory at a time, beside those of the next, which is read meanwhile. All values of the
-    source are read and checked first, so that a bad one shows at once.
-
-    What is finished is kept in `<destination>.partial`. The same call, after whatever stopped it, goes on with the
-    first block that is not finished.
-
-    Under `jax.distributed` all processes make the same call, on files that all of them see, with a mesh of all their
-    devices. Each keeps the hidden states of all sequences; the first writes.
+    All values of the source are checked first. One block's weights, and the next block's, are in memory at a time.
+    Finished blocks are kept in `<destination>.partial`: repeating an interrupted call resumes after them. Under
+    `jax.distributed` all processes make the same call, on shared files, with a mesh of all devices; the first writes.
 
     Args:
       source: the model, see `converters.open_pretrained` and `open_checkpoint`.
       destination: directory of the checkpoint, see `load`.
       calibration_tokens: token ids of sequences of equal length; None gives round-to-nearest.
-      config: what to quantize to.
+      config: the settings.
       mesh: devices that share the work, see `quantize`.
       hidden_on_disk: keep the hidden states of the calibration sequences in mapped files, not in memory.
-      overwrite: replace a checkpoint that is there, once the new one is complete.
-      on_block: called with the report of each block when it is finished.
+      overwrite: replace an existing checkpoint, once the new one is complete.
+      on_block: called with the report of each finished block.
 
     Returns:
-      A report per block, those of earlier calls included.
+      A report per block, those of interrupted calls included.
 
     Raises:
-      CheckpointError: the destination is taken; its `.partial` holds a run with another configuration, source or
-        calibration, the difference of which is named; or writing failed, as on a full disk.
+      CheckpointError: the destination is taken, its `.partial` holds another run, or writing failed.
       SpqrError: as for `quantize`.
 
     Example:
-      >>> source = open_pretrained("HuggingFaceTB/SmolLM2-135M")
-      >>> calibration = random_windows(source.tokenizer.encode(wikitext2("valid")), sequences=32, length=512)
-      >>> quantize_checkpoint(source, "smollm2-spqr", calibration, config=COMPACT)
-      >>> model, params, tokenizer = load("smollm2-spqr")
+      >>> reports = quantize_checkpoint(source, "compact-spqr", calibration, config=COMPACT)
+      >>> model, quantized, tokenizer = load("compact-spqr")
     """
-    placement = Placement(mesh)
+    tokens = None if calibration_tokens is None else np.asarray(calibration_tokens)
     destination = Path(destination).resolve()
-    directory = destination.with_name(f"{destination.name}.partial")
-    published = is_published(directory, destination)
+    run = PartialRun.of(destination)
+    job = _Job(source, tokens, config, Placement(mesh, run.allocate) if hidden_on_disk else Placement(mesh))
+    published = run.is_published(destination)
     if not published:
         check_destination(destination, overwrite=overwrite)
-    tokens = None if calibration_tokens is None else np.asarray(calibration_tokens)
-    description = _survey(source, tokens, config, placement, directory)
+    description = _survey(job, run.directory)
     agree(description)
-    with claim(directory, description) if is_first() else nullcontext():
-        agree({"directory": str(directory)})
-        with writing(directory):
-            state = resume(directory, hidden_on_disk=hidden_on_disk)
-            if is_first():
-                tidy(directory, state)
-        agree({"finished blocks": len(state.blocks)})
-        if hidden_on_disk:
-            placement = Placement(mesh, partial(allocate_in_file, directory))
-        for following in () if published else _states(source, tokens, config, placement, directory, state):
+    with run.claim(description) if is_first() else nullcontext():
+        state = _resume(run, hidden_on_disk)
+        for following in () if published else _states(job, run, state):
             state = following
             if on_block is not None:
                 on_block(state.blocks[-1])
-        if is_first():
-            with writing(directory):
-                if published:
-                    remove_directory(directory)
-                else:
-                    shape = None if tokens is None else tokens.shape
-                    quantization = new_record(config, shape, state.blocks, placement.mesh)
-                    finish(directory, destination, state, source.model, source.tokenizer, quantization)
-        agree({"finished blocks": len(state.blocks)})
+        _finish(job, run, destination, state, published)
         return state.blocks
 
 
-def _survey(
-    source: ModelSource,
-    tokens: Int[np.ndarray, "sequences tokens"] | None,
-    config: SpqrConfig,
-    placement: Placement,
-    directory: Path,
-) -> dict[str, Any]:
-    """Reads and checks all that goes into a run, part by part, and says what tells it from another."""
+def _survey(job: _Job, directory: Path) -> dict[str, Any]:
+    """Reads and checks all inputs of a run, and returns the description that tells it from other runs."""
     digests, size = {}, 0
-    blocks = _blocks(source)
-    for name in (*blocks, *(source.parts.keys() - set(blocks))):
-        part = source.parts[name]()
-        check_weights({name: part}, source.model, config)
-        if name == blocks[0] and tokens is not None:
-            check_tokens(tokens, part, source.model)
-            check_shares(len(tokens), placement)
+    model, tokens = job.source.model, job.tokens
+    for name in (*job.blocks, *job.ends):
+        part = job.source.parts[name]()
+        check_weights({name: part}, model, job.config)
+        if name == job.blocks[0] and tokens is not None:
+            check_tokens(tokens, part, model)
+            check_shares(len(tokens), job.placement)
         digests[name] = digest(part)
         size += sum(leaf.nbytes for leaf in jax.tree.leaves(part))
-    parent = existing_parent(directory)
-    free = shutil.disk_usage(parent).free
-    if not directory.exists() and free < size // 2:
-        raise CheckpointError(f"{parent} has {free:,} bytes free, but the quantized model takes up to {size // 2:,}.")
+    _check_space(directory, size // 2)
     return {
-        "config": dataclasses.asdict(config),
-        "model": describe_model(source.model),
+        "config": dataclasses.asdict(job.config),
+        "model": describe_model(model),
         "calibration": None if tokens is None else {"shape": list(tokens.shape), "tokens": digest(tokens)},
         "source": dict(sorted(digests.items())),
     }
 
 
-def digest(tree: Any) -> str:
-    """Checksum of names, types, shapes and values of arrays."""
-    digest = hashlib.blake2b(digest_size=8)
-    for path, leaf in jax.tree.leaves_with_path(tree):
-        digest.update(f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape}".encode())
-        digest.update(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8).data)
-    return f"BLAKE2b {digest.hexdigest()}"
+def _check_space(directory: Path, needed: int) -> None:
+    """Raises a CheckpointError where a new run has too little space for a checkpoint of `needed` bytes."""
+    parent = existing_parent(directory)
+    free = shutil.disk_usage(parent).free
+    if not directory.exists() and free < needed:
+        raise CheckpointError(
+            f"{parent} has {free:,} bytes free, but the quantized model takes up to {needed:,}: make room or choose "
+            "another destination"
+        )
 
 
-def _states(
-    source: ModelSource,
-    tokens: Int[np.ndarray, "sequences tokens"] | None,
-    config: SpqrConfig,
-    placement: Placement,
-    directory: Path,
-    state: State,
-) -> Iterator[State]:
-    """Quantizes the blocks that are not finished; a state after each of them, when it is on the disk."""
-    blocks = _blocks(source)
-    structure: Any = jax.tree.structure(None if tokens is None else start(tokens, config))
+def _resume(run: PartialRun, hidden_on_disk: bool) -> RunState:
+    """Reads the state that all processes resume from."""
+    agree({"directory": str(run.directory)})
+    state = run.resume(hidden_on_disk=hidden_on_disk)
+    if is_first():
+        run.tidy(state)
+    agree({"finished blocks": len(state.blocks)})
+    return state
+
+
+def _states(job: _Job, run: PartialRun, state: RunState) -> Iterator[RunState]:
+    """Quantizes the unfinished blocks, and yields the state after each of them when it is on the disk."""
+    structure: Any = jax.tree.structure(None if job.tokens is None else start(job.tokens, job.config))
     if not state.blocks:
-        state = _start(source, tokens, config, placement, directory)
+        state = _start(job, run)
+    block = job.source.model.new_block()
     started = time.perf_counter()
-    for name, params in _read_ahead(source.parts, blocks[len(state.blocks) :], placement):
+    for name, params in _read_ahead(job.source.parts, job.blocks[len(state.blocks) :], job.placement):
         streams = jax.tree.unflatten(structure, state.hidden)
-        block, streams = quantize_block(source.model.new_block(), name, params, streams, config, placement)
+        finished, streams = quantize_block(block, name, params, streams, job.config, job.placement)
         entries = dict(state.entries)
-        with writing(directory):
-            if is_first():
-                entries[name] = keep_part(directory, name, block.params)
-            now = time.perf_counter()
-            report = BlockReport(len(state.blocks) + 1, now - started, block.report)
-            state = State(entries, [*state.blocks, report], jax.tree.leaves(streams))
-            if is_first():
-                record(directory, state)
+        if is_first():
+            entries[name] = run.write_part(name, finished.params)
+        now = time.perf_counter()
+        report = BlockReport(len(state.blocks) + 1, now - started, finished.report)
+        state = RunState(entries, [*state.blocks, report], jax.tree.leaves(streams))
+        if is_first():
+            run.write_state(state)
         started = now
         yield state
 
 
-def _start(
-    source: ModelSource,
-    tokens: Int[np.ndarray, "sequences tokens"] | None,
-    config: SpqrConfig,
-    placement: Placement,
-    directory: Path,
-) -> State:
-    """Writes what stays as it is, and embeds the calibration tokens."""
-    ends: dict[str, Entries] = {}
-    for name in source.parts.keys() - set(_blocks(source)) if is_first() else ():
-        with writing(directory):
-            ends[name] = keep_part(directory, name, source.parts[name]())
-    if tokens is None:
-        return State(ends, [], [])
-    hidden = embed(source.model, {"embed_tokens": source.parts["embed_tokens"]()}, tokens, placement)
-    return State(ends, [], jax.tree.leaves(start(hidden, config)))
+def _start(job: _Job, run: PartialRun) -> RunState:
+    """Writes the parts that stay as they are, and embeds the calibration tokens."""
+    parts = job.source.parts
+    ends: dict[str, Entries] = {name: run.write_part(name, parts[name]()) for name in job.ends} if is_first() else {}
+    if job.tokens is None:
+        return RunState(ends, [], [])
+    hidden = embed(job.source.model, {"embed_tokens": parts["embed_tokens"]()}, job.tokens, job.placement)
+    return RunState(ends, [], jax.tree.leaves(start(hidden, job.config)))
 
 
-def _blocks(source: ModelSource) -> list[str]:
-    return [layer_name(index) for index in range(source.model.config.num_layers)]
+def _finish(job: _Job, run: PartialRun, destination: Path, state: RunState, published: bool) -> None:
+    """Publishes the checkpoint, unless an interrupted call did, and deletes the run; all processes wait for it."""
+    if is_first() and published:
+        run.delete()
+    elif is_first():
+        shape = None if job.tokens is None else job.tokens.shape
+        record = new_record(job.config, shape, state.blocks, job.placement.mesh)
+        run.finish(destination, state, job.source.model, job.source.tokenizer, record)
+    agree({"finished blocks": len(state.blocks)})
 
 
 def _read_ahead(
     parts: Mapping[str, Callable[[], Params]], names: Sequence[str], placement: Placement
 ) -> Iterator[tuple[str, Params]]:
-    """The named parts in order; while the caller works on one, a thread reads the next."""
+    """Yields the named parts in order; while the caller works on one, a thread reads the next."""
     with ThreadPoolExecutor(1) as pool:
         reading = [pool.submit(parts[name]) for name in names[:1]]
         for index, name in enumerate(names):
-            # As the solver takes them: a kernel in the source's type is not needed any more.
+            # In the solver's type at once, so that no kernel is in memory in the source's type too.
             params = {module: _placed(arrays, placement) for module, arrays in reading.pop().result().items()}
             reading += [pool.submit(parts[following]) for following in names[index + 1 : index + 2]]
             yield name, params

@@ -1,4 +1,4 @@
-"""Models whose parameters stay on the disk until they are asked for, one block at a time."""
+"""Models whose parameters stay on the disk until they are read, one block at a time."""
 
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
@@ -9,18 +9,18 @@ from spqr_jax.models.decoder import Decoder, Params
 
 
 class ModelSource(NamedTuple):
-    """A model in files: what opens in a moment, and reads of its parameters what is asked for.
+    """An opened model whose parameters are read part by part.
 
     Attributes:
       model: the Flax module.
-      parts: what reads each entry at the top of the parameter tree (`embed_tokens`, `layers_0`, …, `norm`, `lm_head`)
-        into host memory; nothing of it stays there but what the caller keeps.
+      parts: a function for each entry at the top of the parameter tree (`embed_tokens`, `layers_0`, …, `norm`,
+        `lm_head`), which reads it into host memory and keeps no reference to it.
       tokenizer: None if there is none.
 
     Example:
       >>> source = open_pretrained("HuggingFaceTB/SmolLM2-135M")
-      >>> source.parts["layers_3"]()["q_proj"]["kernel"].shape
-      (576, 576)
+      >>> source.parts["layers_1"]()["q_proj"]["kernel"].shape
+      (64, 64)
     """
 
     model: Decoder
@@ -28,5 +28,5 @@ class ModelSource(NamedTuple):
     tokenizer: PreTrainedTokenizerFast | None
 
     def read(self) -> Params:
-        """All parameters."""
+        """Reads all parameters."""
         return {name: read() for name, read in self.parts.items()}

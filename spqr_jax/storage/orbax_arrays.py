@@ -17,7 +17,7 @@ _LOCK = threading.Lock()
 
 
 def write_arrays(directory: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Writes arrays, none of which may be empty, into a new directory; returns when all is written.
+    """Writes non-empty arrays into a new directory, and returns when all are written.
 
     Raises:
       Exception: writing failed, as on a full disk: an OSError, or from TensorStore a ValueError.
@@ -26,12 +26,18 @@ def write_arrays(directory: Path, arrays: Mapping[str, np.ndarray]) -> None:
 
 
 def read_arrays(directory: Path) -> dict[str, np.ndarray]:
-    """What `write_arrays` wrote, in host memory."""
+    """Reads the arrays of `write_arrays` into host memory.
+
+    Example:
+      >>> write_arrays(Path("arrays").resolve(), {"a": np.arange(3)})
+      >>> read_arrays(Path("arrays").resolve())
+      {'a': array([0, 1, 2])}
+    """
     return _quietly(_checkpointer().restore, directory)
 
 
 def _checkpointer() -> ocp.Checkpointer:
-    """Works alone: the other processes of a run, if there are any, do not call it at the same time."""
+    """A checkpointer that does not wait for other processes of a run, because only one of them writes."""
     own = jax.process_index()
     alone = ocp.options.MultiprocessingOptions(own, active_processes={own}, barrier_sync_key_prefix=f"process_{own}")
     handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
@@ -39,12 +45,11 @@ def _checkpointer() -> ocp.Checkpointer:
 
 
 def _quietly(function: Callable[..., Any], *args: Any) -> Any:
-    """Calls a function of Orbax, of which nothing but its result or its error is to be seen.
+    """Calls a function of Orbax so that only its result or its error is visible.
 
-    It gets its own thread, because it unsets the event loop of the thread that it runs in, which a notebook needs.
-    After a failed write, TensorStore goes on with the other arrays and reports for each that nobody waits for it: this
-    does wait, until the reports have ended, so that no file appears after the directory is deleted. One call at a time,
-    because the hooks are the process's.
+    The function gets its own thread: it unsets its thread's event loop, which a notebook needs. After a failed write,
+    TensorStore continues with the other arrays and reports each as abandoned. Waiting until these reports end ensures
+    that no file appears after the directory is deleted. A lock allows one call at a time, because hooks are global.
     """
     with _LOCK:
         return _without_reports(function, *args)

@@ -1,12 +1,12 @@
-"""The directory of an unfinished run: which blocks are finished, and the hidden states that the next one needs.
+"""The directory of an unfinished run: the finished parts of its checkpoint, and the state to resume from.
 
-What is in such a directory, `<destination>.partial`:
+Content of such a directory, `<destination>.partial`:
 
-  * `run.json`: what is quantized, to what, with which calibration tokens; only the same run can be continued;
+  * `run.json`: model, settings and calibration tokens of the run; only the same run can be resumed;
   * `checkpoint/`: the finished parts of the checkpoint, see `spqr_jax.storage.checkpoint`;
-  * `state-<n>/`: what to go on with after n blocks: `state.json`, and hidden states as they lie in memory. It gets its
-    name when all of it, and the block before it, is on the disk; then the state before it is deleted;
-  * `manifest.json`: that of the complete checkpoint, just before the checkpoint gets its own name.
+  * `state-<n>/`: the state after n blocks, see `spqr_jax.storage.run_state`. It gets its name when all its content, and
+    the block before it, is on the disk. Then the earlier state is deleted;
+  * `manifest.json`: the manifest of the complete checkpoint, just before the checkpoint gets its own name.
 """
 
 import json
@@ -16,25 +16,18 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
-from jaxtyping import Float
+from jaxtyping import Shaped
+from transformers import PreTrainedTokenizerFast
 
 from spqr_jax.models.decoder import Decoder, Params
-from spqr_jax.storage.checkpoint import (
-    MANIFEST,
-    PARAMS,
-    CheckpointError,
-    Entries,
-    read_json,
-    reason,
-    write_description,
-    write_part,
-)
+from spqr_jax.storage.checkpoint import complete
+from spqr_jax.storage.description import Entries
 from spqr_jax.storage.directories import (
     existing_parent,
     new_directory,
@@ -44,171 +37,175 @@ from spqr_jax.storage.directories import (
     synchronize,
     synchronize_all,
 )
-from spqr_jax.storage.record import BlockReport, Record, blocks_from_json, blocks_to_json, write_record
+from spqr_jax.storage.errors import CheckpointError, reason
+from spqr_jax.storage.json_files import read_json, write_json
+from spqr_jax.storage.layout import MANIFEST, PARAMS
+from spqr_jax.storage.parts import write_part
+from spqr_jax.storage.record import Record, write_record
+from spqr_jax.storage.run_state import RunState, read_state, write_state
 
-RUN, CHECKPOINT, STATE = "run.json", "checkpoint", "state.json"
+RUN = "run.json"
 
 
-class State(NamedTuple):
-    """What a run has to go on with.
+@dataclass(frozen=True)
+class PartialRun:
+    """The directory of an unfinished run. All methods that write raise a CheckpointError that says how to resume.
 
     Attributes:
-      entries: for each finished part of the checkpoint, what `spqr.json` will say of it.
-      blocks: a report per finished block.
-      hidden: hidden states of the calibration sequences after the last of them.
+      directory: its path.
+
+    Example:
+      >>> run = PartialRun.of(Path("small-spqr"))
+      >>> with run.claim({"config": {"bits": 3}}):
+      ...     run.finished_blocks
+      0
     """
 
-    entries: dict[str, Entries]
-    blocks: list[BlockReport]
-    hidden: list[Float[np.ndarray, "sequences tokens hidden"]]
+    directory: Path
 
+    @classmethod
+    def of(cls, destination: Path) -> "PartialRun":
+        """The run that writes a checkpoint to `destination`."""
+        return cls(destination.with_name(f"{destination.name}.partial"))
 
-@contextmanager
-def claim(directory: Path, description: Mapping[str, Any]) -> Iterator[None]:
-    """Makes the directory of a run, or finds that it is one of the same run; meanwhile no other process may have it.
+    @property
+    def finished_blocks(self) -> int:
+        """Number of blocks that need not be quantized again."""
+        numbers = (path.name.removeprefix("state-") for path in self.directory.glob("state-*"))
+        return max((int(number) for number in numbers if number.isdecimal()), default=0)
 
-    Args:
-      directory: where.
-      description: what the run is to do; nested dicts of what JSON has.
+    @contextmanager
+    def claim(self, description: Mapping[str, Any]) -> Iterator[None]:
+        """Creates the directory, or checks that it holds the same run, and locks it against other processes.
 
-    Raises:
-      CheckpointError: another run has begun there, the first difference is named; or another process is at it.
-    """
-    import fcntl  # which Windows does not have
+        Args:
+          description: model, settings and inputs of the run: nested dicts of values that JSON has.
 
-    if not directory.exists():
-        with writing(directory), new_directory(directory) as incomplete:
-            (incomplete / RUN).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
-    _check_same(directory, description)
-    with (directory / RUN).open() as file:
+        Raises:
+          CheckpointError: the directory holds another run, whose first difference is named, or is locked.
+        """
+        import fcntl  # which Windows does not have
+
+        if not self.directory.exists():
+            with self._writing(), new_directory(self.directory) as incomplete:
+                write_json(incomplete / RUN, description)
+        self._check_same(description)
+        with (self.directory / RUN).open() as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise CheckpointError(
+                    f"{self.directory} is in use by another process: wait for that process or stop it"
+                ) from None
+            yield
+
+    def resume(self, *, hidden_on_disk: bool) -> RunState:
+        """Reads the last state; hidden states stay in their files, mapped into memory, if `hidden_on_disk`."""
+        finished = self.finished_blocks
+        if not finished:
+            return RunState({}, [], [])
+        return read_state(self._state(finished), hidden_on_disk=hidden_on_disk)
+
+    def tidy(self, state: RunState) -> None:
+        """Deletes what an interrupted run left beside its last state."""
+        with self._writing():
+            remove_leftovers(self.directory)
+            self._keep_only(state)
+
+    def write_part(self, name: str, part: Params) -> Entries:
+        """Writes a part of the checkpoint and returns its entries; it counts as finished once a state names it."""
+        with self._writing():
+            entries = write_part(self._checkpoint, name, part)
+            params = self._checkpoint / PARAMS
+            synchronize_all(params / name)
+            for path in (params, params.parent):
+                synchronize(path)
+            return entries
+
+    def write_state(self, state: RunState) -> None:
+        """Replaces the earlier state; the parts of the checkpoint that the new one names are written already."""
+        with self._writing():
+            with new_directory(self._state(len(state.blocks))) as incomplete:
+                write_state(incomplete, state)
+            self._keep_only(state)
+
+    def finish(
+        self,
+        destination: Path,
+        state: RunState,
+        model: Decoder,
+        tokenizer: PreTrainedTokenizerFast | None,
+        record: Record,
+    ) -> None:
+        """Completes the checkpoint, publishes it at `destination` and deletes the run's directory."""
+        with self._writing():
+            write_record(self._checkpoint, record)
+            complete(self._checkpoint, model, state.entries.values(), tokenizer)
+            synchronize_all(self._checkpoint)
+            shutil.copyfile(self._checkpoint / MANIFEST, self.directory / MANIFEST)
+            synchronize(self.directory / MANIFEST)
+            publish(self._checkpoint, destination)
+            remove_directory(self.directory)
+
+    def is_published(self, destination: Path) -> bool:
+        """Whether the run was interrupted after its checkpoint got its name: no two runs write the same manifest."""
+        manifests = self.directory / MANIFEST, destination / MANIFEST
+        return all(path.is_file() for path in manifests) and len({path.read_bytes() for path in manifests}) == 1
+
+    def delete(self) -> None:
+        """Deletes the directory of a run whose checkpoint is published."""
+        with self._writing():
+            remove_directory(self.directory)
+
+    def allocate(self, shape: tuple[int, ...], dtype: np.dtype) -> Shaped[np.ndarray, "..."]:
+        """Maps an array in an unnamed file into memory; the file is deleted with the array."""
+        with self._writing(), tempfile.TemporaryFile(dir=self.directory) as file:
+            size = math.prod(shape) * dtype.itemsize
+            file.truncate(size)
+            # Reserve the space now: writing to a mapped file on a full disk would kill the process.
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, size)
+            return np.memmap(file, dtype, "r+", shape=shape)
+
+    @property
+    def _checkpoint(self) -> Path:
+        return self.directory / "checkpoint"
+
+    def _state(self, blocks: int) -> Path:
+        return self.directory / f"state-{blocks}"
+
+    def _keep_only(self, state: RunState) -> None:
+        """Deletes other states, and parts of the checkpoint that this one does not name."""
+        keep = {self._state(len(state.blocks)).name, *state.entries}
+        for path in (*self.directory.glob("state-*"), *(self._checkpoint / PARAMS).glob("*")):
+            if path.name not in keep:
+                remove_directory(path)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Turns an error in writing into a CheckpointError that says how to resume."""
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise CheckpointError(f"{directory} is in use by another process: wait for it, or stop it.") from None
-        yield
-
-
-@contextmanager
-def writing(directory: Path) -> Iterator[None]:
-    """Says, of an error in writing, that the run can be continued."""
-    try:
-        yield
-    except CheckpointError:
-        raise
-    except Exception as error:  # on a full disk: OSError, from TensorStore ValueError, from tokenizers plain Exception
-        free = shutil.disk_usage(existing_parent(directory)).free
-        raise CheckpointError(
-            f"{directory} could not be written: {reason(error)}; {free} bytes are free. {count_finished(directory)} "
-            "blocks are finished: make room, and the same command goes on after them."
-        ) from error
-
-
-def resume(directory: Path, *, hidden_on_disk: bool) -> State:
-    """Finds out how far a run has come.
-
-    Args:
-      directory: where.
-      hidden_on_disk: hidden states stay in their files, and are mapped into memory.
-    """
-    finished = count_finished(directory)
-    return _read_state(directory / f"state-{finished}", hidden_on_disk) if finished else State({}, [], [])
-
-
-def tidy(directory: Path, state: State) -> None:
-    """Deletes what a run that was stopped has left beside its last state."""
-    remove_leftovers(directory)
-    _keep_only(directory, state)
-
-
-def count_finished(directory: Path) -> int:
-    """Number of the blocks that need not be quantized again."""
-    numbers = (path.name.removeprefix("state-") for path in directory.glob("state-*"))
-    return max((int(number) for number in numbers if number.isdecimal()), default=0)
-
-
-def keep_part(directory: Path, name: str, part: Params) -> Entries:
-    """Writes a part of the checkpoint, and returns what `spqr.json` will say of it; it counts once a state names it."""
-    entries = write_part(directory / CHECKPOINT, name, part)
-    params = directory / CHECKPOINT / PARAMS
-    synchronize_all(params / name)
-    for path in (params, params.parent):
-        synchronize(path)
-    return entries
-
-
-def record(directory: Path, state: State) -> None:
-    """Writes a state in the place of the one before; the parts of the checkpoint that it names are written already."""
-    content = {
-        "entries": state.entries,
-        "blocks": blocks_to_json(state.blocks),
-        "hidden": [{"shape": array.shape, "dtype": array.dtype.name} for array in state.hidden],
-    }
-    name = f"state-{len(state.blocks)}"
-    with new_directory(directory / name) as incomplete:
-        (incomplete / STATE).write_text(json.dumps(content) + "\n", encoding="utf-8")
-        for number, array in enumerate(state.hidden):
-            # Not `tofile`, which does not say why it fails.
-            (incomplete / f"hidden-{number}").write_bytes(np.ascontiguousarray(array).view(np.uint8).data)
-    _keep_only(directory, state)
-
-
-def finish(
-    directory: Path, destination: Path, state: State, model: Decoder, tokenizer: Any, quantization: Record
-) -> None:
-    """Completes the checkpoint, gives it its name, in the place of what has it, and deletes the run's directory."""
-    write_record(directory / CHECKPOINT, quantization)
-    write_description(directory / CHECKPOINT, model, state.entries.values(), tokenizer)
-    synchronize_all(directory / CHECKPOINT)
-    shutil.copyfile(directory / CHECKPOINT / MANIFEST, directory / MANIFEST)
-    synchronize(directory / MANIFEST)
-    publish(directory / CHECKPOINT, destination)
-    remove_directory(directory)
-
-
-def is_published(directory: Path, destination: Path) -> bool:
-    """Whether a run was stopped after its checkpoint got its name; no two runs write the same manifest."""
-    manifests = directory / MANIFEST, destination / MANIFEST
-    return all(path.is_file() for path in manifests) and len({path.read_bytes() for path in manifests}) == 1
-
-
-def allocate_in_file(directory: Path, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """An array in a file without a name, mapped into memory; the file is gone with the array."""
-    with writing(directory), tempfile.TemporaryFile(dir=directory) as file:
-        size = math.prod(shape) * dtype.itemsize
-        file.truncate(size)
-        # Now, because a disk that is full when the array is written to would kill the process.
-        if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(file.fileno(), 0, size)
-        return np.memmap(file, dtype, "r+", shape=shape)
-
-
-def _keep_only(directory: Path, state: State) -> None:
-    """Deletes other states, and parts of the checkpoint that this one does not name."""
-    keep = {f"state-{len(state.blocks)}", *state.entries}
-    for path in (*directory.glob("state-*"), *(directory / CHECKPOINT / PARAMS).glob("*")):
-        if path.name not in keep:
-            remove_directory(path)
-
-
-def _read_state(path: Path, hidden_on_disk: bool) -> State:
-    content = read_json(path / STATE)
-    hidden: list[Any] = [
-        np.memmap(path / f"hidden-{number}", jnp.dtype(array["dtype"]), "r", shape=tuple(array["shape"]))
-        for number, array in enumerate(content["hidden"])
-    ]
-    blocks = blocks_from_json(content["blocks"])
-    return State(content["entries"], blocks, hidden if hidden_on_disk else [np.array(array) for array in hidden])
-
-
-def _check_same(directory: Path, description: Mapping[str, Any]) -> None:
-    if not (directory / RUN).is_file():
-        raise CheckpointError(f"{directory} is not an unfinished run: it has no {RUN}; choose another destination.")
-    begun, asked = (
-        flatten_dict(content, sep=".") for content in (read_json(directory / RUN), json.loads(json.dumps(description)))
-    )
-    for key in (*asked, *begun):
-        if begun.get(key) != asked.get(key):
+            yield
+        except CheckpointError:
+            raise
+        except Exception as error:  # on a full disk: OSError, from TensorStore ValueError, from tokenizers Exception
+            free = shutil.disk_usage(existing_parent(self.directory)).free
             raise CheckpointError(
-                f"{directory} holds an unfinished run with {key} {begun.get(key)}, not {asked.get(key)}: give the same "
-                "configuration, source and calibration tokens to continue it, or delete that directory to begin anew."
+                f"{self.directory} could not be written: {reason(error)}; {free} bytes are free and "
+                f"{self.finished_blocks} blocks are finished: make room and repeat the command to resume after them"
+            ) from error
+
+    def _check_same(self, description: Mapping[str, Any]) -> None:
+        path = self.directory / RUN
+        if not path.is_file():
+            raise CheckpointError(
+                f"{self.directory} is not an unfinished run, because it has no {RUN}: choose another destination"
             )
+        begun = flatten_dict(read_json(path), sep=".")
+        asked = flatten_dict(json.loads(json.dumps(description)), sep=".")
+        for key in (*asked, *begun):
+            if begun.get(key) != asked.get(key):
+                raise CheckpointError(
+                    f"{self.directory} holds an unfinished run with {key} {begun.get(key)}, not {asked.get(key)}: give "
+                    "the same configuration, source and calibration tokens to resume it, or delete it to start anew"
+                )

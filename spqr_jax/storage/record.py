@@ -1,11 +1,10 @@
-"""What a quantization was: its settings, what became of each matrix, and on what it ran.
+"""The record of a quantization: its settings, a report per matrix, and the devices and versions it ran on.
 
-`quantize_checkpoint` leaves this in the checkpoint as `quantization.json`. Of two runs of the same, all of it is equal
-but the date and the times.
+`quantize_checkpoint` stores it in the checkpoint as `quantization.json`. Two runs with equal inputs differ only in the
+date and the times.
 """
 
 import dataclasses
-import json
 import platform
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -19,15 +18,18 @@ from jax.sharding import Mesh
 
 from spqr_jax.config import SpqrConfig
 from spqr_jax.quantization.report import MatrixReport
-from spqr_jax.storage.checkpoint import MANIFEST, RECORD, CheckpointError, read_json, verify
+from spqr_jax.storage.errors import CheckpointError
+from spqr_jax.storage.json_files import read_json, write_json
+from spqr_jax.storage.layout import RECORD
+from spqr_jax.storage.manifest import read_manifest, verify
 
 
 class BlockReport(NamedTuple):
-    """What became of one block.
+    """The report of one block.
 
     Attributes:
-      number: how many blocks are finished with it.
-      seconds: wall time from the end of the block before it, reading and writing included.
+      number: the block's place among the finished blocks, from 1.
+      seconds: wall time since the end of the previous block, reading and writing included.
       matrices: a report per matrix (`layers_3.q_proj`).
     """
 
@@ -37,14 +39,14 @@ class BlockReport(NamedTuple):
 
 
 class Record(NamedTuple):
-    """A quantization.
+    """Settings, results and circumstances of a quantization.
 
     Attributes:
-      config: what was quantized to.
+      config: the settings.
       calibration: shape of the calibration tokens (sequences, tokens); None for round-to-nearest.
       blocks: a report per block.
-      versions: of Python and of the packages that took part, where installed.
-      device: kind of the devices that computed.
+      versions: of Python, JAX, jaxlib and this package, where installed.
+      device: kind of the devices.
       devices: their number.
       machine: operating system and processor architecture.
       date: when the run ended, in UTC.
@@ -63,7 +65,7 @@ class Record(NamedTuple):
 def new_record(
     config: SpqrConfig, calibration: tuple[int, int] | None, blocks: Sequence[BlockReport], mesh: Mesh | None
 ) -> Record:
-    """The record of a run that ends now, on a mesh or on JAX's default device."""
+    """Makes the record of a run that ends now, on a mesh or on JAX's default device."""
     device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
     return Record(
         config=config,
@@ -83,21 +85,21 @@ def write_record(root: Path, record: Record) -> None:
         "config": dataclasses.asdict(record.config),
         "blocks": blocks_to_json(record.blocks),
     }
-    (root / RECORD).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_json(root / RECORD, content)
 
 
 def read_record(directory: str | PathLike[str]) -> Record | None:
-    """The record in a checkpoint; None where it has none: it was not quantized to the disk, or by an older release.
+    """Reads the record of a checkpoint; None where `save`, or a release without records, wrote the checkpoint.
 
     Raises:
       CheckpointError: the record is missing or damaged, or a later release wrote it.
 
     Example:
-      >>> read_record("smollm2-spqr").config.bits
-      3
+      >>> read_record("tiny-spqr").calibration
+      (4, 64)
     """
     root = Path(directory).resolve()
-    manifest = read_json(root / MANIFEST)
+    manifest = read_manifest(root)
     if RECORD not in manifest:
         return None
     verify(root / RECORD, manifest[RECORD])
@@ -112,12 +114,12 @@ def read_record(directory: str | PathLike[str]) -> Record | None:
         return Record(**content | parsed)
     except (KeyError, TypeError) as error:
         raise CheckpointError(
-            f"{root / RECORD} does not fit this release ({error}); use the release that wrote it."
+            f"{root / RECORD} does not fit this release ({error}): use the release that wrote it"
         ) from error
 
 
 def blocks_to_json(blocks: Sequence[BlockReport]) -> list[dict[str, Any]]:
-    """Reports as JSON has them."""
+    """Converts reports to objects of JSON."""
     return [
         block._asdict() | {"matrices": {name: matrix._asdict() for name, matrix in block.matrices.items()}}
         for block in blocks

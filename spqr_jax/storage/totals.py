@@ -1,14 +1,14 @@
-"""A quantized model in a few numbers."""
+"""Size and outliers of a whole quantized model."""
 
 import math
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
 from jaxtyping import PyTree
 
 from pallas_kernels import SpqrTensor
+from spqr_jax.storage.description import Entries
 
 
 class Summary(NamedTuple):
@@ -26,11 +26,11 @@ class Summary(NamedTuple):
 
 
 def summarize(params: PyTree) -> Summary:
-    """Totals over all `SpqrTensor`s of a parameter tree, stacks of them too; bits and share are 0 where there are none.
+    """Sums over all `SpqrTensor`s of a parameter tree, stacked ones too; without any, all totals are 0.
 
     Example:
-      >>> summarize(quantized).bits_per_weight
-      4.26
+      >>> summarize(quantized)
+      Summary(weights=73728, bits_per_weight=..., outlier_share=...)
     """
     leaves = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, SpqrTensor))
     packed = [leaf for leaf in leaves if isinstance(leaf, SpqrTensor)]
@@ -40,14 +40,14 @@ def summarize(params: PyTree) -> Summary:
     return Summary(weights, 8 * size / max(weights, 1), outliers / max(weights, 1))
 
 
-def summarize_described(header: Mapping[str, Any]) -> Summary:
-    """The same of a checkpoint that is not loaded, from what `checkpoint.describe` says of it.
+def summarize_described(description: Entries) -> Summary:
+    """Sums over the packed matrices of a checkpoint that is not loaded, from its description.
 
     Example:
-      >>> summarize_described(describe("smollm2-spqr")).bits_per_weight
-      4.23
+      >>> summarize_described(describe("tiny-spqr")) == summarize(quantized)
+      True
     """
-    matrices = header["matrices"].values()
+    matrices = description["matrices"].values()
     weights = sum(math.prod(matrix["shape"]) for matrix in matrices)
     size = sum(matrix["bytes"] for matrix in matrices)
     outliers = sum(matrix["outliers"] or 0 for matrix in matrices)

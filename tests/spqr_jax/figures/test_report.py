@@ -18,7 +18,9 @@ from helpers.tiny_llama import CONFIG, MODEL, tiny_params
 from spqr_jax import CheckpointError, SpqrConfig, quantize_checkpoint, save
 from spqr_jax.figures.report import report_page, write_report
 from spqr_jax.figures.report_plots import lines
-from spqr_jax.storage.checkpoint import MANIFEST, RECORD, _fingerprint, describe, load
+from spqr_jax.storage.checkpoint import describe, load
+from spqr_jax.storage.layout import MANIFEST, RECORD
+from spqr_jax.storage.manifest import fingerprint
 from spqr_jax.storage.model_source import ModelSource
 from spqr_jax.storage.record import read_record
 
@@ -94,7 +96,7 @@ def seal(directory: Path, **files: dict | None) -> None:
             del manifest[path.name]
         else:
             path.write_text(json.dumps(content))
-            manifest[path.name] = _fingerprint(path)
+            manifest[path.name] = fingerprint(path)
     (directory / MANIFEST).write_text(json.dumps(manifest))
 
 
@@ -251,7 +253,7 @@ def test_errors_are_one_sentence(copy: Path, tmp_path: Path) -> None:
         ((tmp_path / "dense",), "dense has no packed matrix to report on: quantize the model first"),
         ((copy, "--output", tmp_path / "folder"), "folder is a directory: give the name of a file"),
         ((copy, "--output", tmp_path / "no" / "page"), "page cannot be written, because .*/no is not a directory"),
-        ((copy, "--output", copy / "page"), "tiny/page is in the checkpoint, which stays as it is: choose a place"),
+        ((copy, "--output", copy / "page"), "tiny/page is in the checkpoint, which is not changed: choose a place"),
     ):
         done = spqr("report", *arguments)
         assert done.returncode == 1
@@ -263,7 +265,7 @@ def test_a_damaged_record_is_named(copy: Path) -> None:
     record = json.loads((copy / RECORD).read_text())
     for changed in (record | {"wisdom": 3}, record | {"config": record["config"] | {"wisdom": 3}}, {"config": {}}):
         seal(copy, quantization=changed)
-        with pytest.raises(CheckpointError, match=r"quantization\.json does not fit this release .*; use the release"):
+        with pytest.raises(CheckpointError, match=r"quantization\.json does not fit this release .*: use the release"):
             report_page(copy)
     (copy / RECORD).write_text("{}")
     with pytest.raises(CheckpointError, match=r"quantization\.json is 2 bytes .* but manifest\.json says"):

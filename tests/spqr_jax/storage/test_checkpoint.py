@@ -22,6 +22,7 @@ from spqr_jax.models import Decoder, Llama, LlamaConfig, RotaryConfig
 from spqr_jax.models.stacked_blocks import stack_blocks
 from spqr_jax.storage import checkpoint
 from spqr_jax.storage.checkpoint import CheckpointError, check_destination, describe, is_checkpoint, load, save
+from spqr_jax.storage.manifest import fingerprint
 
 CONFIG = LlamaConfig(
     vocab_size=61,
@@ -247,8 +248,8 @@ def test_the_event_loop_of_a_notebook_is_left_alone(tmp_path, dense):
 
 
 def test_nothing_is_overwritten_unasked(saved, dense, quantized, monkeypatch):
-    monkeypatch.setattr(checkpoint, "_leaves", lambda params: pytest.fail("worked before it looked"))
-    with pytest.raises(CheckpointError, match="exists already; choose another path or set overwrite"):
+    monkeypatch.setattr(checkpoint, "write_part", lambda *args: pytest.fail("worked before it looked"))
+    with pytest.raises(CheckpointError, match="exists already: choose another path or set overwrite"):
         save(saved, MODEL, dense)
     assert_identical(load(saved).params, quantized)
 
@@ -271,7 +272,7 @@ def test_overwrite_deletes_nothing_else(tmp_path, saved):
     (foreign / "tokenizer").mkdir(parents=True)
     (tmp_path / "file").touch()
     for path, reason in ((saved, "holds notes.txt"), (foreign, "holds tokenizer"), (tmp_path / "file", "is not a dir")):
-        with pytest.raises(CheckpointError, match=f"{path} {reason}.*not overwritten; choose another path"):
+        with pytest.raises(CheckpointError, match=f"{path} {reason}.*not overwritten: choose another path"):
             check_destination(path, overwrite=True)
     with pytest.raises(CheckpointError, match=f"cannot be made, because {tmp_path / 'file'} is not a writable dir"):
         check_destination(tmp_path / "file" / "model")
@@ -375,7 +376,7 @@ def test_damage_is_found_and_named(saved):
     }
     for message, damaged in damages.items():
         victim.write_bytes(damaged)
-        with pytest.raises(CheckpointError, match=f"{victim} {message}.*; copy the checkpoint again or save it anew"):
+        with pytest.raises(CheckpointError, match=f"{victim} {message}.*: copy the checkpoint again or save it anew"):
             load(saved)
     victim.unlink()
     with pytest.raises(CheckpointError, match=f"{victim} is missing, but manifest.json says {len(content)} bytes"):
@@ -386,7 +387,7 @@ def test_damage_is_found_and_named(saved):
     ("name", "old", "new", "message"),
     [
         ("spqr.json", '"norm_epsilon": 1e-05', '"norm_epsilon": 1e-06', "spqr.json is .* bytes .*manifest.json says"),
-        ("spqr.json", '"version": 2', '"version": 7', "of format version 7, but this release reads 2; use the release"),
+        ("spqr.json", '"version": 2', '"version": 7', "of format version 7, but this release reads 2: use the release"),
         ("spqr.json", "{", "[", r"spqr.json is not JSON: Expecting ',' delimiter: line 2 column 12"),
         ("manifest.json", "{", "", "manifest.json is not JSON: Extra data"),
         ("manifest.json", '": "', '": 3, "x": "', "but manifest.json says 3"),
@@ -431,7 +432,7 @@ def test_a_model_of_a_later_release_is_refused(saved, changes, message):
     header = json.loads((saved / "spqr.json").read_text()) | changes
     (saved / "spqr.json").write_text(json.dumps(header))
     manifest = json.loads((saved / "manifest.json").read_text())
-    manifest["spqr.json"] = checkpoint._fingerprint(saved / "spqr.json")
+    manifest["spqr.json"] = fingerprint(saved / "spqr.json")
     (saved / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(CheckpointError, match=message):
         load(saved)
