@@ -1,4 +1,4 @@
-"""Text to calibrate and to measure with: the package's excerpt of WikiText-2, and windows of any text."""
+"""Texts for calibration and evaluation: the package's excerpt of WikiText-2, and windows of any text."""
 
 import lzma
 from importlib.resources import files
@@ -14,24 +14,30 @@ REFERENCE_STARTS = (
     21071, 32001, 270403, 178274, 26758, 170281, 228319, 6341, 116199, 39449, 124136, 5504, 139689, 33369, 50625,
     267841, 29692,
 )  # fmt: skip
-"""Where SmolLM2's 32 calibration windows begin with which the official code's figures were measured."""
+"""First tokens of SmolLM2's 32 calibration windows with which the official code's figures were measured."""
 
 
 def wikitext2(split: Literal["valid", "test"]) -> str:
-    """WikiText-2's validation text, or the beginning of its test text (CC BY-SA, see `data/README.md`)."""
+    """Reads WikiText-2's validation text, or the start of its test text (CC BY-SA, see `data/README.md`).
+
+    Example:
+      >>> len(wikitext2("valid"))
+      1120192
+    """
     return lzma.decompress(files("spqr_jax").joinpath(f"data/wikitext2_{split}.txt.xz").read_bytes()).decode()
 
 
 def random_windows(
     tokens: Int[np.ndarray, " tokens"], sequences: int, length: int, seed: int = 0
 ) -> Int[np.ndarray, "sequences length"]:
-    """Windows at random places of a text, for calibration.
+    """Cuts windows at random places of a text, for calibration.
 
     Raises:
       SpqrError: the text is shorter than one window.
 
     Example:
-      >>> calibration = random_windows(np.array(tokenizer.encode(text)), sequences=32, length=512)
+      >>> random_windows(np.array(tokenizer.encode(text)), sequences=32, length=512).shape
+      (32, 512)
     """
     if len(tokens) <= length:
         raise SpqrError(
@@ -45,5 +51,11 @@ def random_windows(
 def windows_at(
     tokens: Int[np.ndarray, " tokens"], starts: Int[np.ndarray, " sequences"], length: int
 ) -> Int[np.ndarray, "sequences length"]:
-    """The windows of `length` tokens that begin at `starts`."""
+    """Cuts the windows of `length` tokens that begin at `starts`.
+
+    Example:
+      >>> windows_at(np.arange(9), np.array([0, 5]), 3)
+      array([[0, 1, 2],
+             [5, 6, 7]], dtype=int32)
+    """
     return np.asarray(tokens, np.int32)[np.asarray(starts)[:, None] + np.arange(length)]

@@ -1,6 +1,6 @@
-"""A quantization as one HTML page: what is in a checkpoint and how it came to be, in tables and plots.
+"""A quantization as one HTML page: size, errors, settings and times of a checkpoint, in tables and plots.
 
-The page is enough in itself: it loads nothing, and follows the browser's light or dark colors.
+The page is self-contained: it loads nothing, and follows the browser's light or dark colors.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from markupsafe import Markup
 from pallas_kernels.errors import SpqrError
 from spqr_jax.figures.report_plots import bars, lines
 from spqr_jax.quantization.report import MatrixReport
-from spqr_jax.storage.checkpoint import describe
+from spqr_jax.storage.description import Description, describe
 from spqr_jax.storage.directories import bytes_on_disk, write_text
 from spqr_jax.storage.record import Record, read_record
 
@@ -38,7 +38,7 @@ class Matrix(NamedTuple):
       shape: (out, in).
       bytes: of its packed arrays.
       outliers: their number.
-      report: what became of it, where that was recorded.
+      report: its report, where one was recorded.
     """
 
     name: str
@@ -56,23 +56,23 @@ class Matrix(NamedTuple):
 
 
 def write_report(directory: str | PathLike[str], output: str | PathLike[str] | None = None) -> Path:
-    """Writes the page of a checkpoint, in the place of what was there, or not at all.
+    """Writes the page of a checkpoint atomically; an existing file is replaced.
 
     Args:
-      directory: what `quantize_checkpoint` wrote, or `save` after `quantize`.
+      directory: a checkpoint of `quantize_checkpoint`, or of `save` after `quantize`.
       output: the file; by default the directory's name with `.html`, beside it.
 
     Returns:
       The file.
 
     Raises:
-      CheckpointError: there is no checkpoint, or what it says of itself is damaged.
-      SpqrError: it has no packed matrix, matplotlib is not installed, or the file has no place: it is a directory, is
-        in none, or is in the checkpoint.
+      CheckpointError: there is no checkpoint, or its description or record is damaged.
+      SpqrError: it has no packed matrix, matplotlib is not installed, or `output` is a directory, is in no directory,
+        or is in the checkpoint.
 
     Example:
-      >>> write_report("smollm2-spqr")
-      PosixPath('/home/someone/smollm2-spqr.html')
+      >>> write_report("tiny-spqr")
+      PosixPath('.../tiny-spqr.html')
     """
     root = Path(os.path.abspath(directory))
     page = report_page(root)
@@ -82,13 +82,18 @@ def write_report(directory: str | PathLike[str], output: str | PathLike[str] | N
     if not path.parent.is_dir():
         raise SpqrError(f"{path} cannot be written, because {path.parent} is not a directory")
     if path.resolve().is_relative_to(root.resolve()):
-        raise SpqrError(f"{path} is in the checkpoint, which stays as it is: choose a place outside of {root}")
+        raise SpqrError(f"{path} is in the checkpoint, which is not changed: choose a place outside of {root}")
     write_text(path, page)
     return path
 
 
 def report_page(directory: str | PathLike[str]) -> str:
-    """The page as text; raises what `write_report` raises of the checkpoint."""
+    """The page of a checkpoint as text.
+
+    Raises:
+      CheckpointError: there is no checkpoint, or its description or record is damaged.
+      SpqrError: it has no packed matrix, or matplotlib is not installed.
+    """
     root = Path(os.path.abspath(directory))
     header, record = describe(root), read_record(root)
     matrices = _matrices(header, record)
@@ -115,8 +120,8 @@ def report_page(directory: str | PathLike[str]) -> str:
     )
 
 
-def _matrices(header: Mapping[str, Any], record: Record | None) -> list[Matrix]:
-    """All packed matrices, block by block."""
+def _matrices(header: Description, record: Record | None) -> list[Matrix]:
+    """All packed matrices: block by block, in the order of quantization."""
     reports: dict[str, MatrixReport] = {}
     for block in () if record is None else record.blocks:
         reports |= block.matrices
@@ -129,13 +134,12 @@ def _matrices(header: Mapping[str, Any], record: Record | None) -> list[Matrix]:
                 name=name,
                 block=int(place[1]) if place else None,
                 kind=place[2] if place else name,
-                shape=tuple(entry["shape"]),
+                shape=(entry["shape"][0], entry["shape"][1]),
                 bytes=entry["bytes"],
                 outliers=entry["outliers"] or 0,
                 report=reports.get(name),
             )
         )
-    # Within a block as they were quantized.
     order = {name: number for number, name in enumerate(reports)}
     return sorted(found, key=lambda m: (math.inf if m.block is None else m.block, order.get(m.name, 0)))
 
@@ -150,9 +154,7 @@ def _share(matrices: Sequence[Matrix]) -> float:
     return sum(matrix.outliers for matrix in matrices) / sum(matrix.weights for matrix in matrices)
 
 
-def _totals(
-    header: Mapping[str, Any], record: Record | None, matrices: Sequence[Matrix], on_disk: int
-) -> dict[str, str]:
+def _totals(header: Description, record: Record | None, matrices: Sequence[Matrix], on_disk: int) -> dict[str, str]:
     weights, packed = (sum(getattr(matrix, name) for matrix in matrices) for name in ("weights", "bytes"))
     totals = {
         "bits per weight": f"{_bits(matrices):.3f}",
@@ -160,7 +162,7 @@ def _totals(
         "quantized weights": f"{weights:,} in {len(matrices):,} matrices",
         "their bytes in 16 bits": f"{2 * weights:,}",
         "their bytes packed": f"{packed:,}, {2 * weights / packed:.2f} times smaller",
-        "bytes of other parameters, as they were": f"{sum(array['bytes'] for array in header['dense'].values()):,}",
+        "bytes of other parameters, not quantized": f"{sum(array['bytes'] for array in header['dense'].values()):,}",
         "bytes on disk, with the tokenizer": f"{on_disk:,}",
     }
     if record is not None:
@@ -194,7 +196,7 @@ def _run(record: Record) -> dict[str, str]:
     return {"date": record.date, "device": device, "machine": record.machine, **record.versions}
 
 
-def _model(header: Mapping[str, Any]) -> dict[str, str]:
+def _model(header: Description) -> dict[str, str]:
     options = flatten_dict(header["config"], sep=".")
     return _texts({"family": header["family"], "dtype": header["dtype"], **options})
 
@@ -208,7 +210,7 @@ def _texts(values: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _figures(record: Record | None, matrices: Sequence[Matrix]) -> dict[str, Markup]:
-    """Caption → plot, of what is in blocks."""
+    """Caption → plot of the matrices in blocks."""
     kinds: dict[str, list[Matrix]] = {}
     for matrix in matrices:
         if matrix.block is not None:
@@ -230,7 +232,7 @@ def _figures(record: Record | None, matrices: Sequence[Matrix]) -> dict[str, Mar
         figures["Bits per weight by kind of matrix, over all blocks"] = bars("bits", bits, "bits per weight")
     if record is not None:
         seconds = {block.number - 1: block.seconds for block in record.blocks}
-        figures["Seconds for each block, reading and writing included; the first compiles"] = lines(
+        figures["Seconds per block, with reading and writing; the first block includes compilation"] = lines(
             "seconds", {"": seconds}, "seconds"
         )
     return {caption: Markup(svg) for caption, svg in figures.items()}

@@ -1,4 +1,4 @@
-"""The plots of a report: SVG to stand in an HTML page, in the color of the page's text."""
+"""Plots of a report, as SVG elements for an HTML page, in the color of the page's text."""
 
 import io
 from collections.abc import Callable, Mapping, Sequence
@@ -10,7 +10,7 @@ import numpy as np
 from pallas_kernels.errors import SpqrError
 
 COLORS = ["#3f90da", "#f0a010", "#d9432b", "#8a9a98", "#a05fd0", "#a96b59", "#3d9a50", "#d874a8"]
-"""Told apart on white and on black."""
+"""Distinguishable on white and on black."""
 
 STYLE: dict[Any, Any] = {
     "axes.axisbelow": True,
@@ -33,24 +33,25 @@ STYLE: dict[Any, Any] = {
 def lines(
     name: str, series: Mapping[str, Mapping[int, float]], label: str, scale: Literal["linear", "log"] = "linear"
 ) -> str:
-    """Values by block.
+    """Draws values by block.
 
     Args:
-      name: of the plot, another for each plot of a page.
-      series: for the name of each line, block → value; one alone has no legend.
-      label: what the values are.
-      scale: of the values; a linear one begins with 0.
+      name: of the plot, unique in a page.
+      series: name of each line → block → value; a single line has no legend.
+      label: of the axis of values.
+      scale: of the axis of values; a linear one starts at 0.
 
     Raises:
       SpqrError: matplotlib is not installed.
 
     Example:
       >>> lines("errors", {"q_proj": {0: 0.02, 1: 0.01}}, "relative error", "log")
+      '<svg ...</svg>...'
     """
 
     def draw(axes: Any) -> None:
         if scale == "log":
-            # Before there is a value, as some may have no logarithm.
+            # Before plotting, because some values may have no logarithm.
             ticks = _around([value for values in series.values() for value in values.values()])
             axes.set_yscale(scale)
             axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
@@ -64,14 +65,27 @@ def lines(
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set(xlabel="block", ylabel=label)
         if len(drawn) > 1:
-            # With the lines, because names that begin with an underscore are otherwise left out.
+            # Pass the lines: otherwise matplotlib omits names that begin with an underscore.
             axes.legend(drawn, list(series), loc="upper left", bbox_to_anchor=(1, 1))
 
     return _draw(name, draw)
 
 
 def bars(name: str, values: Mapping[str, float], label: str) -> str:
-    """A bar with its number for each named value; arguments, errors and example as for `lines`."""
+    """Draws a labelled bar for each named value.
+
+    Args:
+      name: of the plot, unique in a page.
+      values: name of each bar → value.
+      label: of the axis of values.
+
+    Raises:
+      SpqrError: matplotlib is not installed.
+
+    Example:
+      >>> bars("bits", {"q_proj": 4.2, "k_proj": 4.3}, "bits per weight")
+      '<svg ...</svg>...'
+    """
 
     def draw(axes: Any) -> None:
         drawn = axes.barh(range(len(values)), list(values.values()), color=COLORS[0], tick_label=list(values))
@@ -84,7 +98,7 @@ def bars(name: str, values: Mapping[str, float], label: str) -> str:
 
 
 def _around(values: Sequence[float]) -> list[float]:
-    """Ticks 1, 2 or 5 times a power of ten, from the last below all positive values to the first above."""
+    """Ticks at 1, 2 and 5 times powers of ten, which enclose all positive values."""
     ticks = np.outer(10.0 ** np.arange(-12, 3), (1, 2, 5)).ravel()
     positive = [value for value in values if 0 < value < np.inf] or [1.0]
     first, last = np.searchsorted(ticks, min(positive)) - 1, np.searchsorted(ticks, max(positive), side="right")
@@ -92,6 +106,7 @@ def _around(values: Sequence[float]) -> list[float]:
 
 
 def _draw(name: str, draw: Callable[[Any], None]) -> str:
+    """Draws on the axes of a new figure, and returns it as an SVG element."""
     try:
         from matplotlib import rc_context
         from matplotlib.figure import Figure
@@ -107,7 +122,7 @@ def _draw(name: str, draw: Callable[[Any], None]) -> str:
 
 
 def _in_page(svg: str, name: str) -> str:
-    """The element alone: without namespaces, which HTML knows, and with ids that no other plot has."""
+    """The SVG element without namespaces, which HTML does not need, and with ids unique to this plot."""
     root = ElementTree.fromstring(svg)
     for element in root.iter():
         element.tag = element.tag.rpartition("}")[2]

@@ -1,21 +1,24 @@
-"""Pictures of sensitivities: maps of matrices, and measures by kind of matrix and depth. matplotlib draws them."""
+"""Figures of sensitivities: maps of matrices, and measures by kind of matrix and depth."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Float
 
 from pallas_kernels.errors import SpqrError
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 CELLS = 1024
-"""Cells that a map has at most along each side."""
+"""Most cells along each side of a map."""
 
 
 def largest_of_cells(values: Float[np.ndarray, "out in"], cells: int = CELLS) -> Float[np.ndarray, "rows columns"]:
-    """The largest value of each cell of a grid of at most `cells` cells a side; those at the end may be smaller.
+    """Largest value in each cell of a grid with at most `cells` cells a side; the last cells may be smaller.
 
-    Of a matrix that is small enough each value is a cell. A single sensitive weight stays in sight in the largest.
+    Every value of a small matrix is a cell of its own. The largest value keeps a single sensitive weight visible.
 
     Example:
       >>> largest_of_cells(np.arange(12.0).reshape(2, 6), 3)
@@ -26,18 +29,18 @@ def largest_of_cells(values: Float[np.ndarray, "out in"], cells: int = CELLS) ->
     return np.maximum.reduceat(np.maximum.reduceat(values, rows, axis=0), columns, axis=1)
 
 
-def draw_map(values: Float[np.ndarray, "out in"], title: str) -> Any:
-    """A matplotlib figure of sensitivities, logarithmic, at most 1024 cells a side; zeros are left white.
+def draw_map(values: Float[np.ndarray, "out in"], title: str) -> "Figure":
+    """Draws a map of sensitivities as a matplotlib figure, with at most 1024 cells a side; zeros are white.
 
-    Colours go from the fifth percentile of the cells to their largest.
+    Colors are logarithmic, from the fifth percentile of the cells to their largest value.
 
     Raises:
       SpqrError: matplotlib is not installed.
 
     Example:
-      >>> draw_map(np.asarray(matrix.sensitivity.values), matrix.name).savefig("map.png")
+      >>> draw_map(np.abs(weight), "layers_0.q_proj").savefig("map.png")
     """
-    # A pixel for each cell at least: drawn smaller, single weights would be left out.
+    # At least a pixel for each cell: a smaller figure would omit single weights.
     figure = new_figure((11.5, 9.5))
     from matplotlib.colors import LogNorm
 
@@ -59,11 +62,11 @@ def draw_map(values: Float[np.ndarray, "out in"], title: str) -> Any:
     return figure
 
 
-def draw_by_depth(measures: Mapping[str, Mapping[str, Mapping[int, float]]]) -> Any:
-    """A matplotlib figure with a panel for each measure, of which a line for each kind of matrix shows it by depth.
+def draw_by_depth(measures: Mapping[str, Mapping[str, Mapping[int, float]]]) -> "Figure":
+    """Draws measures by depth as a matplotlib figure: a panel for each measure, a line for each kind of matrix.
 
     Args:
-      measures: for each measure and kind, the value at each depth.
+      measures: measure → kind of matrix → block → value.
 
     Raises:
       SpqrError: matplotlib is not installed.
@@ -85,8 +88,12 @@ def draw_by_depth(measures: Mapping[str, Mapping[str, Mapping[int, float]]]) -> 
     return figure
 
 
-def draw_errors(shares: Sequence[float], left: Mapping[str, Sequence[float]]) -> Any:
-    """A matplotlib figure of the error that is left against the share of weights that are kept, a line for each kind.
+def draw_errors(shares: Sequence[float], left: Mapping[str, Sequence[float]]) -> "Figure":
+    """Draws the remaining error over the share of weights kept exact, as a matplotlib figure.
+
+    Args:
+      shares: of weights kept exact, rising.
+      left: kind of matrix → remaining error at each share, relative to none kept.
 
     Raises:
       SpqrError: matplotlib is not installed.
@@ -106,8 +113,8 @@ def draw_errors(shares: Sequence[float], left: Mapping[str, Sequence[float]]) ->
     return figure
 
 
-def new_figure(size: tuple[float, float]) -> Any:
-    """An empty matplotlib figure, width and height in inches, which belongs to no window.
+def new_figure(size: tuple[float, float]) -> "Figure":
+    """Creates an empty matplotlib figure without a window, width and height in inches.
 
     Raises:
       SpqrError: matplotlib is not installed.
@@ -115,5 +122,5 @@ def new_figure(size: tuple[float, float]) -> Any:
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError:
-        raise SpqrError("pictures are drawn by matplotlib, which is not installed: pip install matplotlib") from None
+        raise SpqrError("figures are drawn by matplotlib, which is not installed: pip install matplotlib") from None
     return Figure(figsize=size, dpi=150, layout="constrained")

@@ -1,4 +1,4 @@
-"""What a sweep has found, as Markdown tables and as the paper's first figure."""
+"""Results of a sweep as Markdown tables, and as a figure like the paper's first."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -8,14 +8,14 @@ from spqr_jax.figures.sensitivity_maps import new_figure
 from spqr_jax.search.sweep import ablations, changes, front
 
 LABELS = {"spqr": "SpQR", "gptq": "GPTQ", "rtn": "round-to-nearest"}
-"""Methods as the paper writes them."""
+"""Names of the methods in the paper."""
 
 
 def label(result: Mapping[str, Any]) -> str:
-    """A cell in words: the method, the width of a code, and what is not the default.
+    """Label of a cell: its method, bits and the settings that are not the default.
 
     Example:
-      >>> label(result)
+      >>> label({"method": "spqr", "bits": 4, "group_size": 64, "outlier_threshold": 1.2})
       'SpQR, 4 bits, group size 64, τ 1.2'
     """
     changed = changes(result)
@@ -28,7 +28,11 @@ def label(result: Mapping[str, Any]) -> str:
 
 
 def table(results: Sequence[Mapping[str, Any]]) -> str:
-    """All cells by size, as Markdown; those on the front are in bold."""
+    """Table of all cells by size, as Markdown; cells on the Pareto front are bold.
+
+    Args:
+      results: of `sweep`, the original's first.
+    """
     original, *found = results
     best = front(found)
     lines = [
@@ -46,7 +50,7 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
 
 
 def ablation_table(results: Iterable[Mapping[str, Any]]) -> str:
-    """The default cell, and those in which one part of it is changed, as Markdown."""
+    """Table of the default cell and of cells with one setting changed, as Markdown."""
     found = ablations(results)
     lines = ["| changed | bits per weight | outliers | perplexity |", "| --- | --- | --- | --- |"]
     for changed, result in found.items():
@@ -58,11 +62,11 @@ def ablation_table(results: Iterable[Mapping[str, Any]]) -> str:
 
 
 def perplexity_figure(results: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Draws perplexity over bits per weight: a point for each cell, the front of each method as a line.
+    """Draws perplexity over bits per weight: a point for each cell, a line for the Pareto front of each method.
 
     Args:
       results: of `sweep`, the original's first.
-      path: of the picture; its ending says what kind.
+      path: of the figure; its suffix is the format.
 
     Raises:
       SpqrError: matplotlib is not installed.
@@ -76,7 +80,7 @@ def perplexity_figure(results: Sequence[Mapping[str, Any]], path: Path) -> None:
             points = axis.scatter(*_places(own), s=14, label=label)
             axis.plot(*_places(front(own)), color=points.get_facecolor()[0])
     axis.axhline(original["perplexity"], color="gray", linestyle="--", label="original, 16 bits")
-    # Round-to-nearest at 3 bits is far beyond what tells the others apart.
+    # Round-to-nearest at 3 bits is far above this limit; with it in view the other points would coincide.
     axis.set_ylim(0.98 * original["perplexity"], 1.8 * original["perplexity"])
     axis.set(xlabel="bits per weight", ylabel="perplexity")
     axis.legend()

@@ -1,4 +1,4 @@
-"""How a quantized model's own text compares: how long it says what the original says, and how likely that finds it."""
+"""Greedy continuations of a quantized model: agreement with the original's, and perplexity under the original."""
 
 import numpy as np
 from jaxtyping import Int
@@ -11,7 +11,7 @@ from spqr_jax.models.decoder import Decoder, Params
 def agreement_lengths(
     continuations: Int[np.ndarray, "prompts new"], others: Int[np.ndarray, "prompts new"]
 ) -> Int[np.ndarray, " prompts"]:
-    """How many tokens at the start of each continuation are those of the other one.
+    """Number of equal tokens at the start of each pair of continuations.
 
     Example:
       >>> agreement_lengths(np.array([[5, 6, 7], [8, 9, 1]]), np.array([[5, 6, 8], [8, 9, 1]]))
@@ -26,23 +26,24 @@ def continuation_perplexity(
     prompts: Int[np.ndarray, "prompts tokens"],
     continuations: Int[np.ndarray, "prompts new"],
 ) -> float:
-    """exp of the mean loss −log p(token | all before it) of the continuations' tokens.
+    """exp of the mean loss −log p(token | all earlier tokens) over the continuations' tokens.
 
-    With the original's parameters and text that the quantized model wrote, it says how far the text has gone from what
-    the original would say.
+    With the original's parameters and the quantized model's text, it measures the distance of that text from the
+    original's predictions.
 
     Args:
       model: the language model.
-      params: parameters of the model that judges.
+      params: the parameters that predict.
       prompts: token ids of prompts of equal length.
-      continuations: the token ids that follow each.
+      continuations: the token ids after each prompt.
 
     Raises:
-      SpqrError: what `token_losses` raises.
+      SpqrError: as `token_losses`.
 
     Example:
-      >>> continuation_perplexity(model, params, prompts, continue_greedily(model, quantized, prompts, 64))
-      1.9
+      >>> prompts = calibration[:2, :8]
+      >>> round(continuation_perplexity(model, params, prompts, continue_greedily(model, quantized, prompts, 4)), 1)
+      4...
     """
     new = continuations.shape[1]
     windows = np.concatenate([prompts, continuations], axis=1).astype(np.int32)
@@ -52,13 +53,13 @@ def continuation_perplexity(
 def continue_greedily(
     model: Decoder, params: Params, prompts: Int[np.ndarray, "prompts tokens"], new_tokens: int
 ) -> Int[np.ndarray, "prompts new"]:
-    """The likeliest tokens after each prompt, one after the other, whatever they are.
+    """Appends the likeliest token to each prompt again and again, past ends of texts too.
 
     Raises:
-      SpqrError: what `generate` raises.
+      SpqrError: as `generate`.
 
     Example:
-      >>> continue_greedily(model, params, np.array([[504, 3575]]), 3)
-      array([[ 282, 4649,  314]])
+      >>> continue_greedily(model, params, np.array([[50, 35]]), 3).shape
+      (1, 3)
     """
     return np.array(generate(model, params, prompts.tolist(), max_new_tokens=new_tokens))

@@ -1,4 +1,4 @@
-"""How far a quantized model's predictions are from the original's, token by token."""
+"""Divergence of a quantized model's next-token distributions from the original's."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -17,11 +17,11 @@ from spqr_jax.models.stacked_blocks import stack_blocks
 
 
 class Divergence(NamedTuple):
-    """What a window of text says of two models' next-token distributions, p of the original and q of the other.
+    """Means over positions, for next-token distributions p of the original and q of the quantized model.
 
     Attributes:
-      kl: mean over the positions of Σ_v p(v) log(p(v) / q(v)), in nats.
-      agreement: share of the positions at which both hold the same token for the likeliest.
+      kl: mean of Σ_v p(v) log(p(v) / q(v)), in nats.
+      agreement: share of positions at which p and q have the same likeliest token.
     """
 
     kl: float
@@ -31,22 +31,21 @@ class Divergence(NamedTuple):
 def window_divergences(
     model: Decoder, original: Params, quantized: Params, windows: Int[np.ndarray, "windows window"]
 ) -> Iterator[Divergence]:
-    """Yields what each window says.
+    """Yields the divergence over each window.
 
     Args:
       model: the language model.
       original: its parameters.
       quantized: parameters to compare with them, dense or packed.
-      windows: token ids, as `cut_windows` gives them.
+      windows: token ids, see `cut_windows`.
 
     Raises:
-      SpqrError: a window is longer than the model has positions for, an id is outside the vocabulary, or, while
-        iterating, a divergence is not finite.
+      SpqrError: a window exceeds the model's positions, an id is outside the vocabulary, or, while iterating, a
+        divergence is not finite.
 
     Example:
-      >>> divergences = list(window_divergences(model, params, quantized, cut_windows(ids)))
-      >>> mean_divergence(divergences)
-      Divergence(kl=0.13, agreement=0.84)
+      >>> mean_divergence(list(window_divergences(model, params, quantized, calibration[:2])))
+      Divergence(kl=0.0..., agreement=0...)
     """
     check_windows(model, windows)
     original, quantized = (jax.device_put(stack_blocks(params)) for params in (original, quantized))
@@ -55,14 +54,16 @@ def window_divergences(
         for index, tokens in enumerate(windows):
             divergence = Divergence(*map(float, _divergence(model, original, quantized, tokens)))
             if not np.isfinite(divergence.kl):
-                raise SpqrError(f"the divergence of window {index} is {divergence.kl}")
+                raise SpqrError(
+                    f"the divergence of window {index} is {divergence.kl}, not finite: check both models' parameters"
+                )
             yield divergence
 
     return divergences()
 
 
 def mean_divergence(divergences: list[Divergence]) -> Divergence:
-    """The means over windows of equal length."""
+    """Means over windows of equal length."""
     return Divergence(*np.mean(divergences, axis=0).tolist())
 
 

@@ -1,4 +1,4 @@
-"""How likely a language model finds continuations of contexts: what multiple-choice tasks compare."""
+"""Log-likelihoods of continuations of contexts, which multiple-choice tasks compare."""
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -20,11 +20,11 @@ Tokens = tuple[int, ...]
 
 
 class Likelihood(NamedTuple):
-    """What a model says of one continuation.
+    """Likelihood of one continuation.
 
     Attributes:
-      log: Σ_t log p(token_t | the context and the tokens before), in nats.
-      greedy: whether each of its tokens is the likeliest, so that greedy decoding would write it.
+      log: Σ_t log p(token_t | the context and the earlier tokens), in nats.
+      greedy: whether each of its tokens is the likeliest, so that greedy decoding generates it.
     """
 
     log: float
@@ -34,28 +34,28 @@ class Likelihood(NamedTuple):
 def likelihoods(
     model: Decoder, params: Params, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], *, batch_size: int = 8
 ) -> Iterator[tuple[int, Likelihood]]:
-    """Yields how likely each continuation is after its context, those of the longest contexts first.
+    """Yields the likelihood of each continuation after its context, longest contexts first.
 
-    Continuations of one context are done together: the model runs over the context once, and each continuation goes on
-    from a copy of its KV cache. Arrays have few widths, so few programs are compiled.
+    Continuations of one context share a batch: the model runs over the context once, and each continuation starts from
+    a copy of its KV cache. Widths are powers of two, so few programs are compiled.
 
     Args:
       model: the language model.
-      params: its parameters, dense or packed; `for_decoding` beforehand saves doing it in each call.
+      params: its parameters, dense or packed; call `for_decoding` once if there are several calls.
       pairs: token ids of contexts, none of them empty, and of their continuations.
-      batch_size: continuations that are run at once; memory grows with it.
+      batch_size: continuations in a batch; memory grows with it.
 
     Returns:
-      An iterator over the places of the pairs, in an order of its own, and their likelihoods.
+      An iterator over (index of the pair, likelihood), sorted by length of context.
 
     Raises:
-      SpqrError: a context or a continuation is empty, both together have more tokens than the model has positions and
-        one (nothing follows the last), an id is outside the vocabulary, `batch_size` is not positive, or, while
-        iterating, a likelihood is not finite.
+      SpqrError: a context or a continuation is empty, both together exceed the model's positions plus one (the last
+        token is not an input), an id is outside the vocabulary, `batch_size` is not positive, or, while iterating, a
+        likelihood is not finite.
 
     Example:
-      >>> dict(likelihoods(model, params, [(question, answer) for answer in answers]))
-      {0: Likelihood(log=-9.8, greedy=False), 1: Likelihood(log=-3.1, greedy=True)}
+      >>> dict(likelihoods(model, params, [([5, 6], [7]), ([5, 6], [8, 9])], batch_size=2))
+      {1: Likelihood(log=-..., greedy=False), 0: Likelihood(log=-..., greedy=False)}
     """
     texts = [(tuple(context), tuple(continuation)) for context, continuation in pairs]
     _check(model, texts, batch_size)
@@ -72,9 +72,10 @@ def likelihoods(
 
 
 def _batch(model: Decoder, params: Params, pairs: list[tuple[Tokens, Tokens]], batch_size: int) -> Iterator[Likelihood]:
+    """Yields the likelihoods of at most `batch_size` pairs, in order."""
     contexts = {context: row for row, context in enumerate(dict.fromkeys(context for context, _ in pairs))}
     missing = _power_of_two(len(contexts)) - len(contexts)
-    # A context's last token predicts the first one of each continuation, so it is run with those.
+    # A context's last token predicts the first token of each continuation, so it is an input of the second pass.
     seen, mask = pad_left([*(context[:-1] for context in contexts), *[()] * missing])
     width = _power_of_two(max(len(continuation) for _, continuation in pairs))
     rows = np.zeros(batch_size, np.int32)
@@ -87,7 +88,10 @@ def _batch(model: Decoder, params: Params, pairs: list[tuple[Tokens, Tokens]], b
     for (_, continuation), log, top in zip(pairs, logs, likeliest, strict=False):
         total = float(log[: len(continuation)].sum(dtype=np.float64))
         if not np.isfinite(total):
-            raise SpqrError(f"the log-likelihood of a continuation of {len(continuation)} tokens is {total}")
+            raise SpqrError(
+                f"the log-likelihood of a continuation of {len(continuation)} tokens is {total}, not finite: check the "
+                "model's parameters"
+            )
         yield Likelihood(total, bool(top[: len(continuation)].all()))
 
 
@@ -101,14 +105,14 @@ def _score(
     inputs: Int[Array, "batch new"],
     targets: Int[Array, "batch new"],
 ) -> tuple[Float[Array, "batch new"], Bool[Array, "batch new"]]:
-    """log p(target), and whether it is the likeliest token, after each input, of which row i follows contexts[rows[i]].
+    """log p(target) after each input, and whether the target is the likeliest token; row i follows contexts[rows[i]].
 
-    Padding on the right does no harm: the tokens before do not look at it.
+    Padding on the right is harmless, because earlier tokens do not attend to it.
     """
     apply: Callable[..., Any] = partial(model.apply, {"params": params})
     cache = None
     if contexts.shape[1]:
-        # As many slots as tokens, because attention then takes the queries in parts.
+        # As many slots as tokens: attention then processes the queries in parts, in less memory.
         empty = model.init_cache(params, *contexts.shape)
         _, cache = apply(contexts, mask=mask, cache=empty, method="hidden_states")
         cache = _branch(cache, rows, inputs.shape[1])
@@ -125,7 +129,7 @@ def _score(
 
 
 def _branch(cache: KVCache, rows: Int[Array, " batch"], new: int) -> KVCache:
-    """The caches of the contexts `rows`, each with `new` more slots."""
+    """Copies the caches of the contexts `rows`, each with `new` more slots."""
 
     def grow(array: Array, sequences: int, slots: int) -> Array:
         widths = [(0, 0)] * array.ndim
@@ -145,12 +149,13 @@ def _power_of_two(count: int) -> int:
 
 
 def _check(model: Decoder, pairs: list[tuple[Tokens, Tokens]], batch_size: int) -> None:
+    """Raises a SpqrError that names the first pair that cannot be scored."""
     if batch_size < 1:
         raise SpqrError(f"batch_size is {batch_size}, but must be at least 1")
     most = model.config.max_positions + 1
     for index, (context, continuation) in enumerate(pairs):
         if not context or not continuation:
-            raise SpqrError(f"the {'continuation' if context else 'context'} of pair {index} has no tokens")
+            raise SpqrError(f"the {'continuation' if context else 'context'} of pair {index} has no tokens: give one")
         if len(context) + len(continuation) > most:
             raise SpqrError(
                 f"a context of {len(context)} tokens and a continuation of {len(continuation)} are more than the "

@@ -16,7 +16,7 @@ from pallas_kernels.errors import SpqrError
 
 
 class Protocol(StrEnum):
-    """The papers' texts, and two that the GPTQ code later cut in another way."""
+    """The papers' texts, and two texts that the GPTQ code later cut in another way."""
 
     WIKITEXT2 = "wikitext2"
     PTB = "ptb"
@@ -26,36 +26,37 @@ class Protocol(StrEnum):
 
 
 C4_WINDOWS = 256
-"""Windows that are taken of C4."""
+"""Number of windows of C4."""
 
 C4_NEW_DOCUMENTS = 1100
-"""Documents of C4 that the new protocol joins."""
+"""Number of documents of C4 that the new protocol joins."""
 
 MOST_DRAWS = 100_000
-"""Documents that are drawn at most until one is as long as a window."""
+"""Most documents to draw until one is as long as a window."""
 
 
 def protocol_tokens(protocol: Protocol, tokenizer: Any, window: int) -> Int[np.ndarray, " tokens"]:
-    """Token ids of a protocol's text, to be cut into windows side by side.
+    """Token ids of a protocol's text, to be cut into adjacent windows.
 
     * wikitext2: the lines of WikiText-2's test text, joined by two newlines.
     * ptb: the sentences of Penn Treebank's validation text, joined by two newlines; ptb-new: of the test text, by
       spaces.
     * c4: 256 windows at random places of random documents of the first part of C4's validation texts, drawn by Python's
-      random numbers with seed 0; c4-new: the first 1100 documents, joined by spaces, up to 256 windows.
+      `random` with seed 0; c4-new: the first 1100 documents, joined by spaces, up to 256 windows.
 
-    Special tokens are those that the tokenizer puts at the start of a text.
+    The tokenizer adds its special tokens at the start of a text.
 
     Args:
-      protocol: which text.
-      tokenizer: of the model, as transformers has it.
+      protocol: the text.
+      tokenizer: the model's tokenizer, from transformers.
       window: tokens per window.
 
     Raises:
       SpqrError: `datasets` is not installed, or no document of C4 is as long as a window.
 
     Example:
-      >>> perplexity(model, params, protocol_tokens(Protocol.C4, tokenizer, 2048), window=2048)
+      >>> tokens = protocol_tokens(Protocol.C4, tokenizer, 2048)  # doctest: +SKIP
+      >>> perplexity(model, params, tokens, window=2048)  # doctest: +SKIP
     """
 
     def encode(text: str) -> list[int]:
@@ -76,10 +77,14 @@ def protocol_tokens(protocol: Protocol, tokenizer: Any, window: int) -> Int[np.n
 
 
 def random_document_windows(documents: Sequence[str], encode: Callable[[str], list[int]], window: int) -> list[int]:
-    """The protocol c4 on given documents.
+    """Token ids of the protocol c4 on given documents: `C4_WINDOWS` windows at random places.
 
     Raises:
       SpqrError: no document is as long as a window.
+
+    Example:
+      >>> len(random_document_windows([text], tokenizer.encode, 32)) == C4_WINDOWS * 32
+      True
     """
     source = random.Random(0)
     drawn = (encode(documents[source.randint(0, len(documents) - 1)]) for _ in itertools.count())
@@ -88,14 +93,14 @@ def random_document_windows(documents: Sequence[str], encode: Callable[[str], li
         document = next((d for d in itertools.islice(drawn, MOST_DRAWS) if len(d) >= window), None)
         if document is None:
             raise SpqrError(f"none of {MOST_DRAWS:,} documents has {window} tokens: ask for shorter windows")
-        # The official code draws no place in a document of just one window.
+        # Like the official code, draw no random number for a document of exactly one window.
         start = 0 if len(document) == window else source.randint(0, len(document) - window - 1)
         ids += document[start : start + window]
     return ids
 
 
 def _penn_treebank(split: str) -> Sequence[str]:
-    # The set's own files are read by a script, which `datasets` no longer runs; the hub has them as Parquet as well.
+    # The hub's Parquet copy: `datasets` no longer runs the script that reads the original files.
     files = f"hf://datasets/ptb-text-only/ptb_text_only@~parquet/penn_treebank/{split}/0000.parquet"
     return _column("parquet", "sentence", data_files={split: files}, split=split)
 
@@ -106,9 +111,9 @@ def _c4() -> Sequence[str]:
 
 
 def _column(path: str, column: str, **options: Any) -> Sequence[str]:
-    """One column of a data set of the Hugging Face hub."""
+    """Reads one column of a data set of the Hugging Face hub."""
     try:
         from datasets import load_dataset
     except ModuleNotFoundError:
-        raise SpqrError("this text comes through datasets, which is not installed: pip install datasets") from None
+        raise SpqrError("this text is read by datasets, which is not installed: pip install datasets") from None
     return load_dataset(path, **options)[column]

@@ -19,10 +19,10 @@ from spqr_jax.models.stacked_blocks import stack_blocks
 from spqr_jax.models.token_ids import check_vocabulary
 
 HEAD_POSITIONS = 256
-"""Positions whose logits are in memory at once."""
+"""Positions whose logits are in memory at once: those of a whole window may take hundreds of megabytes."""
 
 WINDOWS_AT_ONCE = 4
-"""Windows that are run together, as far as their number divides: packed matrices are unpacked once for all of them."""
+"""Most windows in a batch, where their number divides: packed matrices are unpacked once per batch."""
 
 
 def perplexity(
@@ -37,30 +37,35 @@ def perplexity(
     """exp of the mean next-token loss over the windows of a text.
 
     exp( 1/n Σ_w 1/(window − 1) Σ_t −log p(token_{w,t+1} | token_{w,0}, …, token_{w,t}) ): each window is read without
-    the ones before it, the protocol of the GPTQ and SpQR papers. With a stride, windows overlap, and a window counts
-    only what earlier ones have not: every token has at least window − stride tokens before it, but in the first window.
+    earlier windows, the protocol of the GPTQ and SpQR papers. With a stride, windows overlap, and each token counts
+    once, in the first window that predicts it. After the first window it has at least window − stride earlier tokens.
 
     Args:
       model: the language model.
       params: its parameters, dense or packed.
       tokens: ids of the text, one-dimensional.
       window: tokens per window.
-      stride: tokens from the start of one window to that of the next; None for windows side by side.
-      max_windows: use only the first so many windows.
+      stride: tokens from the start of one window to the start of the next; None for adjacent windows.
+      max_windows: use at most this number of windows.
 
     Raises:
-      SpqrError: what `counted_windows` and `token_losses` raise.
+      SpqrError: as `counted_windows` and `token_losses`.
 
     Example:
-      >>> perplexity(model, params, tokenizer.encode(text), window=1024)
-      23.3
+      >>> round(perplexity(model, params, tokenizer.encode(text), window=128, max_windows=4))
+      3...
     """
     windows, counted = counted_windows(tokens, window=window, stride=stride, max_windows=max_windows)
     return counted_perplexity(token_losses(model, params, windows), counted)
 
 
 def counted_perplexity(losses: Iterable[Float[np.ndarray, " _"]], counted: Iterable[int]) -> float:
-    """exp of the mean of so many losses at the end of each window."""
+    """exp of the mean over windows' losses, `counted` of them at the end of each window.
+
+    Example:
+      >>> counted_perplexity([np.array([3.0, 1.0]), np.array([0.0, 1.0])], [2, 1])
+      5.29...
+    """
     kept = [window[-new:] for window, new in zip(losses, counted, strict=True)]
     return float(np.exp(np.mean(np.concatenate(kept), dtype=np.float64)))
 
@@ -68,27 +73,28 @@ def counted_perplexity(losses: Iterable[Float[np.ndarray, " _"]], counted: Itera
 def cut_windows(
     tokens: ArrayLike, *, window: int = 1024, max_windows: int | None = None
 ) -> Int[np.ndarray, "windows window"]:
-    """Cuts a text into consecutive windows; what is left over at its end is dropped.
+    """Cuts a text into adjacent windows; an incomplete window at its end is dropped.
 
     Args:
       tokens: ids of the text, one-dimensional.
       window: tokens per window.
-      max_windows: use only the first so many windows.
+      max_windows: use at most this number of windows.
 
     Raises:
       SpqrError: `window` or `max_windows` is out of its range, or the text is shorter than one window.
 
     Example:
       >>> cut_windows([5, 6, 7, 8, 9], window=2)
-      array([[5, 6], [7, 8]], dtype=int32)
+      array([[5, 6],
+             [7, 8]], dtype=int32)
     """
     tokens = np.asarray(tokens)
     if window < 2:
-        raise SpqrError(f"window is {window}, but a loss needs at least 2 tokens")
+        raise SpqrError(f"window is {window}, but must be at least 2, because the first token has no loss")
     if max_windows is not None and max_windows < 1:
         raise SpqrError(f"max_windows is {max_windows}, but must be at least 1")
     if len(tokens) < window:
-        raise SpqrError(f"the text has {len(tokens)} tokens, fewer than one window of {window}")
+        raise SpqrError(f"the text has {len(tokens)} tokens, fewer than one window of {window}: give a longer text")
     count = len(tokens) // window
     return tokens[: count * window].reshape(count, window)[:max_windows].astype(np.int32)
 
@@ -96,23 +102,24 @@ def cut_windows(
 def counted_windows(
     tokens: ArrayLike, *, window: int = 1024, stride: int | None = None, max_windows: int | None = None
 ) -> tuple[Int[np.ndarray, "windows window"], list[int]]:
-    """Windows of a text, and how many losses at the end of each count.
+    """Windows of a text, and the number of losses that count at the end of each.
 
     Args:
       tokens: ids of the text, one-dimensional.
       window: tokens per window.
-      stride: tokens from one start to the next, the last window being at the end of the text; None gives `cut_windows`.
-      max_windows: use only the first so many windows.
+      stride: tokens from one start to the next, with the last window at the end of the text; None gives `cut_windows`.
+      max_windows: use at most this number of windows.
 
     Returns:
-      The windows, and for each the number of tokens at its end that no earlier window has predicted.
+      The windows, and for each the number of tokens at its end that no earlier window predicts.
 
     Raises:
-      SpqrError: as `cut_windows`, or `stride` is not between 1 and the window less 1.
+      SpqrError: as `cut_windows`, or `stride` is not between 1 and window − 1.
 
     Example:
       >>> counted_windows([5, 6, 7, 8, 9, 10], window=4, stride=3)
-      (array([[ 5,  6,  7,  8], [ 7,  8,  9, 10]], dtype=int32), [3, 2])
+      (array([[ 5,  6,  7,  8],
+              [ 7,  8,  9, 10]], dtype=int32), [3, 2])
     """
     windows = cut_windows(tokens, window=window, max_windows=max_windows)
     if stride is None:
@@ -127,13 +134,13 @@ def counted_windows(
 
 
 def window_losses(model: Decoder, params: Params, windows: Int[np.ndarray, "windows window"]) -> Iterator[float]:
-    """Yields each window's mean next-token loss, in nats; consumed one by one, it shows progress.
+    """Yields each window's mean next-token loss, in nats, so that callers can show progress.
 
-    Args and errors are those of `token_losses`.
+    Takes the arguments, and raises the errors, of `token_losses`.
 
     Example:
-      >>> losses = list(tqdm(window_losses(model, params, windows), total=len(windows)))
-      >>> math.exp(statistics.fmean(losses))  # the perplexity
+      >>> [round(loss) for loss in window_losses(model, params, calibration[:2])]
+      [6, 6]
     """
     return (float(np.mean(losses, dtype=np.float64)) for losses in token_losses(model, params, windows))
 
@@ -146,17 +153,18 @@ def token_losses(
     Args:
       model: the language model.
       params: its parameters, dense or packed.
-      windows: token ids, as `cut_windows` gives them.
+      windows: token ids, see `cut_windows`.
 
     Raises:
-      SpqrError: a window is longer than the model has positions for, an id is outside the vocabulary, or, while
-        iterating, a loss is not finite.
+      SpqrError: a window exceeds the model's positions, an id is outside the vocabulary, or, while iterating, a loss is
+        not finite.
 
     Example:
-      >>> np.concatenate(list(token_losses(model, params, windows))).max()  # of the worst predicted token
+      >>> [losses.shape for losses in token_losses(model, params, calibration[:2])]
+      [(63,), (63,)]
     """
     check_windows(model, windows)
-    # On the device once, not once per window.
+    # Move parameters to the device once, not once per window.
     params = jax.device_put(stack_blocks(params))
 
     def losses() -> Iterator[np.ndarray]:
@@ -165,17 +173,19 @@ def token_losses(
             batch = np.asarray(_losses(model, params, windows[start : start + at_once]))
             for index, loss in enumerate(batch, start):
                 if not np.isfinite(loss).all():
-                    raise SpqrError(f"the loss of window {index} is {loss.mean()}")
+                    raise SpqrError(
+                        f"the loss of window {index} is {loss.mean()}, not finite: check the model's parameters"
+                    )
                 yield loss
 
     return losses()
 
 
 def check_windows(model: Decoder, windows: Int[np.ndarray, "windows window"]) -> None:
-    """Raises a SpqrError where windows exceed a model's positions, or have an id that is outside its vocabulary."""
+    """Raises a SpqrError where windows exceed a model's positions, or have an id outside its vocabulary."""
     length, positions = windows.shape[1], model.config.max_positions
     if length > positions:
-        raise SpqrError(f"a window of {length} tokens exceeds the {positions} positions of the model")
+        raise SpqrError(f"a window of {length} tokens exceeds the {positions} positions of the model: shorten it")
     check_vocabulary(windows, model.config.vocab_size)
 
 
@@ -189,7 +199,7 @@ def _losses(model: Decoder, params: Params, tokens: Int[Array, "batch window"]) 
         logits = apply(features, method="head")
         return optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), following)
 
-    # The logits of a whole window may be hundreds of megabytes; a part of them at a time is faster, too.
-    # Nothing follows the last token: roll wraps around there, and that loss is dropped.
+    # Logits of a few positions at a time: less memory, and faster too.
+    # Nothing follows the last token, where roll wraps around: that loss is dropped.
     positions = hidden.reshape(-1, hidden.shape[-1]), jnp.roll(tokens, -1, axis=1).reshape(-1)
     return jax.lax.map(loss, positions, batch_size=HEAD_POSITIONS).reshape(tokens.shape)[:, :-1]

@@ -80,7 +80,7 @@ def test_overlapping_windows_predict_every_token_once(params, tokens, window, st
         ({"window": 10, "stride": 10}, "stride is 10, but must be between 1 and 9"),
         ({"window": 10, "stride": 0}, "stride is 0, but must be between 1 and 9"),
         ({"window": 1001}, "the text has 1000 tokens, fewer than one window of 1001"),
-        ({"window": 1}, "window is 1, but a loss needs at least 2 tokens"),
+        ({"window": 1}, "window is 1, but must be at least 2"),
         ({"window": 10, "max_windows": 0}, "max_windows is 0, but must be at least 1"),
         ({"window": 513}, "a window of 513 tokens exceeds the 512 positions of the model"),
     ],
