@@ -1,7 +1,7 @@
-"""Where the sensitive weights of a matrix lie: in few rows, in few columns, in some heads, or anywhere.
+"""Patterns of the sensitive weights of a matrix: few rows, few columns, some heads, or unstructured.
 
-Source: the patterns are those of Dettmers et al. 2023 (arXiv 2306.03078), section 3, where they are seen in pictures;
-the measures of them here are this project's.
+Source: the patterns are those that Dettmers et al. 2023 (arXiv 2306.03078), section 3, show in pictures. These measures
+of them are this project's.
 """
 
 from collections.abc import Sequence
@@ -14,18 +14,18 @@ from scipy.stats import binom
 from spqr_jax.analyze.sensitivity import Heads
 
 OUTLIERS = 0.01
-"""Share of the weights, the most sensitive ones, that count as outliers in these measures."""
+"""The share of most sensitive weights that count as outliers in these measures."""
 
-CHANCE = 0.01
-"""Probability with which outliers that lie anywhere are taken for a row (or a column) outlier somewhere in a matrix."""
+SIGNIFICANCE = 0.01
+"""Probability that outliers at random places make any row (or column) of a matrix count as crowded."""
 
 
 class Patterns(NamedTuple):
     """The patterns in one matrix.
 
     Attributes:
-      row_outliers, column_outliers: share of the outliers in rows, and in columns, that have more than chance allows,
-        see `crowded`; an outlier where two such lines cross counts in both.
+      row_outliers, column_outliers: share of the outliers in rows, and in columns, with significantly many of them, see
+        `crowded`; an outlier where two such lines cross counts in both.
       unstructured: share of the outliers in none of these rows and columns.
       head_stripes, head_contrast, rotary_period: see the functions of these names; None without heads.
     """
@@ -39,10 +39,12 @@ class Patterns(NamedTuple):
 
 
 def find_patterns(sensitivity: Float[np.ndarray, "out in"], heads: Heads | None) -> Patterns:
-    """All measures of one matrix; lines of heads are rows or columns, whichever the heads have.
+    """All measures of one matrix; the lines of a head are rows or columns, see `Heads`.
 
     Example:
-      >>> patterns = find_patterns(np.asarray(matrix.sensitivity.values), matrix.heads)
+      >>> found = find_patterns(np.random.default_rng(0).random((64, 64)), Heads(0, 16))
+      >>> found.row_outliers, found.unstructured
+      (0.0, 1.0)
     """
     mask = most_sensitive(sensitivity, OUTLIERS)
     rows, columns = crowded(mask), crowded(mask.T)
@@ -61,10 +63,12 @@ def find_patterns(sensitivity: Float[np.ndarray, "out in"], heads: Heads | None)
 
 
 def most_sensitive(sensitivity: Float[np.ndarray, "out in"], share: float) -> Bool[np.ndarray, "out in"]:
-    """Which weights are this share of a matrix, the most sensitive ones; a weight with sensitivity 0 never is.
+    """A mask of this share of a matrix, its most sensitive weights; weights with sensitivity 0 are left out.
 
     Example:
-      >>> mask = most_sensitive(values, 0.01)
+      >>> most_sensitive(np.array([[1.0, 3.0], [2.0, 0.0]]), 0.5)
+      array([[False,  True],
+             [ True, False]])
     """
     count = round(share * sensitivity.size)
     mask = np.zeros(sensitivity.size, bool)
@@ -73,21 +77,24 @@ def most_sensitive(sensitivity: Float[np.ndarray, "out in"], share: float) -> Bo
 
 
 def crowded(mask: Bool[np.ndarray, "lines length"]) -> Bool[np.ndarray, " lines"]:
-    """Which lines have more outliers than chance allows: lines · P(B ≥ count) < 0.01, B ~ Binomial(length, p).
+    """The lines with significantly many outliers: lines · P(B ≥ count) < 0.01, B ~ Binomial(length, p).
 
-    p is the share of outliers in the whole matrix: the null hypothesis is that they lie anywhere. Multiplied by the
-    number of lines (Bonferroni), the probability is that of one such line or more in the matrix. In 1000 rows of 1000
-    weights with 1 % outliers, a row is crowded from 27 on; the mean is 10.
+    p is the share of outliers in the whole matrix: the null hypothesis is that they are at random places. Multiplied by
+    the number of lines (Bonferroni), the probability bounds that of one such line or more in the matrix. In 1000 rows
+    of 1000 weights with 1 % outliers, a row is crowded from 27 on; the mean is 10.
 
     Example:
-      >>> row_outliers, column_outliers = crowded(mask), crowded(mask.T)
+      >>> mask = np.zeros((100, 100), bool)
+      >>> mask[3, :20] = True
+      >>> np.flatnonzero(crowded(mask))
+      array([3])
     """
     lines, length = mask.shape
-    return lines * binom.sf(mask.sum(axis=1) - 1, length, mask.mean()) < CHANCE
+    return lines * binom.sf(mask.sum(axis=1) - 1, length, mask.mean()) < SIGNIFICANCE
 
 
 def line_levels(sensitivity: Float[np.ndarray, "lines length"]) -> Float[np.ndarray, " lines"]:
-    """log of the mean sensitivity of each line; a line of zeros counts as the lowest of the others."""
+    """log of the mean sensitivity of each line; a line of zeros takes the lowest level of the others."""
     means = sensitivity.mean(axis=1, dtype=np.float64)
     lowest = means[means > 0].min(initial=np.inf)
     return np.log(np.maximum(means, lowest)) if np.isfinite(lowest) else np.zeros(len(means))
@@ -96,13 +103,14 @@ def line_levels(sensitivity: Float[np.ndarray, "lines length"]) -> Float[np.ndar
 def head_stripes(levels: Float[np.ndarray, "heads width"]) -> float:
     """Share of the variance of line levels that lies between heads, adjusted: 1 − (S_within / (n − k)) / (S / (n − 1)).
 
-    S is the sum of squares around the mean of all n lines, S_within that around the mean of each of the k heads. 1
-    where all lines of a head are alike and heads differ; 0 in the mean, at times below, where heads mean nothing.
+    S is the sum of squares around the mean of all n lines, S_within that around the mean of each of the k heads. The
+    share is 1 where all lines of a head are alike and heads differ. Where heads do not matter, its mean is 0.
 
     Source: the adjusted R² of a one-way analysis of variance.
 
     Example:
-      >>> share = head_stripes(line_levels(values).reshape(-1, 64))
+      >>> head_stripes(np.array([[0.0, 0.0], [1.0, 1.0]]))
+      1.0
     """
     heads, lines = len(levels), levels.size
     total = np.square(levels - levels.mean()).sum() / (lines - 1)
@@ -113,25 +121,27 @@ def head_stripes(levels: Float[np.ndarray, "heads width"]) -> float:
 
 
 def head_contrast(levels: Float[np.ndarray, "heads width"]) -> float:
-    """How many times as sensitive the most sensitive head is as the least, in the geometric mean of their lines.
+    """The sensitivity of the most sensitive head over that of the least, in the geometric mean of their lines.
 
-    Beside `head_stripes`: where lines are much alike, small differences of heads are a large share of the variance.
+    It complements `head_stripes`: where lines are alike, small differences of heads are a large share of the variance.
 
     Example:
-      >>> factor = head_contrast(line_levels(values).reshape(-1, 64))
+      >>> round(head_contrast(np.log([[1.0, 4.0], [8.0, 8.0]])), 6)
+      4.0
     """
     return float(np.exp(np.ptp(levels.mean(axis=1))))
 
 
 def rotary_period(levels: Float[np.ndarray, "heads width"]) -> float:
-    """Correlation of the levels of lines i and i + width/2 of a head, which the rotary embedding turns together.
+    """Correlation of the levels of lines i and i + width/2 of a head, which the rotary embedding rotates together.
 
-    Σ a b / √(Σ a² Σ b²), a and b the levels in the first and in the second half of a head, each less its mean, summed
-    over all heads: so stripes of heads and of halves do not count. 1 where the second half repeats the first; with n
-    lines 0 ± √(2/n) where it has nothing to do with it.
+    Σ a b / √(Σ a² Σ b²), summed over all heads, with a and b the levels in the first and in the second half of a head,
+    each less its mean. Stripes of heads and of halves therefore do not count. The correlation is 1 where the second
+    half repeats the first, and 0 ± √(2/n) for n independent lines.
 
     Example:
-      >>> correlation = rotary_period(line_levels(values).reshape(-1, 64))
+      >>> rotary_period(np.array([[1.0, 2.0, 3.0, 4.0]]))
+      1.0
     """
     halves = levels.reshape(len(levels), 2, -1)
     first, second = (halves - halves.mean(axis=2, keepdims=True)).transpose(1, 0, 2)
@@ -140,10 +150,11 @@ def rotary_period(levels: Float[np.ndarray, "heads width"]) -> float:
 
 
 def error_left(sensitivity: Float[np.ndarray, "out in"], shares: Sequence[float]) -> Float[np.ndarray, " shares"]:
-    """Σ s of the weights that are left when these shares of a matrix, the most sensitive weights, are kept; over Σ s.
+    """Σ s of the weights that remain when these shares of most sensitive weights are kept exactly, over Σ s.
 
     Example:
-      >>> half, nothing = error_left(values, [0.01, 1.0])
+      >>> error_left(np.array([[1.0, 3.0], [2.0, 0.0]]), [0.25, 1.0])
+      array([0.5, 0. ])
     """
     rising = np.sort(sensitivity, axis=None).astype(np.float64)
     left = np.concatenate([[0.0], np.cumsum(rising)])

@@ -1,4 +1,4 @@
-"""How much each weight of a model matters: the least error that rounding it alone can cause.
+"""The sensitivity of each weight of a model: the least error that rounding it alone can cause.
 
 Source: Dettmers et al. 2023 (arXiv 2306.03078), section 3, formula 2.
 """
@@ -26,13 +26,13 @@ from spqr_jax.storage.model_source import ModelSource
 
 
 class Sensitivity(NamedTuple):
-    """What rounding does to one matrix.
+    """The sensitivities of one matrix.
 
     Attributes:
       values: s of every weight, see `sensitivity`; columns in the order of the input features.
-      outlier_share: share of the weights that the solver's rule makes outliers, (w − ŵ)² / U_jj² > T with H⁻¹ = Uᵀ U
-        in quantization order and T of `outlier_threshold`; 0 without a threshold. Groups are fitted as the solver fits
-        them, without likely outliers (unless `simplified`), but no weight carries the errors of earlier columns.
+      outlier_share: share of the weights that the solver's rule makes outliers: (w − ŵ)² / U_jj² > T with H⁻¹ = Uᵀ U
+        in quantization order and T of `outlier_threshold`; 0 without a threshold. Groups are fitted as in the solver,
+        without likely outliers (unless `simplified`), but no weight carries the errors of earlier columns.
     """
 
     values: Float[Array, "out in"]
@@ -40,20 +40,20 @@ class Sensitivity(NamedTuple):
 
 
 class Heads(NamedTuple):
-    """Where the attention heads of a matrix lie: `width` neighbours each, along the rows (0) or the columns (1)."""
+    """The attention heads of a matrix: `width` neighbouring rows (axis 0) or columns (axis 1) each."""
 
     axis: Literal[0, 1]
     width: int
 
 
 class Matrix(NamedTuple):
-    """One matrix of a model.
+    """The sensitivities of one matrix of a model.
 
     Attributes:
       kind: its name in its block, `q_proj`.
-      depth: number of its block.
+      depth: index of its block.
       sensitivity: with H = Σ x xᵀ / tokens.
-      heads: None where neither its rows nor its columns are those of heads.
+      heads: None where neither its rows nor its columns belong to attention heads.
     """
 
     kind: str
@@ -70,12 +70,12 @@ class Matrix(NamedTuple):
 def sensitivity(weight: Float[Array, "out in"], hessian: Float[Array, "in in"], config: SpqrConfig) -> Sensitivity:
     """s_ij = (w_ij − ŵ_ij)² / (2 [H⁻¹]_jj): half the least ‖W X − W' X‖² of all W' with w'_ij = ŵ_ij, H = X Xᵀ.
 
-    ŵ is w rounded to nearest, in the groups and with the statistics that the configuration says; H is damped as the
-    solver does it. Weights of features that never occurred have 0.
+    ŵ is w rounded to nearest, in the configuration's groups and with its statistics. H is damped as in the solver.
+    Weights of features that are always 0 have sensitivity 0.
 
     Args:
       weight: W.
-      hessian: H, or a positive multiple, by which s is then multiplied as well.
+      hessian: H; a positive multiple of it multiplies s.
       config: what to quantize to.
 
     Raises:
@@ -84,8 +84,9 @@ def sensitivity(weight: Float[Array, "out in"], hessian: Float[Array, "in in"], 
     Source: Dettmers et al. 2023 (arXiv 2306.03078), formula 2.
 
     Example:
-      >>> found = sensitivity(kernel.T, x.T @ x, COMPACT)
-      >>> most_sensitive = jnp.unravel_index(found.values.argmax(), found.values.shape)
+      >>> found = sensitivity(weight, hessian, COMPACT)
+      >>> found.values.shape == weight.shape
+      True
     """
     check_matrix("weight", weight, config)
     return _of_factored(weight, _factor("weight", hessian, config), config)
@@ -94,7 +95,7 @@ def sensitivity(weight: Float[Array, "out in"], hessian: Float[Array, "in in"], 
 def sensitivities(
     source: ModelSource, calibration_tokens: Int[ArrayLike, "sequences tokens"], config: SpqrConfig
 ) -> Iterator[Matrix]:
-    """The sensitivities of all matrices of a model, in order; inputs are those of the model as it is, not quantized.
+    """Yields the sensitivities of all matrices of a model in order, on the inputs of the original model.
 
     One block's weights are in memory at a time, beside the hidden states of the calibration sequences.
 
@@ -102,8 +103,9 @@ def sensitivities(
       SpqrError: as for `quantize`.
 
     Example:
-      >>> source = open_pretrained("HuggingFaceTB/SmolLM2-135M")
-      >>> mean = {matrix.name: matrix.sensitivity.values.mean() for matrix in sensitivities(source, tokens, COMPACT)}
+      >>> means = {m.name: m.sensitivity.values.mean() for m in sensitivities(source, calibration, COMPACT)}
+      >>> list(means)[:2]
+      ['layers_0.q_proj', 'layers_0.k_proj']
     """
     heads = matrix_heads(source.model.new_block())
     tokens = np.asarray(calibration_tokens)
@@ -116,11 +118,11 @@ def sensitivities(
 
 
 def matrix_heads(block: Block) -> dict[str, Heads]:
-    """Which matrices of a block have the rows or the columns of attention heads.
+    """The matrices of a block whose rows or columns belong to attention heads.
 
     Example:
       >>> matrix_heads(model.new_block())["o_proj"]
-      Heads(axis=1, width=64)
+      Heads(axis=1, width=16)
     """
     width = block.config.head_dim
     rows = dict.fromkeys(block.heads(), Heads(0, width))
@@ -158,7 +160,7 @@ def _round(
     threshold: Float[Array, " out"] | None,
     config: SpqrConfig,
 ) -> Float[Array, "out in"]:
-    """What codes and statistics stand for, columns in quantization order; for the threshold see `fit_group`."""
+    """The weight rounded to nearest, columns in quantization order; for the threshold see `fit_group`."""
     size = config.group_size
 
     def of_group(inputs: tuple[Array, Array]) -> Float[Array, "group out"]:

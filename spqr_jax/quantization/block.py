@@ -65,6 +65,7 @@ def quantize_block(
       SpqrError: hidden states or Hessians are not finite.
 
     Example:
+      >>> from spqr_jax.quantization.hidden_states import embed, start
       >>> streams = start(embed(model, params, calibration), COMPACT)
       >>> block, streams = quantize_block(model.new_block(), "layers_0", params["layers_0"], streams, COMPACT)
       >>> list(block.report)[:2]

@@ -44,7 +44,7 @@ class BlockWalk:
       sequential: later stages run with the kernels that `replace` gave; otherwise only the output of the block does.
 
     Example:
-      >>> streams = start(embed(model, params, calibration), COMPACT)
+      >>> streams = Streams({"hidden": embed(model, params, calibration)}, None)
       >>> walk = BlockWalk(model.new_block(), params["layers_0"], streams)
       >>> [shared.matrices for shared in walk]
       [('q_proj', 'k_proj', 'v_proj'), ('o_proj',), ('gate_proj', 'up_proj'), ('down_proj',)]

@@ -1,14 +1,14 @@
-"""Memory of the process that nothing uses any more."""
+"""Freed memory that the process still holds."""
 
 import ctypes
 import sys
 
 
 def release_freed() -> None:
-    """Gives back to the operating system what the C library keeps of freed memory, where that is glibc.
+    """Releases to the operating system the freed memory that the C library keeps, where that is glibc.
 
-    What a compiler has used for its work, and arrays of less than 32 MB, otherwise stay with the process: several
-    hundred MB while a first block is quantized.
+    The compiler's working memory, and arrays under 32 MB, otherwise stay with the process: several hundred MB while the
+    first block is quantized.
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:

@@ -1,6 +1,6 @@
 """Several processes that run the same program on the devices of one mesh, under `jax.distributed`.
 
-The first writes files and talks to people; all compute, and all must come to the same points of the program.
+The first process writes files and messages. All compute, and all must reach the same points of the program.
 """
 
 import json
@@ -16,17 +16,17 @@ from jax.experimental import multihost_utils
 from pallas_kernels.errors import SpqrError
 
 HEARTBEAT_SECONDS = 30
-"""A process that is silent for so long is taken for dead, and the others end."""
+"""A process that is silent for this long counts as dead, and the others exit."""
 
 
 def join() -> None:
-    """Joins the other processes; to be called before anything else of JAX.
+    """Joins the other processes; call it before anything else of JAX.
 
-    Who they are, JAX finds out by itself under SLURM, Open MPI, Kubernetes and on TPUs. Elsewhere the environment says
-    it: JAX_COORDINATOR_ADDRESS (host:port of the first), JAX_NUM_PROCESSES and JAX_PROCESS_ID.
+    JAX detects the processes under SLURM, Open MPI, Kubernetes and on TPUs. Elsewhere the environment names them:
+    JAX_COORDINATOR_ADDRESS (host:port of the first), JAX_NUM_PROCESSES and JAX_PROCESS_ID.
 
     Raises:
-      SpqrError: nothing says who they are.
+      SpqrError: neither detects them.
     """
     numbers = {name: os.environ.get(f"JAX_{name.upper()}") for name in ("num_processes", "process_id")}
     try:
@@ -40,15 +40,18 @@ def join() -> None:
 
 
 def is_first() -> bool:
-    """Whether this is the process that writes."""
+    """Whether this is the process that writes files."""
     return jax.process_index() == 0
 
 
 def agree(values: Mapping[str, Any]) -> None:
-    """Waits for all processes, and makes sure that they have the same values: nested dicts of what `json` has.
+    """Waits for all processes, and checks that they have the same values: nested dicts of JSON types.
 
     Raises:
-      SpqrError: one has another value than the first; which, is named.
+      SpqrError: a process has another value than the first; the message names it and both values.
+
+    Example:
+      >>> agree({"config": {"bits": 3}})
     """
     if jax.process_count() == 1:
         return
@@ -60,6 +63,6 @@ def agree(values: Mapping[str, Any]) -> None:
         for key in (*first, *other):
             if first.get(key) != other.get(key):
                 raise SpqrError(
-                    f"process {process} has {key} {other.get(key)}, process 0 has {first.get(key)}: all must be given "
-                    "the same, and see the same files"
+                    f"process {process} has {key} {other.get(key)}, process 0 has {first.get(key)}: give all processes "
+                    "the same arguments and the same files"
                 )

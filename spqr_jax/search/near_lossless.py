@@ -1,4 +1,4 @@
-"""The smallest size at which a model is nearly as good as before, found by trying."""
+"""The smallest settings at which a model is near-lossless, found by bisection."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,23 +15,23 @@ from spqr_jax.search.target_bits import dividing, kernel_shapes
 from spqr_jax.storage.model_source import ModelSource
 
 LARGEST_RISE = 0.01
-"""Of perplexity: what the paper calls near-lossless."""
+"""The relative rise of perplexity that the paper calls near-lossless."""
 
 SETTINGS: tuple[SpqrConfig, ...] = (
     *(replace(SMALL, outlier_threshold=threshold) for threshold in (0.8, 0.4, 0.2)),
     *(replace(COMPACT, outlier_threshold=threshold) for threshold in (1.2, 0.2)),
     *(replace(NEAR_LOSSLESS, outlier_threshold=threshold) for threshold in (0.4, 0.2, 0.1, 0.07)),
 )
-"""What is tried, by size: from 3.5 to 5 bits per weight."""
+"""The candidates by size, from 3.5 to 5 bits per weight."""
 
 
 class Search(NamedTuple):
-    """What a search has found.
+    """The result of a search.
 
     Attributes:
-      config: the smallest settings within the limit; None where the largest are not.
-      original_perplexity: on the held-out text.
-      tried: results as `sweep` gives them, in the order of trying.
+      config: the smallest settings within the limit; None if the largest exceed it.
+      original_perplexity: of the model itself, on the held-out text.
+      tried: results of `sweep`, in the order of the search.
     """
 
     config: SpqrConfig | None
@@ -48,28 +48,30 @@ def smallest_near_lossless(
     settings: Sequence[SpqrConfig] = SETTINGS,
     mesh: Mesh | None = None,
 ) -> Search:
-    """The first settings with which perplexity on held-out text rises by less than 1 %, by bisection.
+    """The first settings whose perplexity on held-out text rises by less than 1 %, by bisection.
 
-    Settings are taken to lose less the more bits they take; so of n settings log₂ n are tried.
+    Assumes that more bits never raise the perplexity, so that log₂ n of n settings are measured.
 
     Args:
       source: the model.
-      directory: where results are kept, as `sweep` keeps them.
+      directory: the directory of results, see `sweep`.
       calibration_tokens: token ids of sequences of equal length.
-      windows: token ids of text that is not among them, see `cut_windows`.
-      settings: what may be chosen, by size; those whose groups do not divide the model's features or rows are left out.
+      windows: token ids of other text, see `cut_windows`.
+      settings: the candidates by size; those whose groups do not divide the model's features or rows are left out.
       mesh: devices that share the work of quantizing.
 
     Raises:
-      SpqrError, CheckpointError: what `sweep` raises.
+      SpqrError, CheckpointError: as for `sweep`.
 
     Example:
-      >>> found = smallest_near_lossless(source, Path("search"), calibration, held_out)
-      >>> found.config or "none of these settings is near-lossless"
+      >>> settings = [replace(COMPACT, bits=8)]
+      >>> found = smallest_near_lossless(source, Path("search"), calibration, calibration, settings=settings)
+      >>> found.config.bits, len(found.tried)
+      (8, 1)
     """
     settings = dividing(kernel_shapes(source), settings)
     original, tried = 0.0, []
-    # Settings before `low` are too small; those from `high` on are within the limit.
+    # Settings before `low` exceed the limit; those from `high` on are within it.
     low, high = 0, len(settings)
     while low < high:
         middle = (low + high) // 2

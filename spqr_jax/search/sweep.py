@@ -1,4 +1,4 @@
-"""A grid of methods and settings over one model: what each gives, and at what size.
+"""A grid of methods and settings over one model: the size and the perplexity of each.
 
 Source: the tables of Dettmers et al. 2023 (arXiv 2306.03078): round-to-nearest, GPTQ and SpQR at several sizes, and the
 ablation of SpQR's parts.
@@ -61,7 +61,7 @@ DEFAULT_GRID: tuple[Mapping[str, Any], ...] = (
     {"method": "spqr", "refit": False},
     {"method": "spqr", "sequential": False},
 )
-"""Settings by name, a list standing for each of its values; see `cells`. Sizes are from 3.2 to 5 bits."""
+"""Settings by name; a list expands to one cell per value, see `cells`. Sizes are from 3.2 to 5 bits."""
 
 
 @dataclass(frozen=True)
@@ -69,10 +69,9 @@ class Cell:
     """One setting of a grid.
 
     Attributes:
-      method: what to quantize with.
+      method: SpQR, GPTQ or round-to-nearest.
       config: its settings.
-      whole_rows: instead of single weights, keep whole rows in 16 bits: as large a share as the same cell with single
-        weights has kept.
+      whole_rows: keeps whole rows in 16 bits, as large a share as the same cell keeps of single weights.
     """
 
     method: Method
@@ -81,12 +80,12 @@ class Cell:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What tells cells apart, as JSON has it."""
+        """The settings that identify a cell, in JSON types."""
         return {"method": self.method.value, **dataclasses.asdict(self.config), "whole_rows": self.whole_rows}
 
     @property
     def name(self) -> str:
-        """The method, the width of a code, and the settings that are not the default; a file name."""
+        """The method, the bits, and the settings that are not the default; used as a file name."""
         changed = [
             f"{setting.replace('_', '-')}-{value}"
             for setting, value in self.settings.items()
@@ -99,14 +98,14 @@ _DEFAULTS = Cell(Method.SPQR, SpqrConfig()).settings
 
 
 def cells(grid: Iterable[Mapping[str, Any]]) -> list[Cell]:
-    """The cells of a grid, each once, in order; those that keep whole rows last.
+    """The distinct cells of a grid in order, those that keep whole rows last.
 
     Args:
       grid: entries with `method` and any fields of `SpqrConfig`, `stats_bits` for both kinds of statistics, and
-        `whole_rows`; a list stands for each of its values.
+        `whole_rows`; a list expands to one cell per value.
 
     Raises:
-      SpqrError: a name is unknown, or a cell with whole rows has no cell with single weights to get its share from.
+      SpqrError: a name is unknown, or a cell with whole rows has no cell with single weights to take its share from.
 
     Example:
       >>> [cell.name for cell in cells([{"method": "gptq", "bits": [3, 4]}])]
@@ -116,7 +115,7 @@ def cells(grid: Iterable[Mapping[str, Any]]) -> list[Cell]:
     for cell in found:
         if cell.whole_rows and replace(cell, whole_rows=False) not in found:
             raise SpqrError(
-                f"{cell.name} keeps the share of {replace(cell, whole_rows=False).name}: add that cell to the grid"
+                f"{cell.name} takes its share from {replace(cell, whole_rows=False).name}: add that cell to the grid"
             )
     return sorted(found, key=lambda cell: cell.whole_rows)
 
@@ -144,43 +143,40 @@ def sweep(
     *,
     mesh: Mesh | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """Quantizes and measures a model in every cell of a grid, the model itself first.
+    """Quantizes and measures a model in every cell of a grid, after the model itself.
 
-    What is finished is a JSON file per cell in the directory, and is not done again; a cell that was stopped goes on
-    with its first block that is not finished. All cells have the calibration tokens, the windows and what JAX has
-    compiled in common. Their calibration passes differ from the first block on, because each follows the model that
-    its own blocks make; round-to-nearest has none.
+    A finished cell is a JSON file in the directory, and is not measured again. An interrupted cell resumes with its
+    first unfinished block. All cells share the calibration tokens and the windows. Their calibration passes differ from
+    the first block on, because each follows its own quantized blocks; round-to-nearest has none.
 
     Args:
       source: the model.
-      directory: where results are kept.
+      directory: the directory of results.
       grid: see `cells`.
       calibration_tokens: token ids of sequences of equal length.
       windows: token ids on which perplexity is measured, see `cut_windows`.
       mesh: devices that share the work of quantizing.
 
     Returns:
-      An iterator over the results as they come: settings, `bits_per_weight`, `outlier_share`, `perplexity`,
-      `seconds` to quantize, and where and with which versions it was found.
+      An iterator over the results as they are measured: settings, `bits_per_weight`, `outlier_share`, `perplexity`,
+        `seconds` to quantize, and the machine, versions and date.
 
     Raises:
-      CheckpointError: the directory holds the results of another model, calibration or text, the first difference is
-        named; or what `quantize_checkpoint` raises.
-      SpqrError: what `quantize_checkpoint` and `token_losses` raise.
+      CheckpointError: the directory holds the results of another model, calibration or text, and the message names the
+        first difference; or as for `quantize_checkpoint`.
+      SpqrError: as for `quantize_checkpoint` and `token_losses`.
 
     Example:
-      >>> for result in sweep(source, Path("results"), cells(DEFAULT_GRID), calibration, windows):
-      ...     print(result["name"], result["bits_per_weight"], result["perplexity"])
+      >>> grid = cells([{"method": "rtn", "bits": [3, 4]}])
+      >>> [result["name"] for result in sweep(source, Path("results"), grid, calibration, calibration)]
+      ['original', 'rtn_3bit_outlier-threshold-None', 'rtn_4bit_outlier-threshold-None']
     """
     description = {
         "model": describe_model(source.model),
         "calibration": {"shape": list(calibration_tokens.shape), "tokens": digest(calibration_tokens)},
         "text": {"shape": list(windows.shape), "tokens": digest(windows)},
     }
-    first = {layer_name(0): source.parts[layer_name(0)]()}
-    for planned in grid:  # before long work
-        check_weights(first, source.model, planned.config)
-    del first
+    _check_cells(source, grid)
     directory = directory.resolve()
     directory.parent.mkdir(parents=True, exist_ok=True)
     with PartialRun(directory).claim(description):
@@ -190,20 +186,38 @@ def sweep(
             path = directory / f"{name}.json"
             if path.is_file():
                 result = read_json(path)
-            elif cell is None:
-                perplexity = _perplexity(source.model, source.read(), windows)
-                result = {"name": name, "method": name, "bits_per_weight": 16.0, "perplexity": perplexity}
-                result |= _circumstances(new_record(SpqrConfig(), None, [], mesh))
-                write_text(path, json.dumps(result, indent=1) + "\n")
             else:
-                result = _result(source, directory / name, cell, shares, calibration_tokens, windows, mesh)
+                if cell is None:
+                    result = _original(source, windows, mesh)
+                else:
+                    result = _result(source, directory / name, cell, shares, calibration_tokens, windows, mesh)
                 write_text(path, json.dumps(result, indent=1) + "\n")
-                remove_directory(directory / name)
-                # A cell's programs are for its settings and its numbers of outliers; those of some thirty cells take
-                # all the memory mappings that Linux gives a process.
-                jax.clear_caches()
+                if cell is not None:
+                    _release(directory / name)
             shares[name] = result.get("outlier_share", 0.0)
             yield result
+
+
+def _check_cells(source: ModelSource, grid: Sequence[Cell]) -> None:
+    """Checks all settings against the first block, before the long work."""
+    first = {layer_name(0): source.parts[layer_name(0)]()}
+    for cell in grid:
+        check_weights(first, source.model, cell.config)
+
+
+def _original(source: ModelSource, windows: Int[np.ndarray, "windows window"], mesh: Mesh | None) -> dict[str, Any]:
+    """The result of the model itself."""
+    perplexity = _perplexity(source.model, source.read(), windows)
+    result = {"name": "original", "method": "original", "bits_per_weight": 16.0, "perplexity": perplexity}
+    return result | _circumstances(new_record(SpqrConfig(), None, [], mesh))
+
+
+def _release(checkpoint: Path) -> None:
+    """Deletes the checkpoint and the programs of a measured cell."""
+    remove_directory(checkpoint)
+    # Programs are compiled for a cell's settings and numbers of outliers. Those of some thirty cells take all 65,530
+    # memory mappings that Linux allows a process.
+    jax.clear_caches()
 
 
 def _result(
@@ -215,7 +229,7 @@ def _result(
     windows: Int[np.ndarray, "windows window"],
     mesh: Mesh | None,
 ) -> dict[str, Any]:
-    """The result of one cell; its checkpoint stays on the disk, for the case that what follows is stopped."""
+    """The result of one cell; its checkpoint is kept until the result is written, in case of an interrupt."""
     config = cell.config
     if cell.whole_rows:
         config = replace(config, outlier_threshold=None, outlier_rows=shares[replace(cell, whole_rows=False).name])
@@ -237,7 +251,7 @@ def _result(
 
 
 def _circumstances(record: Record) -> dict[str, Any]:
-    """Where and when, and with what."""
+    """The machine, versions and date."""
     return {name: getattr(record, name) for name in ("device", "devices", "machine", "versions", "date")}
 
 
@@ -246,7 +260,13 @@ def _perplexity(model: Decoder, params: Params, windows: Int[np.ndarray, "window
 
 
 def front(results: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The results than which none of the same size or a smaller one has a lower perplexity, by size."""
+    """The Pareto front by size: no result of the same or a smaller size has a lower perplexity.
+
+    Example:
+      >>> results = [{"bits_per_weight": bits, "perplexity": p} for bits, p in ((3, 30), (4, 25), (4.5, 26))]
+      >>> [result["bits_per_weight"] for result in front(results)]
+      [3, 4]
+    """
     best: list[Mapping[str, Any]] = []
     for result in sorted(results, key=lambda r: (r["bits_per_weight"], r["perplexity"])):
         if not best or result["perplexity"] < best[-1]["perplexity"]:
@@ -255,7 +275,7 @@ def front(results: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 
 
 def ablations(results: Iterable[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
-    """The results in which at most one part of the default is changed, by what is changed; nothing is ""."""
+    """The SpQR results with at most one setting changed from the default, by that setting; the default itself is ""."""
     found: dict[str, Mapping[str, Any]] = {}
     for result in results:
         changed = changes(result)
@@ -265,7 +285,7 @@ def ablations(results: Iterable[Mapping[str, Any]]) -> dict[str, Mapping[str, An
 
 
 def changes(result: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a result that are not the default; both widths of statistics are one."""
+    """The settings of a result that are not the default; `stats_bits` stands for both widths of statistics."""
     return {
         "stats_bits" if name in ("scale_bits", "zero_bits") else name: result[name]
         for name, value in _DEFAULTS.items()

@@ -1,8 +1,8 @@
-"""The outlier threshold with which a model gets a wanted size.
+"""The outlier threshold that gives a model a target size.
 
-Every outlier takes 32 bits, so bits per weight are those without outliers and 32 times the outliers' share. That share,
-as a function of τ, comes from one pass over the original model, in which each matrix is solved with a few thresholds on
-one Hessian; what the pass cannot know, how inputs change once earlier blocks are quantized, one measured size corrects.
+Every outlier takes 32 bits, so bits per weight are those without outliers plus 32 times the share of outliers. That
+share as a function of τ comes from one pass over the original model, which solves each matrix with a few thresholds on
+one Hessian. The pass does not see how inputs change once earlier blocks are quantized; one measured size corrects that.
 """
 
 import dataclasses
@@ -39,7 +39,7 @@ from spqr_jax.storage.record import BlockReport
 from spqr_jax.storage.totals import summarize_described
 
 THRESHOLDS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
-"""Thresholds with which every matrix is solved in the pass."""
+"""Thresholds with which the pass solves every matrix."""
 
 BITS_PER_OUTLIER = 32
 """16 of its value and 16 of its column."""
@@ -50,20 +50,20 @@ SETTINGS: tuple[SpqrConfig, ...] = (
     COMPACT,
     NEAR_LOSSLESS,
 )
-"""From small to large; where two give a size, each with its threshold, the later one is better."""
+"""From small to large; where two of them can give a size, the later one is better."""
 
 TOLERANCE = 0.02
-"""How far measured bits per weight may be from what is wanted."""
+"""The largest difference between measured and target bits per weight."""
 
 MOST_RUNS = 4
-"""Quantizations until the search for a threshold is given up."""
+"""The most quantizations in a search for a threshold."""
 
 
 class Curve(NamedTuple):
-    """Share of outliers of a whole model by threshold.
+    """The share of outliers of a whole model by threshold.
 
     Attributes:
-      bits_without_outliers: of the packed matrices without outliers, row offsets and permutations included.
+      bits_without_outliers: bits per weight of the packed matrices without outliers, with row offsets and permutations.
       thresholds: τ, rising.
       shares: outliers / weights at each, falling.
     """
@@ -84,16 +84,16 @@ def outlier_curve(
     Args:
       source: the model.
       calibration_tokens: token ids of sequences of equal length.
-      config: what to quantize to, but for its threshold.
+      config: what to quantize to; its threshold is ignored.
       thresholds: τ, rising.
 
     Raises:
-      SpqrError: what `check_tokens` raises.
+      SpqrError: as for `walk_original`.
 
     Example:
-      >>> curve = outlier_curve(source, calibration, COMPACT)
-      >>> threshold_for(curve, target_bits=3.9)
-      0.37
+      >>> curve = outlier_curve(source, calibration, COMPACT, thresholds=(0.1, 1.0))
+      >>> curve.shares[0] > curve.shares[1]
+      True
     """
     # Without the original model beside it: the refit changes these counts little.
     counts, weights, size = np.zeros(len(thresholds)), 0, 0
@@ -116,17 +116,20 @@ def threshold_for(curve: Curve, target_bits: float, measured: tuple[float, float
     Args:
       curve: of `outlier_curve`.
       target_bits: bits per weight.
-      measured: a threshold, and the bits per weight that the quantized model had with it; the curve is shifted to go
-        through it.
+      measured: a threshold, and the bits per weight of the model quantized with it; the curve is shifted through this
+        point.
 
     Raises:
-      SpqrError: no threshold of the curve's range gives that size.
+      SpqrError: no threshold in the curve's range gives that size.
 
     Example:
-      >>> threshold_for(curve, target_bits=3.9, measured=(0.37, 3.93))
-      0.39
+      >>> curve = Curve(3.5, (0.1, 1.0), (0.04, 0.01))
+      >>> round(threshold_for(curve, target_bits=4.14), 3)
+      0.316
+      >>> round(threshold_for(curve, target_bits=4.14, measured=(0.316, 4.16)), 3)
+      0.339
     """
-    # A share of nothing has no logarithm; less than one outlier in a billion weights is nothing.
+    # The logarithm of 0 is infinite; a share below one outlier in a billion weights counts as that.
     log_shares = np.log(np.maximum(curve.shares, 1e-9))
     interpolate = PchipInterpolator(np.log(curve.thresholds), log_shares)
     shift = 0.0
@@ -139,21 +142,21 @@ def threshold_for(curve: Curve, target_bits: float, measured: tuple[float, float
     )
     if not smallest <= target_bits <= largest:
         raise SpqrError(
-            f"{target_bits} bits per weight cannot be reached by a threshold: outliers bring these settings from "
-            f"{smallest:.2f} to {largest:.2f} bits; for less take larger groups or fewer bits, for more the opposite"
+            f"no outlier threshold gives {target_bits} bits per weight, these settings only {smallest:.2f} to "
+            f"{largest:.2f}: give larger groups or fewer bits for less, the opposite for more"
         )
     wanted = math.log((target_bits - curve.bits_without_outliers) / BITS_PER_OUTLIER) - shift
     return math.exp(min(interpolate.solve(wanted, extrapolate=False), key=abs))
 
 
 def settings_for(source: ModelSource, target_bits: float) -> SpqrConfig:
-    """The last of `SETTINGS` with which the model, without outliers, has no more bits per weight than that.
+    """The last of `SETTINGS` whose size without outliers is at most the target, or the smallest if none is.
 
-    Groups divide the model's features and rows; where nothing is small enough, the smallest.
+    Only settings whose groups divide the model's features and rows are considered.
 
     Example:
-      >>> settings_for(source, 4.3) == COMPACT
-      True
+      >>> settings_for(source, 3.9).bits
+      3
     """
     shapes = kernel_shapes(source)
 
@@ -166,13 +169,13 @@ def settings_for(source: ModelSource, target_bits: float) -> SpqrConfig:
 
 
 def kernel_shapes(source: ModelSource) -> list[tuple[int, int]]:
-    """Sizes (in, out) of the matrices of a block."""
+    """Shapes `(in, out)` of the matrices of a block."""
     params = source.parts[layer_name(0)]()
     return [params[matrix]["kernel"].shape for matrix in source.model.new_block().matrices()]
 
 
 def dividing(shapes: Sequence[tuple[int, int]], settings: Sequence[SpqrConfig]) -> Sequence[SpqrConfig]:
-    """Those settings whose groups divide matrices of these sizes (in, out); where none do, the first, to be refused."""
+    """The settings whose groups divide matrices of these shapes `(in, out)`; if none do, the first, for its error."""
 
     def divides(config: SpqrConfig) -> bool:
         return all(columns % config.group_size == out % config.stats_group_size == 0 for columns, out in shapes)
@@ -190,25 +193,28 @@ def quantize_to_bits(
     overwrite: bool = False,
     **options: Any,
 ) -> list[BlockReport]:
-    """Quantizes a model so that it has `target_bits` per weight, to 0.02, by the right outlier threshold.
+    """Quantizes a model to `target_bits` per weight, within 0.02, by searching the outlier threshold.
 
-    The threshold is that of `outlier_curve`; where the measured size is off, the model is quantized again with what
-    that size says. `<destination>.budget.json` keeps what has been found: the same call goes on after a stop.
+    The first threshold is that of `outlier_curve`. Where the measured size differs, it corrects the curve, and the
+    model is quantized again. `<destination>.budget.json` keeps the curve and the sizes, so that the same call resumes
+    an interrupted search.
 
     Args:
       source: the model.
       destination: directory of the checkpoint.
       calibration_tokens: token ids of sequences of equal length.
-      config: what to quantize to, but for the threshold.
+      config: what to quantize to; its threshold is ignored.
       target_bits: bits per weight of the packed matrices.
-      overwrite: replace a checkpoint that is there.
-      options: the others of `quantize_checkpoint`.
+      overwrite: replace an existing checkpoint.
+      options: further arguments of `quantize_checkpoint`.
 
     Raises:
-      SpqrError: thresholds cannot give that size, or four of them have not; and what `quantize_checkpoint` raises.
+      SpqrError: no threshold gives that size, or four tried ones did not; or as for `quantize_checkpoint`.
 
     Example:
-      >>> quantize_to_bits(source, Path("smollm2"), calibration, config=COMPACT, target_bits=3.9)
+      >>> blocks = quantize_to_bits(source, Path("by-size"), calibration, config=COMPACT, target_bits=4.9)
+      >>> 4.88 <= summarize(load("by-size").params).bits_per_weight <= 4.92
+      True
     """
     notes = destination.with_name(f"{destination.name}.budget.json")
     search = {
@@ -216,41 +222,44 @@ def quantize_to_bits(
         "target_bits": target_bits,
         "calibration": digest(calibration_tokens),
     }
-    found = read_json(notes) if notes.is_file() else {}
-    begun = {name: found.get(name) for name in search} == search
-    if begun:
-        curve, tried = Curve(*found["curve"]), found["tried"]
-    else:
+    found = _read_notes(notes, search)
+    # An existing checkpoint may be of this search.
+    overwrite = overwrite or found is not None
+    if found is None:
         check_destination(destination, overwrite=overwrite)  # before long work
-        curve, tried = outlier_curve(source, calibration_tokens, config), []
+        found = outlier_curve(source, calibration_tokens, config), []
+    curve, tried = found
     while len(tried) < MOST_RUNS:
         threshold = threshold_for(curve, target_bits, tried[-1] if tried else None)
         write_text(notes, json.dumps(search | {"curve": curve, "tried": tried}))
+        chosen = replace(config, outlier_threshold=threshold)
         blocks = quantize_checkpoint(
-            source,
-            destination,
-            calibration_tokens,
-            config=replace(config, outlier_threshold=threshold),
-            # What is there may be of this search.
-            overwrite=overwrite or begun,
-            **options,
+            source, destination, calibration_tokens, config=chosen, overwrite=overwrite, **options
         )
         bits = summarize_described(describe(destination)).bits_per_weight
         if abs(bits - target_bits) <= TOLERANCE:
             notes.unlink()
             return blocks
-        tried, begun = [*tried, (threshold, bits)], True
+        tried, overwrite = [*tried, (threshold, bits)], True
     raise SpqrError(
-        f"{MOST_RUNS} thresholds have not given {target_bits} bits per weight: "
+        f"{MOST_RUNS} thresholds did not give {target_bits} bits per weight: "
         + ", ".join(f"{bits:.3f} with {threshold:.3g}" for threshold, bits in tried)
     )
+
+
+def _read_notes(notes: Path, search: dict[str, Any]) -> tuple[Curve, list[tuple[float, float]]] | None:
+    """The curve, and the thresholds tried with their sizes, of an interrupted run of the same search."""
+    found = read_json(notes) if notes.is_file() else {}
+    if {name: found.get(name) for name in search} != search:
+        return None
+    return Curve(*found["curve"]), found["tried"]
 
 
 @partial(jax.jit, static_argnames="config")
 def outlier_counts(
     kernels: tuple[Float[Array, "in _"], ...], factor: Factor, thresholds: Float[Array, " n"], config: SpqrConfig
 ) -> Int[Array, " n"]:
-    """Outliers of matrices of one input for each threshold τ."""
+    """The number of outliers of matrices that share an input, for each threshold τ."""
     ordered = tuple(in_order(kernel.T, factor) for kernel in kernels)
     units = jnp.concatenate(
         [jnp.full(len(weight), outlier_threshold(weight, factor.inverse_factor, 1.0)) for weight in ordered]

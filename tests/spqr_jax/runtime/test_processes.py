@@ -112,7 +112,7 @@ def test_processes_that_are_not_to_do_the_same_end_with_the_difference(start: St
     for process in processes:
         _, complaint = process.communicate(timeout=120)
         assert process.returncode == 1
-        assert "error: process 1 has config.bits 4, process 0 has 3: all must be given the same" in complaint
+        assert "error: process 1 has config.bits 4, process 0 has 3: give all processes the same" in complaint
     assert not list(tmp_path.iterdir())
 
 

@@ -63,7 +63,7 @@ def test_names_tell_cells_of_the_grid_apart() -> None:
     [
         ({"method": "spqr", "bit": 3}, "unknown setting: bit"),
         ({"bits": 3}, "has no method"),
-        ({"method": "spqr", "fit": ["error", "errors"]}, "fit is 'errors', but can only be min_max or error"),
+        ({"method": "spqr", "fit": ["error", "errors"]}, "fit is 'errors': give min_max or error"),
         ({"method": "awq"}, "'awq' is not a valid Method"),
         ({"method": "spqr", "whole_rows": True}, "add that cell to the grid"),
     ],
