@@ -1,4 +1,4 @@
-"""Checkpoints of other projects: read into Flax models, and written from them."""
+"""Reads checkpoints of other projects into Flax models, and writes checkpoints for other programs."""
 
 import spqr_jax  # noqa: F401 (first: it quiets an import of transformers)
 from converters.errors import ConversionError

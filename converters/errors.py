@@ -1,7 +1,7 @@
-"""The one exception of this package."""
+"""The exception of this package."""
 
 from pallas_kernels.errors import SpqrError
 
 
 class ConversionError(SpqrError):
-    """A checkpoint that cannot be read, or that this library would compute differently from its authors."""
+    """A checkpoint cannot be read or written, or this library would compute its model differently from its authors."""

@@ -1,10 +1,10 @@
-"""Models of this library as directories that other programs read: ordinary Hugging Face, and official SpQR."""
+"""Writes models as directories that other programs read: ordinary Hugging Face, and official SpQR."""
 
 import json
 from collections.abc import Iterable, Iterator
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import jax.numpy as jnp
 import numpy as np
@@ -29,7 +29,7 @@ from spqr_jax.storage.directories import existing_parent, new_directory
 
 SHARD_BYTES = 5_000_000_000
 
-Named = tuple[str, Any]
+Named = tuple[str, np.ndarray | SpqrTensor]
 
 
 def export_huggingface(
@@ -43,7 +43,7 @@ def export_huggingface(
     """Writes an ordinary Hugging Face checkpoint, packed matrices dequantized: ŵ = scale · (code − zero) + residual.
 
     Args:
-      directory: where to; must not exist.
+      directory: the directory to write, which must not exist.
       model: the Flax module.
       params: its parameters, dense, packed or partly so.
       tokenizer: written too, if given.
@@ -54,8 +54,10 @@ def export_huggingface(
         a weight overflows `dtype`.
 
     Example:
-      >>> model, params, tokenizer = load("smollm2-spqr")
-      >>> export_huggingface("smollm2-dequantized", model, params, tokenizer=tokenizer, dtype="bfloat16")
+      >>> model, params, tokenizer = load("tiny-spqr")
+      >>> export_huggingface("dequantized", model, params, tokenizer=tokenizer, dtype="bfloat16")
+      >>> from_pretrained("dequantized").model == model
+      True
     """
     config = family_of(model).to_huggingface(model.config) | {"torch_dtype": dtype}
     tensors = ((name, _dense(name, leaf, dtype)) for name, leaf in _weights(model, params))
@@ -72,23 +74,24 @@ def export_hf_spqr(
     """Writes a checkpoint in the official SpQR format, as transformers and the package `spqr_quant` load it.
 
     The official reader adds an outlier's value to the weight of the code beneath it. The values written are those for
-    which that sum is the outlier's weight; `"outlier_values": "added"` in the quantization configuration tells this
-    library's reader so, because the official writer stores the weight itself.
+    which that sum is the outlier's weight. The official writer stores the weight itself, so
+    `"outlier_values": "added"` in the quantization configuration marks the difference for this library's reader.
 
     Args:
-      directory: where to; must not exist.
+      directory: the directory to write, which must not exist.
       model: the Flax module.
       params: its parameters; packed matrices must have 3 bits, groups of 16, 3-bit statistics in groups of 16.
       tokenizer: written too, if given.
 
     Raises:
       ConversionError: the directory exists, writing failed, projections are fused, matrices are split over devices, no
-        matrix is packed, or one is packed otherwise than the format has it or has a bias, which the official module
-        lacks.
+        matrix is packed, one is packed in another format, or one has a bias, which the official module lacks.
 
     Example:
-      >>> model, params, tokenizer = load("smollm2-spqr")
-      >>> export_hf_spqr("smollm2-hf-spqr", model, params, tokenizer=tokenizer)
+      >>> quantized, _ = quantize(params, None, model=model, config=SpqrConfig(outlier_threshold=None))
+      >>> export_hf_spqr("hf-spqr", model, quantized, tokenizer=tokenizer)
+      >>> open_pretrained("hf-spqr").parts["layers_0"]()["q_proj"]["kernel"].bits
+      3
     """
     weights = dict(_weights(model, params))
     packed = {name.removesuffix(".weight"): leaf for name, leaf in weights.items() if isinstance(leaf, SpqrTensor)}
@@ -118,7 +121,7 @@ def export_hf_spqr(
 
 
 def _weights(model: Decoder, params: Params) -> Iterator[Named]:
-    """Hugging Face's name of each tensor, with its array, in PyTorch's orientation, or its packed matrix."""
+    """Yields Hugging Face's name of each tensor with its array, in PyTorch's orientation, or its packed matrix."""
     if mesh_of(params) is not None:
         raise ConversionError("the parameters are split over devices; export those they were made from")
     flat = flatten_dict(unstack_blocks(params))
@@ -131,7 +134,7 @@ def _weights(model: Decoder, params: Params) -> Iterator[Named]:
         yield target.source, leaf.T if target.path[-1] == "kernel" and not isinstance(leaf, SpqrTensor) else leaf
 
 
-def _dense(name: str, leaf: Any, dtype: DTypeLike) -> np.ndarray:
+def _dense(name: str, leaf: np.ndarray | SpqrTensor, dtype: DTypeLike) -> np.ndarray:
     weight = _dequantized(leaf) if isinstance(leaf, SpqrTensor) else np.asarray(leaf)
     with np.errstate(over="ignore"):
         result = np.ascontiguousarray(weight.astype(dtype))
@@ -147,9 +150,12 @@ def _dequantized(tensor: SpqrTensor) -> Float32[np.ndarray, "out in"]:
 
 
 def _write(
-    directory: Path, config: dict[str, Any], tensors: Iterable[Named], tokenizer: PreTrainedTokenizerFast | None
+    directory: Path,
+    config: dict[str, object],
+    tensors: Iterable[tuple[str, np.ndarray]],
+    tokenizer: PreTrainedTokenizerFast | None,
 ) -> None:
-    """A complete directory or none: config.json, the tensors in one file or in shards, the tokenizer's files."""
+    """Writes a complete directory or none: config.json, the tensors in one file or in shards, the tokenizer's files."""
     destination = directory.resolve()
     if destination.exists():
         raise ConversionError(f"{destination} exists already; choose another path")
@@ -157,7 +163,7 @@ def _write(
         with new_directory(destination) as incomplete:
             if tokenizer is not None:
                 tokenizer.save_pretrained(incomplete)
-                # Else transformers would end a text at the family's default tokens.
+                # Without these, transformers would end a text at the family's default tokens.
                 config = config | {
                     key: getattr(tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")
                 }
@@ -165,13 +171,13 @@ def _write(
             _write_shards(incomplete, tensors)
     except ConversionError:
         raise
-    except Exception as error:  # on a full disk: OSError, or what the Rust libraries raise
+    except Exception as error:  # on a full disk: OSError, or errors of the Rust libraries
         parent = existing_parent(destination)
         raise ConversionError(f"{destination} could not be written: {error}; look at the space in {parent}") from error
 
 
-def _write_shards(directory: Path, tensors: Iterable[Named]) -> None:
-    """One shard in memory at a time; how many there are is known, and put into their names, at the end."""
+def _write_shards(directory: Path, tensors: Iterable[tuple[str, np.ndarray]]) -> None:
+    """Writes shards, one in memory at a time; their number is known at the end, and so are their names."""
     names: list[list[str]] = []
     total = 0
     for shard in _shards(tensors):
@@ -190,7 +196,7 @@ def _write_shards(directory: Path, tensors: Iterable[Named]) -> None:
     (directory / INDEX).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def _shards(tensors: Iterable[Named]) -> Iterator[dict[str, np.ndarray]]:
+def _shards(tensors: Iterable[tuple[str, np.ndarray]]) -> Iterator[dict[str, np.ndarray]]:
     shard: dict[str, np.ndarray] = {}
     for name, array in tensors:
         if shard and sum(a.nbytes for a in shard.values()) + array.nbytes > SHARD_BYTES:

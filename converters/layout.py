@@ -94,8 +94,10 @@ def part_readers(
         has values that are not finite in `dtype`.
 
     Example:
-      >>> part_readers(layout, stored, dtype=jnp.float32, origin=path)["layers_3"]()["q_proj"]["kernel"].shape
-      (4096, 4096)
+      >>> target = Target(("norm", "scale"), "model.norm.weight", (3,))
+      >>> stored = {"model.norm.weight": StoredTensor((3,), "F32", lambda: np.ones(3))}
+      >>> part_readers(Layout((target,)), stored, dtype=np.float32, origin="toy")["norm"]()
+      {'scale': array([1., 1., 1.], dtype=float32)}
     """
     misfits = sorted(_misfits(layout, stored))
     if misfits:

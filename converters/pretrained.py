@@ -1,4 +1,4 @@
-"""Load a model of another project, in whichever form its checkpoint is."""
+"""Loads models of other projects, from checkpoints of any form."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,7 +35,7 @@ class Pretrained(NamedTuple):
 
 
 def from_pretrained(path_or_hub_id: str | PathLike[str], *, dtype: DTypeLike = jnp.float32) -> Pretrained:
-    """Reads a LLaMA or Falcon checkpoint into a Flax model, its parameters and its tokenizer.
+    """Reads a checkpoint of a supported family into a Flax model, its parameters and its tokenizer.
 
     Tensors are read one at a time, so the peak is the parameters and one tensor. They stay in host memory, because a
     model to be quantized may be larger than the accelerator's; `jax.device_put(params)` moves them.
@@ -48,14 +48,15 @@ def from_pretrained(path_or_hub_id: str | PathLike[str], *, dtype: DTypeLike = j
 
     Example:
       >>> model, params, tokenizer = from_pretrained("HuggingFaceTB/SmolLM2-135M")
-      >>> logits = model.apply({"params": params}, jnp.array([tokenizer.encode("The sky is")]))
+      >>> model.apply({"params": params}, jnp.array([tokenizer.encode("The sky is")])).shape
+      (1, 10, 257)
     """
     source = open_pretrained(path_or_hub_id, dtype=dtype)
     return Pretrained(source.model, source.read(), source.tokenizer)
 
 
 def open_pretrained(path_or_hub_id: str | PathLike[str], *, dtype: DTypeLike = jnp.float32) -> ModelSource:
-    """Opens a LLaMA or Falcon checkpoint, whose parameters are then read block by block; they may exceed the memory.
+    """Opens a checkpoint of a supported family, to read it block by block; its parameters may exceed the memory.
 
     Args:
       path_or_hub_id: one of
@@ -75,7 +76,8 @@ def open_pretrained(path_or_hub_id: str | PathLike[str], *, dtype: DTypeLike = j
 
     Example:
       >>> source = open_pretrained("HuggingFaceTB/SmolLM2-135M")
-      >>> block = source.parts["layers_0"]()
+      >>> source.parts["layers_0"]()["q_proj"]["kernel"].shape  # [in, out]
+      (64, 64)
     """
     source = open_source(path_or_hub_id)
     family = _family(source)
@@ -84,7 +86,7 @@ def open_pretrained(path_or_hub_id: str | PathLike[str], *, dtype: DTypeLike = j
             config = family.from_gguf(GgufFile(source.metadata, source.tensors))
         else:
             config = family.from_huggingface(source.metadata)
-        # The layout is as long as the configuration says, and that number may be damaged.
+        # The layout has an entry for each block, and a damaged number of blocks may be huge.
         if config.num_layers > len(source.tensors):
             raise ConversionError(
                 f"the configuration has {config.num_layers} blocks, but {source.path} has {len(source.tensors)} tensors"
@@ -132,7 +134,7 @@ def _tokenizer(source: Source) -> PreTrainedTokenizerFast | None:
 
 @contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """Puts the file's name before the message of an error in its content."""
+    """Prepends the file's name to the message of an error in its content."""
     try:
         yield
     except ConversionError as error:

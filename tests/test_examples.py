@@ -17,7 +17,10 @@ OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 ROOMS: tuple[str, ...] = (
     "pallas_kernels.aot",
     "pallas_kernels.benchmark",
+    "converters",
     "spqr_jax.benchmark",
+    "spqr_jax.generation",
+    "spqr_jax.models",
     "spqr_jax.texts",
 )
 """Modules whose examples run, by the start of their names."""

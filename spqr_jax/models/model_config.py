@@ -1,9 +1,10 @@
 """The configuration that every family of models has."""
 
 from dataclasses import Field
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 
+@runtime_checkable
 class ModelConfig(Protocol):
     """Sizes of a decoder-only model, as the shared code reads them; a family's frozen dataclass adds its own options.
 

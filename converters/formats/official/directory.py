@@ -1,8 +1,8 @@
-"""Directories that the official SpQR code's `main.py --save` writes.
+"""Reads directories that the official SpQR code's `main.py --save` writes.
 
 `<block>/<sublayer>`, such as `0/self_attn.q_proj`, holds one quantized matrix, `not_quantized_weights.pt` all other
-parameters under their full names, and `args.pt` the settings of the run. A model's configuration and tokenizer are not
-among them.
+parameters under their full names, and `args.pt` the settings of the run. They do not hold the
+model's configuration and tokenizer.
 """
 
 import math
@@ -40,19 +40,24 @@ _UNQUANTIZED = "not_quantized_weights.pt"
 
 _SETTINGS = ["model_path", "wbits", "qq_scale_bits", "qq_zero_bits", "qq_groupsize"]
 
-# What the file of a matrix holds; statistics are lists with one tensor for each group of columns.
+# Content of the file of a matrix; statistics are lists with one tensor for each group of columns.
 _LISTS = {"scale": "quant_layer_scale", "zero": "quant_layer_zeros"}
 _SECOND_LEVEL = [f"quant_layer_{kind}_qq_{part}" for kind in _LISTS for part in ("scale", "zero")]
 _PARTS = ["weight_shape", "groupsize", "quant_weights", "outliers_matrix", "perm", *_LISTS.values(), *_SECOND_LEVEL]
 
 
+Content = Mapping[str, Any]
+"""Values in a file, checked where they are read."""
+
+
 class OfficialDirectory(NamedTuple):
-    """What such a directory holds.
+    """Content of such a directory.
 
     Attributes:
-      tensors: all parameters under Hugging Face's names; matrices are packed, and read when asked for.
-      model: the directory or hub id where the configuration and the tokenizer are: this directory, where somebody has
-        put a `config.json` into it, else the model that was quantized.
+      tensors: all parameters under Hugging Face's names; matrices are packed, and stay in their
+        files until they are read.
+      model: the directory or hub id where the configuration and the tokenizer are: this directory, if a
+        `config.json` was copied into it, else the model that was quantized.
     """
 
     tensors: dict[str, StoredTensor]
@@ -65,19 +70,14 @@ def is_official_directory(directory: Path) -> bool:
 
 
 def open_official_directory(directory: Path) -> OfficialDirectory:
-    """Lists what a directory holds.
+    """Lists the tensors in a directory.
 
     Matrices equal those of the official reader in Python (at outliers the stored value, elsewhere
     scale · (code − zero)) up to the rounding to float16 of statistics and of the outliers' residuals. Codes of 6 and 7
     bits are held in 8, those of 1 bit in 2.
 
     Raises:
-      ConversionError: a file is missing or damaged, or does not tell the names of the blocks.
-
-    Example:
-      >>> tensors, model = open_official_directory(Path("llama-3bit"))
-      >>> tensors["model.layers.0.self_attn.q_proj.weight"]
-      StoredTensor(shape=(4096, 4096), kind='SpQR', read=...)
+      ConversionError: a file is missing or damaged, or does not determine the names of the blocks.
     """
     arguments = _load(directory / _ARGUMENTS, _SETTINGS)
     _require_integer(arguments, "qq_groupsize", directory / _ARGUMENTS)
@@ -93,7 +93,7 @@ def open_official_directory(directory: Path) -> OfficialDirectory:
     return OfficialDirectory(tensors, str(directory if has_config else arguments["model_path"]))
 
 
-def _load(path: Path, keys: Iterable[str]) -> dict[str, Any]:
+def _load(path: Path, keys: Iterable[str]) -> Content:
     if not path.is_file():
         raise ConversionError(f"{path} is missing")
     content = load_torch(path)
@@ -105,17 +105,17 @@ def _load(path: Path, keys: Iterable[str]) -> dict[str, Any]:
 
 
 def _block_prefix(names: Iterable[str], path: Path) -> str:
-    """What stands before the number of a block: `model.layers.` in LLaMA, `transformer.h.` in Falcon."""
+    """Prefix of the number of a block: `model.layers.` in LLaMA, `transformer.h.` in Falcon."""
     prefixes = sorted({match[1] for name in names if (match := re.match(r"(.*?\.)\d+\.", name))})
     if len(prefixes) != 1:
         raise ConversionError(
-            f"{path} must tell by its norms how the model names its blocks, but the names in it begin with "
+            f"{path} must hold norms that show how blocks are named, but the names in it begin with "
             f"{' and '.join(prefixes) or 'nothing'} before a number"
         )
     return prefixes[0]
 
 
-def _load_matrix(path: Path) -> dict[str, Any]:
+def _load_matrix(path: Path) -> Content:
     content = _load(path, _PARTS)
     _require_integer(content, "groupsize", path)
     shape = content["weight_shape"]
@@ -127,12 +127,12 @@ def _load_matrix(path: Path) -> dict[str, Any]:
     return content
 
 
-def _require_integer(content: Mapping[str, Any], key: str, path: Path) -> None:
+def _require_integer(content: Content, key: str, path: Path) -> None:
     if not isinstance(content[key], int):
         raise ConversionError(f"{path}: {key} is {content[key]!r}, not an integer")
 
 
-def _read_matrix(path: Path, arguments: Mapping[str, Any]) -> SpqrTensor:
+def _read_matrix(path: Path, arguments: Content) -> SpqrTensor:
     content = _load_matrix(path)
     out, in_features = content["weight_shape"]
     group_size, stats_group_size = content["groupsize"], arguments["qq_groupsize"]
@@ -169,14 +169,14 @@ def _read_matrix(path: Path, arguments: Mapping[str, Any]) -> SpqrTensor:
     )
 
 
-def _array(tensor: Any, shape: tuple[int, ...], name: str, path: Path) -> np.ndarray:
+def _array(tensor: object, shape: tuple[int, ...], name: str, path: Path) -> np.ndarray:
     stored = stored_tensor(tensor, name, path)
     if stored.shape != shape:
         raise ConversionError(f"{path}: {name} is {list(stored.shape)}, but must be {list(shape)}")
     return stored.read_array()
 
 
-def _width(arguments: Mapping[str, Any], key: str, path: Path) -> int:
+def _width(arguments: Content, key: str, path: Path) -> int:
     """The narrowest width of codes that holds those of a setting."""
     bits = arguments[key]
     if not isinstance(bits, int) or bits not in range(1, max(BITS) + 1):
@@ -185,10 +185,10 @@ def _width(arguments: Mapping[str, Any], key: str, path: Path) -> int:
 
 
 def _statistics(
-    content: Mapping[str, Any],
+    content: Content,
     kind: Literal["scale", "zero"],
     shape: tuple[int, int],
-    arguments: Mapping[str, Any],
+    arguments: Content,
     path: Path,
 ) -> Statistics:
     """Scales or zeros of all groups; the official code quantizes either, both or none of them."""
@@ -208,7 +208,7 @@ def _statistics(
 
 
 def _side_by_side(
-    tensors: Iterable[Any], shape: tuple[int, int], name: str, path: Path
+    tensors: Iterable[object], shape: tuple[int, int], name: str, path: Path
 ) -> Shaped[np.ndarray, "rows groups"]:
     """One column of the result for each tensor, whatever its shape."""
     columns = [stored_tensor(tensor, name, path) for tensor in tensors]
@@ -232,7 +232,7 @@ def _in_range(values: Shaped[np.ndarray, "rows columns"], bits: int, name: str) 
 
 
 def _outliers(matrix: Any, shape: tuple[int, int], path: Path) -> StoredOutliers:
-    """A sparse torch matrix in CSR form; as for the official reader, zeros in it are no outliers."""
+    """A sparse torch matrix in CSR form; as in the official reader, zeros in it are no outliers."""
     # The rows of a sparse tensor may be dense.
     if not getattr(matrix, "is_sparse", False) or tuple(matrix.shape) != shape or matrix.sparse_dim() != 2:
         raise ConversionError(f"{path}: outliers_matrix is not a sparse matrix of shape {list(shape)}")

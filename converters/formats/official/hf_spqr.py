@@ -1,20 +1,19 @@
-"""Hugging Face checkpoints in the official SpQR format: `quant_method` `spqr` in `config.json`.
+"""Reads Hugging Face checkpoints in the official SpQR format: `quant_method` `spqr` in `config.json`.
 
-Every quantized `<module>` has four tensors, `<module>.dense_weights` and so on (see `official_tiles`), and
-`quantization_config.shapes` gives their lengths. A matrix's own shape is nowhere written: it follows from the lengths.
+Every quantized `<module>` has four tensors, `<module>.dense_weights` and so on (see `tiles`), and
+`quantization_config.shapes` gives their lengths. The shape of a matrix is not stored: it follows from the lengths.
 """
 
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from converters.errors import ConversionError
 from converters.formats.json_files import read_json
 from converters.formats.official.outliers import ROWS
 from converters.formats.official.tiles import BITS, TILE, TYPES, decode_tensor
-from converters.formats.options import require_neutral
+from converters.formats.options import Options, require_neutral
 from converters.formats.pytorch import FORM as PYTORCH
 from converters.formats.safetensors import FORM as SAFETENSORS
 from converters.formats.source import CONFIG, Form, Source
@@ -32,13 +31,13 @@ _NEUTRAL = {
 _KNOWN = {*_NEUTRAL, "modules_to_not_convert", "shapes"}
 
 ADDED = {"outlier_values": "added"}
-"""Marks, in a quantization configuration, that outliers are stored as what `official_tiles.encode_tensor` writes."""
+"""Marks, in a quantization configuration, that outliers are stored as `tiles.encode_tensor` writes."""
 
 
 def open_hf_spqr(
-    stored: Mapping[str, StoredTensor], quantization_config: Mapping[str, Any], directory: Path
+    stored: Mapping[str, StoredTensor], quantization_config: Options, directory: Path
 ) -> dict[str, StoredTensor]:
-    """The same tensors with each module's four replaced by one packed matrix, `<module>.weight`, read when asked for.
+    """Replaces the four tensors of each module by one packed matrix, `<module>.weight`, which stays in its file.
 
     An outlier's weight is its stored value, as the official writer means it; the official reader for GPUs is off by
     the weight of the code beneath. Where the configuration has `ADDED`, it is the sum of both.
@@ -53,13 +52,15 @@ def open_hf_spqr(
         other.
 
     Example:
-      >>> open_hf_spqr(open_safetensors(path), config["quantization_config"], path)["model.layers.0.mlp.up_proj.weight"]
-      StoredTensor(shape=(14336, 4096), kind='SpQR', read=...)
+      >>> lengths = {"dense_weights": 16, "row_offsets": 17, "col_vals": 0, "in_perm": 8}
+      >>> stored = {f"up_proj.{name}": StoredTensor((n,), "I32", lambda: None) for name, n in lengths.items()}
+      >>> open_hf_spqr(stored, {"quant_method": "spqr"}, Path("model"))["up_proj.weight"]
+      StoredTensor(shape=(16, 16), kind='SpQR', read=...)
     """
-    # An unknown setting may be one that says what outliers are, with its name damaged.
+    # An unknown setting may be `outlier_values` with a damaged name.
     if unknown := quantization_config.keys() - _KNOWN:
         names = ", ".join(map(repr, sorted(unknown)))
-        raise ConversionError(f"{directory / 'config.json'}: quantization_config has settings not known: {names}")
+        raise ConversionError(f"{directory / 'config.json'}: quantization_config has unknown settings: {names}")
     try:
         require_neutral({"quant_method": None, **quantization_config}, _NEUTRAL)
     except ConversionError as error:
@@ -88,9 +89,9 @@ def _part(name: str) -> str:
 
 
 def _parts(
-    module: str, stored: Mapping[str, StoredTensor], promised: Mapping[str, Any], directory: Path
+    module: str, stored: Mapping[str, StoredTensor], promised: Mapping[str, object], directory: Path
 ) -> dict[str, StoredTensor]:
-    """The module's tensors; `in_perm` may be left out where nothing says that it has entries."""
+    """The module's tensors; `in_perm` may be missing unless `shapes` has entries for it."""
     parts = {}
     for part in TYPES:
         name = f"{module}.{part}"

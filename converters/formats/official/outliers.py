@@ -1,4 +1,4 @@
-"""StoredOutliers in the official GPU format, in either of its two orders.
+"""Outliers in the official GPU format, in either of its two orders.
 
 An entry of `col_vals` is an int32: the column in quantization order in its low half, a float16 value in its high half.
 In CSR the entries of a row follow one another; `row_offsets` is `[out + 1]`. In PTCSR sixteen rows take turns, each
@@ -20,7 +20,7 @@ ROWS = 16
 def decode_outliers(
     row_offsets: Int32[np.ndarray, " offsets"], col_vals: Shaped[np.ndarray, " entries"], out: int, name: str
 ) -> StoredOutliers:
-    """Outliers in CSR form, in the order of the entries; the length of `row_offsets` tells which order they are in.
+    """Decodes outliers into CSR form, in the order of the entries; the length of `row_offsets` determines their order.
 
     Raises:
       ConversionError: the offsets do not fit the matrix or the entries.

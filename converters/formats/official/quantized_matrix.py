@@ -123,8 +123,11 @@ def quantized_tensor(
       SpqrError: the packed format does not support these sizes.
 
     Example:
-      >>> packed = quantized_tensor(codes, scale, zero, outliers, None, name="q_proj", bits=4, group_size=16,
-      ...                           scale_bits=None, zero_bits=None)
+      >>> codes, ones = np.zeros((16, 32), np.uint8), np.ones((16, 2), np.float32)
+      >>> outliers = StoredOutliers(np.zeros(17, np.int32), np.zeros(0, np.uint16), np.zeros(0, np.float16))
+      >>> options = {"name": "q", "bits": 4, "group_size": 16, "scale_bits": None, "zero_bits": None}
+      >>> quantized_tensor(codes, ones, ones, outliers, None, **options).shape
+      (16, 32)
     """
     scale, zero = _in_float16(scale, f"scales of {name}"), _in_float16(zero, f"zeros of {name}")
     packed = _PACK(
@@ -144,12 +147,9 @@ def quantized_tensor(
     check_finite(residuals, f"outliers' residuals of {name}")
     if permutation is not None and np.array_equal(permutation, np.arange(permutation.size)):
         permutation = None
-    packed = replace(
-        packed,
-        outliers=Outliers(outliers.offsets.astype(np.int32), outliers.columns.astype(np.uint16), residuals),
-        permutation=None if permutation is None else permutation.astype(np.uint16),
-    )
-    return jax.tree.map(np.asarray, packed)
+    kept = Outliers(outliers.offsets.astype(np.int32), outliers.columns.astype(np.uint16), residuals)
+    stored = None if permutation is None else permutation.astype(np.uint16)
+    return jax.tree.map(np.asarray, replace(packed, outliers=kept, permutation=stored))
 
 
 def _in_float16(statistics: Statistics, what: str) -> Statistics:

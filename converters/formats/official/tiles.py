@@ -7,8 +7,8 @@ scale_scale, zero_scale, scale_zero, zero_zero; byte k of the eight is in rows 2
 outliers. `in_perm` is the permutation, two uint16 in an int32, the first one low; empty, it is the identity.
 
 The official writer stores an outlier's whole weight, which the official reader for GPUs adds to the weight of the code
-beneath. Read here is what the writer meant: the value is the weight. Written here are values for which the reader's sum
-is the weight; to be read back, they have to be known as such (`added`).
+beneath. It is read here as the weight, as the writer meant it. Written here are values for which the reader's sum
+is the weight; to be read back, they must be marked as such (`added`).
 """
 
 from collections.abc import Mapping
@@ -50,12 +50,12 @@ UNPACK_PLANES = jax.jit(unpack_planes)
 
 @dataclass(frozen=True)
 class TiledMatrix:
-    """What the four arrays hold, unpacked, in quantization order.
+    """Content of the four arrays, unpacked, in quantization order.
 
     Attributes:
       codes: weight codes.
       scale, zero: statistics, with second-level statistics for every tile.
-      outliers: their values are weights, or what to add to the weights beneath: the format does not say.
+      outliers: their values are weights, or summands of the weights beneath; the format leaves it open.
       permutation: quantization order → input feature; None where the format has it empty.
     """
 
@@ -69,19 +69,22 @@ class TiledMatrix:
 def decode_tensor(
     arrays: Mapping[str, np.ndarray], shape: tuple[int, int], name: str, *, added: bool = False
 ) -> SpqrTensor:
-    """The packed matrix that `dense_weights`, `row_offsets`, `col_vals` and `in_perm` stand for.
+    """Decodes `dense_weights`, `row_offsets`, `col_vals` and `in_perm` into a packed matrix.
 
     Args:
       shape: (out, in).
       name: the matrix, for error messages.
-      added: whether an outlier's value is to be added to `reader_weight`, as in what `encode_tensor` writes; otherwise
-        it is the outlier's weight.
+      added: whether an outlier's value is to be added to `reader_weight`, as `encode_tensor` writes it; otherwise it
+        is the outlier's weight.
 
     Raises:
       ConversionError: the arrays contradict the shape, each other or the format, or an outlier overflows float16.
 
     Example:
-      >>> packed = decode_tensor(arrays, (4096, 4096), "model.layers.0.self_attn.q_proj")
+      >>> arrays = {"dense_weights": np.zeros(16, np.int64), "row_offsets": np.zeros(17, np.int32)}
+      >>> arrays |= {"col_vals": np.zeros(0, np.int32), "in_perm": np.zeros(0, np.int32)}
+      >>> decode_tensor(arrays, (16, 16), "q_proj").shape
+      (16, 16)
     """
     matrix = decode_arrays(arrays, shape, name)
     outliers = matrix.outliers
@@ -105,7 +108,7 @@ def decode_tensor(
 
 
 def encode_tensor(tensor: SpqrTensor, name: str) -> dict[str, np.ndarray]:
-    """A packed matrix for the official reader for GPUs: outliers in CSR, to be added to `reader_weight`.
+    """Encodes a packed matrix for the official reader for GPUs: outliers in CSR, to be added to `reader_weight`.
 
     float16(reader_weight + value) is the outlier's weight rounded to float16 wherever some value, above some code,
     makes it so, and the nearest possible elsewhere. The identity permutation is written in full, as the official
@@ -115,7 +118,9 @@ def encode_tensor(tensor: SpqrTensor, name: str) -> dict[str, np.ndarray]:
       ConversionError: the format cannot hold the matrix, or the reader's float16 arithmetic overflows.
 
     Example:
-      >>> encode_tensor(packed, "model.layers.0.self_attn.q_proj")["dense_weights"].dtype
+      >>> arrays = {"dense_weights": np.zeros(16, np.int64), "row_offsets": np.zeros(17, np.int32)}
+      >>> arrays |= {"col_vals": np.zeros(0, np.int32), "in_perm": np.zeros(0, np.int32)}
+      >>> encode_tensor(decode_tensor(arrays, (16, 16), "q_proj"), "q_proj")["dense_weights"].dtype
       dtype('int64')
     """
     _check_format(tensor, name)
@@ -138,7 +143,7 @@ def encode_tensor(tensor: SpqrTensor, name: str) -> dict[str, np.ndarray]:
 
 
 def reader_weight(matrix: TiledMatrix) -> Float16[np.ndarray, "out in"]:
-    """What the official readers take for the weight without outliers: scale · (code − zero), every step in float16."""
+    """Weight without outliers as the official readers compute it: scale · (code − zero), every step in float16."""
     scale, zero = (np.repeat(part.values(np.float16), TILE, axis=1) for part in (matrix.scale, matrix.zero))
     return scale * (matrix.codes.astype(np.float16) - zero)
 
@@ -148,10 +153,6 @@ def decode_arrays(arrays: Mapping[str, np.ndarray], shape: tuple[int, int], name
 
     Raises:
       ConversionError: the arrays contradict the shape, each other or the format.
-
-    Example:
-      >>> decode_arrays(arrays, (4096, 4096), "model.layers.0.self_attn.q_proj").codes.shape
-      (4096, 4096)
     """
     out, in_features = shape
     arrays = {"in_perm": np.zeros(0, np.int32), **arrays}
