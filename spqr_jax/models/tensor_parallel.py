@@ -41,8 +41,10 @@ def shard_params(params: Params, model: Decoder, mesh: Mesh) -> Params:
       SpqrError: the blocks differ in structure, projections are fused, or the parameters are split already.
 
     Example:
-      >>> sharded = shard_params(params, model, jax.make_mesh((8,), ("model",)))
-      >>> generate(model, sharded, prompts, max_new_tokens=100)  # the tokens of params
+      >>> sharded = shard_params(params, model, jax.make_mesh((jax.device_count(),), ("model",)))
+      >>> prompts = [[84, 104], [28]]
+      >>> generate(model, sharded, prompts, max_new_tokens=2) == generate(model, params, prompts, max_new_tokens=2)
+      True
     """
     over = Placement(mesh)
     layers = alike_layers(unstack_blocks(params))
