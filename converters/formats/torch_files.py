@@ -3,15 +3,12 @@
 import pickle
 import zipfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
 from converters.errors import ConversionError
-
-if TYPE_CHECKING:
-    import torch
 
 
 def load_torch(path: Path) -> object:
@@ -53,7 +50,7 @@ def load_torch(path: Path) -> object:
         raise ConversionError(f"{path} cannot be read as PyTorch weights: {reason[:300]}") from error
 
 
-def to_numpy(tensor: "torch.Tensor") -> np.ndarray:
+def to_numpy(tensor: Any) -> np.ndarray:
     """A dense torch tensor as an array of the same type, bfloat16 included."""
     import torch
 
