@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from pallas_kernels.backends.backend import Backend
@@ -15,7 +16,7 @@ from pallas_kernels.format.tensor import SpqrTensor
 
 
 def spqr_matmul(
-    x: Float[Array, "*batch in"], w: SpqrTensor, *, implementation: Implementation | None = None
+    x: Float[Array | np.ndarray, "*batch in"], w: SpqrTensor, *, implementation: Implementation | None = None
 ) -> Float[Array, "*batch out"]:
     """y = x ŵᵀ, accumulated in float32, in x's type.
 
@@ -40,6 +41,7 @@ def spqr_matmul(
     """
     if x.shape[-1] != w.in_features:
         raise SpqrError(f"x has {x.shape[-1]} features, but the weight of shape {w.shape} takes {w.in_features}")
+    x = jnp.asarray(x)
     backend = choose(implementation, x.dtype)
     # A grid without programs cannot be launched.
     if x.size == 0:

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import jax
+import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, UInt16
@@ -34,7 +35,7 @@ class SplitTensor:
     """
 
     parts: SpqrTensor
-    features: UInt16[Array, "*stack parts in/parts"] | None
+    features: UInt16[Array | np.ndarray, "*stack parts part_columns"] | None
     by: By = field(metadata={"static": True})
     mesh: Mesh = field(metadata={"static": True})
 

@@ -4,7 +4,11 @@ from pathlib import Path
 
 import jax
 import pytest
+from helpers import annotations
 from hypothesis import settings
+
+# Before any test imports the packages.
+annotations.check_packages()
 
 ROOT = Path(__file__).parents[1]
 # Processes that tests start find this checkout and the tests' helpers.

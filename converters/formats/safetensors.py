@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Shaped
 from safetensors import SafetensorError, safe_open
 
 from converters.errors import ConversionError
@@ -36,7 +36,7 @@ def _open_file(path: Path) -> dict[str, StoredTensor]:
     }
 
 
-def _read(path: Path, name: str) -> Float[np.ndarray, "..."]:
+def _read(path: Path, name: str) -> Shaped[np.ndarray, "..."]:
     # The file is mapped: were it left open, all pages that have been read would stay in memory.
     with _opened(path) as file:
         return file.get_tensor(name)

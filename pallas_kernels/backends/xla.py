@@ -1,6 +1,7 @@
 """The backend for every device: the weight is dequantized, and XLA multiplies."""
 
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, UInt16
 
@@ -9,7 +10,7 @@ from pallas_kernels.format.bit_layout import unpack_codes, unpack_planes
 from pallas_kernels.format.tensor import SpqrTensor
 
 
-def matmul(x: Float[Array, "*batch in"], w: SpqrTensor) -> Float[Array, "*batch out"]:
+def matmul(x: Float[Array | np.ndarray, "*batch in"], w: SpqrTensor) -> Float[Array, "*batch out"]:
     """y = x ŵᵀ, accumulated in float32, in x's type."""
     # Permuting x instead of the weight moves `in` numbers for each token, and not `out · in`.
     if w.permutation is not None:
@@ -52,13 +53,13 @@ def zeros(tensor: SpqrTensor) -> Float[Array, "out groups"]:
 
 
 def _statistics(
-    plain: Float[Array, "out groups"] | None,
-    planes: UInt16[Array, "stats_bits out/16 groups"] | None,
-    scale: Float[Array, "stats_groups groups"] | None,
-    zero: Float[Array, "stats_groups groups"] | None,
+    plain: Float[Array | np.ndarray, "out groups"] | None,
+    planes: UInt16[Array | np.ndarray, "stats_bits row_blocks groups"] | None,
+    scale: Float[Array | np.ndarray, "stats_groups groups"] | None,
+    zero: Float[Array | np.ndarray, "stats_groups groups"] | None,
 ) -> Float[Array, "out groups"]:
     if plain is not None:
-        return plain.astype(jnp.float32)
+        return jnp.asarray(plain, jnp.float32)
     assert planes is not None
     assert scale is not None
     assert zero is not None
@@ -66,4 +67,4 @@ def _statistics(
     out, groups = codes.shape
     by_stats_group = codes.reshape(scale.shape[0], -1, groups)
     values = scale.astype(jnp.float32)[:, None] * (by_stats_group - zero.astype(jnp.float32)[:, None])
-    return values.reshape(out, groups)
+    return jnp.asarray(values.reshape(out, groups))

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Int, UInt16, UInt32
 
 from pallas_kernels.aot.formats import Format
@@ -60,14 +61,14 @@ def _random_matrix(form: Format, shape: tuple[int, int], seed: int | Array) -> S
     )
 
 
-def _bits(key: Array, like: Array | jax.ShapeDtypeStruct) -> Array:
+def _bits(key: Array, like: Array | np.ndarray | jax.ShapeDtypeStruct) -> Array:
     return jax.random.bits(key, like.shape, like.dtype)
 
 
 def _statistics(name: str, like: SpqrTensor, low: float, high: float, keys: Iterator[Array]) -> dict[str, Any]:
     """The fields of the scales, or of the zeros, with values about uniform between low and high."""
 
-    def uniform(like: Array | jax.ShapeDtypeStruct, low: float, high: float) -> Array:
+    def uniform(like: Array | np.ndarray | jax.ShapeDtypeStruct, low: float, high: float) -> Array:
         return jax.random.uniform(next(keys), like.shape, minval=low, maxval=high).astype(like.dtype)
 
     if (plain := getattr(like, name)) is not None:

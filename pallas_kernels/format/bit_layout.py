@@ -5,13 +5,14 @@ import operator
 from collections.abc import Iterable
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, UInt8, UInt16, UInt32
 
 BLOCK = 16
 """Codes that share `bits` sixteen-bit code words; also the rows that share a word of a statistics plane."""
 
 
-def pack_codes(codes: UInt8[Array, "out in"], bits: int) -> UInt32[Array, "bits out half_blocks"]:
+def pack_codes(codes: UInt8[Array | np.ndarray, "out in"], bits: int) -> UInt32[Array, "bits out half_blocks"]:
     """Packs `bits`-wide codes, sixteen to a block.
 
     Code word k of a block holds ⌊16/bits⌋ codes from its low bit up; bits left over at the top of the words hold the
@@ -36,7 +37,7 @@ def pack_codes(codes: UInt8[Array, "out in"], bits: int) -> UInt32[Array, "bits 
     return jnp.stack(words)
 
 
-def unpack_codes(words: UInt32[Array, "bits out half_blocks"], columns: int) -> UInt8[Array, "out in"]:
+def unpack_codes(words: UInt32[Array | np.ndarray, "bits out half_blocks"], columns: int) -> UInt8[Array, "out in"]:
     """Inverse of `pack_codes`; `columns` is the number of codes per row."""
     bits, out, half_blocks = words.shape
     per_word = 16 // bits
@@ -52,14 +53,14 @@ def unpack_codes(words: UInt32[Array, "bits out half_blocks"], columns: int) -> 
     return codes.reshape(out, 2 * half_blocks * BLOCK)[:, :columns]
 
 
-def pack_planes(codes: UInt8[Array, "out groups"], bits: int) -> UInt16[Array, "bits out/16 groups"]:
+def pack_planes(codes: UInt8[Array | np.ndarray, "out groups"], bits: int) -> UInt16[Array, "bits out/16 groups"]:
     """Packs statistics codes as bit planes: bit r of `result[p, i, g]` is bit p of `codes[16 i + r, g]`."""
     out, groups = codes.shape
-    rows = codes.reshape(out // BLOCK, BLOCK, groups).astype(jnp.uint16)
+    rows = jnp.asarray(codes, jnp.uint16).reshape(out // BLOCK, BLOCK, groups)
     return jnp.stack([_or((rows[:, r] >> p & 1) << r for r in range(BLOCK)) for p in range(bits)])
 
 
-def unpack_planes(planes: UInt16[Array, "bits out/16 groups"]) -> UInt8[Array, "out groups"]:
+def unpack_planes(planes: UInt16[Array | np.ndarray, "bits row_blocks groups"]) -> UInt8[Array, "16*row_blocks groups"]:
     """Inverse of `pack_planes`."""
     bits, sixteenths, groups = planes.shape
     shifts = jnp.arange(BLOCK, dtype=jnp.uint16)[:, None]

@@ -5,6 +5,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, UInt16, UInt32
 
 from pallas_kernels.errors import SpqrError
@@ -15,7 +16,9 @@ from pallas_kernels.format.stacks import stack
 from pallas_kernels.format.tensor import SpqrTensor
 
 
-def split_columns(tensor: SpqrTensor, parts: int) -> tuple[SpqrTensor, UInt16[Array, "parts in/parts"] | None]:
+def split_columns(
+    tensor: SpqrTensor, parts: int
+) -> tuple[SpqrTensor, UInt16[Array | np.ndarray, "parts part_columns"] | None]:
     """Cuts a packed matrix into `parts` of equally many columns, stacked, one for each device.
 
     The columns of a part follow each other in quantization order, because those of a group do. Every array gets a
@@ -62,6 +65,6 @@ def split_columns(tensor: SpqrTensor, parts: int) -> tuple[SpqrTensor, UInt16[Ar
 
 
 @partial(jax.jit, static_argnames=("columns", "parts"))
-def _split_codes(words: UInt32[Array, "bits out half_blocks"], columns: int, parts: int) -> list[Array]:
+def _split_codes(words: UInt32[Array | np.ndarray, "bits out half_blocks"], columns: int, parts: int) -> list[Array]:
     """Packed again: a word holds codes that are half a row apart, and a part may begin within a block."""
     return [pack_codes(part, len(words)) for part in jnp.split(unpack_codes(words, columns), parts, axis=1)]

@@ -29,12 +29,14 @@ class Outliers:
       values: residual of each entry.
     """
 
-    offsets: Int32[Array | np.ndarray, "*stack out+1"]
+    offsets: Int32[Array | np.ndarray, "*stack offsets"]
     columns: UInt16[Array | np.ndarray, "*stack nnz"]
     values: Float16[Array | np.ndarray, "*stack nnz"]
 
     @classmethod
-    def from_dense(cls, mask: Bool[Array, "out in"], residuals: Float[Array, "out in"]) -> "Outliers":
+    def from_dense(
+        cls, mask: Bool[Array | np.ndarray, "out in"], residuals: Float[Array | np.ndarray, "out in"]
+    ) -> "Outliers":
         """The masked residuals, with room for every weight; can be traced."""
         out, columns = mask.shape
         flat = mask.reshape(-1)

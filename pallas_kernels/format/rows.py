@@ -18,6 +18,7 @@ from pallas_kernels.format.outliers import join
 from pallas_kernels.format.stacks import element, stack
 from pallas_kernels.format.tensor import SpqrTensor
 
+Stored = Array | np.ndarray
 ROW_FIELDS = (
     "codes",
     "scale",
@@ -160,7 +161,7 @@ def _shared_by_rows(tensor: SpqrTensor) -> dict[str, Any]:
     }
 
 
-def _statistics_format(plain: Array | None, planes: Array | None, level: Array | None) -> str:
+def _statistics_format(plain: Stored | None, planes: Stored | None, level: Stored | None) -> str:
     if plain is not None:
         return str(plain.dtype)
     assert planes is not None
@@ -168,7 +169,7 @@ def _statistics_format(plain: Array | None, planes: Array | None, level: Array |
     return f"{planes.shape[-3]} bits by {BLOCK * planes.shape[-2] // level.shape[-2]} rows in {level.dtype}"
 
 
-def _equal(one: Array | None, other: Array | None) -> bool:
+def _equal(one: Stored | None, other: Stored | None) -> bool:
     if one is None or other is None:
         return one is other
     return one is other or np.array_equal(one, other)

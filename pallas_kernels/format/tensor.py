@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Float16, Int, UInt8, UInt16, UInt32
+import numpy as np
+from jaxtyping import Array, Bool, Float, Integer, UInt8, UInt16, UInt32
 
 from pallas_kernels.errors import SpqrError
 from pallas_kernels.format.bit_layout import BLOCK, pack_codes, pack_planes
@@ -23,9 +24,9 @@ class QuantizedStatistics(NamedTuple):
     `scale` and `zero` serve the rows of one statistics group each.
     """
 
-    codes: UInt8[Array, "out groups"]
-    scale: Float[Array, "stats_groups groups"]
-    zero: Float[Array, "stats_groups groups"]
+    codes: UInt8[Array | np.ndarray, "out groups"]
+    scale: Float[Array | np.ndarray, "stats_groups groups"]
+    zero: Float[Array | np.ndarray, "stats_groups groups"]
 
 
 Statistics = Float[Array, "out groups"] | QuantizedStatistics
@@ -50,17 +51,17 @@ class SpqrTensor:
       group_size: number of consecutive columns that share a scale and a zero.
     """
 
-    codes: UInt32[Array, "*stack bits out half_blocks"]
-    scale: Float16[Array, "*stack out groups"] | None
-    zero: Float16[Array, "*stack out groups"] | None
-    scale_codes: UInt16[Array, "*stack scale_bits out/16 groups"] | None
-    scale_scale: Float16[Array, "*stack stats_groups groups"] | None
-    scale_zero: Float16[Array, "*stack stats_groups groups"] | None
-    zero_codes: UInt16[Array, "*stack zero_bits out/16 groups"] | None
-    zero_scale: Float16[Array, "*stack stats_groups groups"] | None
-    zero_zero: Float16[Array, "*stack stats_groups groups"] | None
+    codes: UInt32[Array | np.ndarray, "*stack bits out half_blocks"]
+    scale: Float[Array | np.ndarray, "*stack out groups"] | None
+    zero: Float[Array | np.ndarray, "*stack out groups"] | None
+    scale_codes: UInt16[Array | np.ndarray, "*stack scale_bits row_blocks groups"] | None
+    scale_scale: Float[Array | np.ndarray, "*stack stats_groups groups"] | None
+    scale_zero: Float[Array | np.ndarray, "*stack stats_groups groups"] | None
+    zero_codes: UInt16[Array | np.ndarray, "*stack zero_bits row_blocks groups"] | None
+    zero_scale: Float[Array | np.ndarray, "*stack stats_groups groups"] | None
+    zero_zero: Float[Array | np.ndarray, "*stack stats_groups groups"] | None
     outliers: Outliers | None
-    permutation: UInt16[Array, "*stack in"] | None
+    permutation: UInt16[Array | np.ndarray, "*stack in"] | None
     in_features: int = field(metadata={"static": True})
     group_size: int = field(metadata={"static": True})
 
@@ -79,7 +80,7 @@ class SpqrTensor:
         """Bytes of all arrays."""
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
 
-    def arrays(self) -> dict[str, Array]:
+    def arrays(self) -> dict[str, Array | np.ndarray]:
         """The arrays that are present, by their names in a checkpoint."""
         found = {name: getattr(self, name) for name in ARRAY_FIELDS}
         if self.outliers is not None:
@@ -87,7 +88,9 @@ class SpqrTensor:
         return {name: array for name, array in found.items() if array is not None}
 
     @classmethod
-    def from_arrays(cls, arrays: Mapping[str, Array], *, in_features: int, group_size: int) -> "SpqrTensor":
+    def from_arrays(
+        cls, arrays: Mapping[str, Array | np.ndarray], *, in_features: int, group_size: int
+    ) -> "SpqrTensor":
         """Inverse of `arrays`."""
         return cls(
             **{name: arrays.get(name) for name in ARRAY_FIELDS},  # type: ignore[arg-type]
@@ -112,16 +115,16 @@ def outlier_share(tensor: SpqrTensor) -> Float[Array, ""]:
 
 
 def pack(
-    codes: UInt8[Array, "out in"],
-    scale: Statistics,
-    zero: Statistics,
+    codes: UInt8[Array | np.ndarray, "out in"],
+    scale: Statistics | Float[np.ndarray, "out groups"],
+    zero: Statistics | Float[np.ndarray, "out groups"],
     *,
     bits: int,
     group_size: int,
     scale_bits: int | None = None,
     zero_bits: int | None = None,
-    outliers: tuple[Bool[Array, "out in"], Float[Array, "out in"]] | None = None,
-    permutation: Int[Array, " in"] | None = None,
+    outliers: tuple[Bool[Array | np.ndarray, "out in"], Float[Array | np.ndarray, "out in"]] | None = None,
+    permutation: Integer[Array | np.ndarray, " in"] | None = None,
     stats_dtype: Any = jnp.float16,
 ) -> SpqrTensor:
     """Packs a quantized matrix, given in quantization order.
@@ -189,7 +192,9 @@ def check_format(
             raise SpqrError(f"{out} output rows do not divide into statistics groups of {stats_group_size}")
 
 
-def _statistics(name: str, statistics: Statistics, bits: int | None, dtype: Any) -> dict[str, Array | None]:
+def _statistics(
+    name: str, statistics: Statistics | Float[np.ndarray, "out groups"], bits: int | None, dtype: Any
+) -> dict[str, Array | np.ndarray | None]:
     """The four fields of `SpqrTensor` that hold the scales, or the zeros."""
     if isinstance(statistics, QuantizedStatistics):
         if bits is None:

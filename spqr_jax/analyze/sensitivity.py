@@ -67,7 +67,9 @@ class Matrix(NamedTuple):
         return f"{layer_name(self.depth)}.{self.kind}"
 
 
-def sensitivity(weight: Float[Array, "out in"], hessian: Float[Array, "in in"], config: SpqrConfig) -> Sensitivity:
+def sensitivity(
+    weight: Float[Array | np.ndarray, "out in"], hessian: Float[Array | np.ndarray, "in in"], config: SpqrConfig
+) -> Sensitivity:
     """s_ij = (w_ij − ŵ_ij)² / (2 [H⁻¹]_jj): half the least ‖W X − W' X‖² of all W' with w'_ij = ŵ_ij, H = X Xᵀ.
 
     ŵ is w rounded to nearest, in the configuration's groups and with its statistics. H is damped as in the solver.
@@ -129,7 +131,7 @@ def matrix_heads(block: Block) -> dict[str, Heads]:
     return rows | dict.fromkeys(block.feeds()["attention_output"], Heads(1, width))
 
 
-def _factor(name: str, hessian: Float[Array, "in in"], config: SpqrConfig) -> Factor:
+def _factor(name: str, hessian: Float[Array | np.ndarray, "in in"], config: SpqrConfig) -> Factor:
     factor = in_one_thread(factorize, hessian, config)
     if not jnp.isfinite(factor.inverse_factor[0, 0]):  # a failed factorization is NaN throughout
         raise SpqrError(f"{name}: the Hessian cannot be factorized: it has NaNs, or is far from positive definite")

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, DTypeLike, Float, Int, Integer
 
 from spqr_jax.models.layers import Linear, linear, mesh_of
 from spqr_jax.models.model_config import ModelConfig
@@ -152,7 +152,7 @@ class Decoder(nn.Module):
     """
 
     config: ModelConfig
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
     alias: str | None = None
     block: ClassVar[type[Block]]
 
@@ -169,9 +169,9 @@ class Decoder(nn.Module):
 
     def __call__(
         self,
-        tokens: Int[Array, "batch tokens"],
+        tokens: Integer[Array | np.ndarray, "batch tokens"],
         *,
-        mask: Bool[Array, "batch tokens"] | None = None,
+        mask: Bool[Array | np.ndarray, "batch tokens"] | None = None,
         cache: KVCache | None = None,
     ) -> Float[Array, "batch tokens vocabulary"] | tuple[Float[Array, "batch tokens vocabulary"], KVCache]:
         """Next-token logits; `mask` is False at padding (left padding where a cache is used)."""
@@ -181,9 +181,9 @@ class Decoder(nn.Module):
 
     def hidden_states(
         self,
-        tokens: Int[Array, "batch tokens"],
+        tokens: Integer[Array | np.ndarray, "batch tokens"],
         *,
-        mask: Bool[Array, "batch tokens"] | None = None,
+        mask: Bool[Array | np.ndarray, "batch tokens"] | None = None,
         cache: KVCache | None = None,
     ) -> tuple[Float[Array, "batch tokens hidden"], KVCache | None]:
         """Input of the head, which is the normalized output of the last block, and the cache with the new tokens."""
@@ -230,7 +230,7 @@ class Decoder(nn.Module):
         """Makes one block, not bound to parameters: `block.apply({"params": params["layers_0"]}, state, context)`."""
         return self.block(self.config, parent=None)
 
-    def embed(self, tokens: Int[Array, "batch tokens"]) -> Float[Array, "batch tokens hidden"]:
+    def embed(self, tokens: Integer[Array | np.ndarray, "batch tokens"]) -> Float[Array, "batch tokens hidden"]:
         """Input of the first block."""
         return self.embed_tokens(tokens)
 
@@ -254,12 +254,12 @@ class Decoder(nn.Module):
 
 
 def make_context(
-    mask: Bool[Array, "batch tokens"], cache: KVCache | None = None
+    mask: Bool[Array | np.ndarray, "batch tokens"], cache: KVCache | None = None
 ) -> tuple[Context, Bool[Array, "batch slots"]]:
     """Makes positions and causal mask of new tokens, and the mask of the slots that are valid once they are written."""
     batch, tokens = mask.shape
     if cache is None:
-        valid, offset, seen = mask, jnp.zeros((), jnp.int32), jnp.zeros((batch, 1), jnp.int32)
+        valid, offset, seen = jnp.asarray(mask), jnp.zeros((), jnp.int32), jnp.zeros((batch, 1), jnp.int32)
     else:
         valid = jax.lax.dynamic_update_slice(cache.valid, mask, (0, cache.length))
         offset, seen = cache.length, cache.valid.sum(axis=1, keepdims=True)

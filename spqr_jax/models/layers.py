@@ -7,6 +7,7 @@ from typing import Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
@@ -17,14 +18,14 @@ QUERY_CHUNK = 256
 """Queries whose scores are held at once in a forward pass without a KV cache."""
 
 
-Kernel = Float[Array, "in out"] | SpqrTensor | SplitTensor
+Kernel = Float[Array | np.ndarray, "in out"] | SpqrTensor | SplitTensor
 """A weight: dense, packed, or packed and split over devices."""
 
 
 def linear(
     x: Float[Array, "*batch in"],
     kernel: Kernel,
-    bias: Float[Array, " out"] | None = None,
+    bias: Float[Array | np.ndarray, " out"] | None = None,
 ) -> Float[Array, "*batch out"]:
     """y = x Wᵀ + b; `kernel` is a dense `[in, out]` array, or an `SpqrTensor` or `SplitTensor` of shape `(out, in)`.
 

@@ -33,7 +33,7 @@ def _values(statistics: Statistics) -> Float[Array, "out groups"]:
         return statistics
     rows = len(statistics.codes) // len(statistics.scale)
     scale, zero = (jnp.repeat(s, rows, axis=0) for s in (statistics.scale, statistics.zero))
-    return decode(statistics.codes, scale, zero)
+    return decode(jnp.asarray(statistics.codes), scale, zero)
 
 
 def pack_solution(solution: Solution, factor: Factor, config: SpqrConfig) -> SpqrTensor:

@@ -13,7 +13,7 @@ from helpers.tiny_models import mistral_config, tiny_config, write_checkpoint
 from converters import ConversionError, from_pretrained
 from converters.families.table import FAMILIES, family_of
 from converters.formats.options import flag, number, size
-from spqr_jax.models import Falcon, FalconConfig, Llama, LlamaConfig, RotaryConfig
+from spqr_jax.models import Decoder, Falcon, FalconConfig, Llama, LlamaConfig, RotaryConfig
 
 NEW = {"new_decoder_architecture": True}
 
@@ -192,7 +192,7 @@ def test_transformers_reads_what_is_written(model: Any, name: str) -> None:
 
 
 def test_family_of_another_model() -> None:
-    with pytest.raises(ConversionError, match="a int cannot be written, supported are llama, falcon"):
-        family_of(3)
+    with pytest.raises(ConversionError, match="a Decoder cannot be written, supported are llama, falcon"):
+        family_of(Decoder(LLAMAS[0]))
     with pytest.raises(ConversionError, match="a Llama with the alias 'yi' cannot be written, supported are llama"):
         family_of(Llama(LLAMAS[0], alias="yi"))

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Float, Float32, Int, UInt8
+from jaxtyping import Float, Float32, Int, Integer, UInt8
 
 from converters.errors import ConversionError
 from pallas_kernels import Outliers, QuantizedStatistics, SpqrTensor, pack
@@ -58,7 +58,7 @@ def check_outliers(outliers: StoredOutliers, in_features: int, name: str) -> Non
     check_finite(outliers.values, f"outliers of {name}")
 
 
-def check_permutation(permutation: Int[np.ndarray, " in"], name: str) -> None:
+def check_permutation(permutation: Integer[np.ndarray, " in"], name: str) -> None:
     """Raises a ConversionError where not every position comes once."""
     missing = np.setdiff1d(np.arange(permutation.size), permutation)
     if missing.size:
@@ -97,7 +97,7 @@ def quantized_tensor(
     scale: Statistics,
     zero: Statistics,
     outliers: StoredOutliers,
-    permutation: Int[np.ndarray, " in"] | None,
+    permutation: Integer[np.ndarray, " in"] | None,
     *,
     name: str,
     bits: int,
@@ -171,7 +171,7 @@ def _in_float16(statistics: Statistics, what: str) -> Statistics:
 
 
 def _for_packing(statistics: Statistics) -> Float[np.ndarray, "out groups"] | QuantizedStatistics:
-    return QuantizedStatistics(*statistics) if isinstance(statistics, StoredStatistics) else statistics  # type: ignore[arg-type]
+    return QuantizedStatistics(*statistics) if isinstance(statistics, StoredStatistics) else statistics
 
 
 def _values(statistics: Statistics) -> Float[np.ndarray, "out groups"]:

@@ -44,7 +44,7 @@ class Arranged(NamedTuple):
     values: (
         Float[Array, "tokens 2 16 columns"]
         | UInt32[Array, "tokens 16 columns"]
-        | UInt32[Array, "columns/together 16 tokens together"]
+        | UInt32[Array, "blocks 16 tokens together"]
     )
     sums: Float[Array, "tokens 2 groups_per_block columns"]
     factors: Float[Array, "tokens 2 columns"]

@@ -157,7 +157,7 @@ def _weights(w: Any, first: Array, r: int, column: Array, *, tile: Tile, interpr
     return weight
 
 
-def _side_by_side(pairs: Pair) -> Float16[Array, "rows 2*columns"]:
+def _side_by_side(pairs: Pair) -> Float16[Array, "rows numbers"]:
     """The numbers of each pair next to each other, and pairs in the order in which threads hold them.
 
     Of a row, a thread loads four neighbouring words, but it has other pairs to give to the tensor cores: `NEIGHBOURS`

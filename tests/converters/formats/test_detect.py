@@ -15,6 +15,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from helpers.byte_tokenizer import byte_tokenizer
+from helpers.same import assert_equal
 from helpers.tiny_models import Tensors, random_tensors, tiny_config, write_checkpoint, write_gguf
 from huggingface_hub.utils import filter_repo_objects
 
@@ -55,11 +56,6 @@ def write_pytorch(directory: Path, tensors: Tensors, dtype: str = "float32", sha
     return directory
 
 
-def assert_same_params(found: Any, expected: Any) -> None:
-    assert jax.tree.structure(found) == jax.tree.structure(expected)
-    jax.tree.map(np.testing.assert_array_equal, found, expected)
-
-
 @pytest.mark.parametrize("shards", [1, 3])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_parameters_are_those_of_safetensors(tmp_path: Path, dtype: str, shards: int) -> None:
@@ -68,7 +64,7 @@ def test_parameters_are_those_of_safetensors(tmp_path: Path, dtype: str, shards:
     expected = from_pretrained(write_checkpoint(tmp_path / "safetensors", CONFIG, rounded))
     found = from_pretrained(write_pytorch(tmp_path / "bin", tensors, dtype, shards))
     assert found.model == expected.model
-    assert_same_params(found.params, expected.params)
+    assert_equal(found.params, expected.params)
     source = open_source(tmp_path / "bin")
     assert source.form == "Hugging Face directory, PyTorch"
     kinds = {name: tensor.kind for name, tensor in open_source(tmp_path / "safetensors").tensors.items()}
@@ -84,14 +80,14 @@ def test_views_in_other_orders_and_signs(tmp_path: Path) -> None:
     state["model.norm.weight"] = torch._neg_view(-state["model.norm.weight"])
     write_pytorch(tmp_path / "bin", tensors)
     torch.save(state, tmp_path / "bin" / "pytorch_model.bin")
-    assert_same_params(from_pretrained(tmp_path / "bin").params, expected.params)
+    assert_equal(from_pretrained(tmp_path / "bin").params, expected.params)
 
 
 def test_files_older_than_the_archive_format(tmp_path: Path) -> None:
     tensors = random_tensors(CONFIG)
     write_pytorch(tmp_path / "old", tensors, _use_new_zipfile_serialization=False)
     expected = from_pretrained(write_checkpoint(tmp_path / "safetensors", CONFIG, tensors))
-    assert_same_params(from_pretrained(tmp_path / "old").params, expected.params)
+    assert_equal(from_pretrained(tmp_path / "old").params, expected.params)
 
 
 def test_safetensors_are_preferred(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.packed_models import LOGITS, TOKENS, random_params
+from helpers.same import assert_equal
 
 from converters import ConversionError, export_hf_spqr, export_huggingface
 from pallas_kernels import SpqrTensor
@@ -51,11 +52,6 @@ def params(model: Decoder) -> dict[str, Any]:
     return random_params(model, share=None if model.config.num_kv_heads == 2 else 0.02)
 
 
-def assert_same_trees(actual: Any, expected: Any) -> None:
-    assert jax.tree.structure(actual) == jax.tree.structure(expected)
-    jax.tree.map(np.testing.assert_array_equal, actual, expected)
-
-
 def packed_leaves(params: Any) -> list[SpqrTensor]:
     leaves = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, SpqrTensor))
     return [leaf for leaf in leaves if isinstance(leaf, SpqrTensor)]
@@ -85,13 +81,13 @@ def test_logits_are_the_same(model: Decoder, params: Any, stacked: bool) -> None
 def test_fusing_and_stacking_go_in_either_order(model: Decoder, params: Any) -> None:
     fused = fuse_projections(params, model)
     stacked = stack_blocks(fused)
-    assert_same_trees(fuse_projections(stack_blocks(params), model), stacked)
-    assert_same_trees(unstack_blocks(stacked), fused)
+    assert_equal(fuse_projections(stack_blocks(params), model), stacked)
+    assert_equal(unstack_blocks(stacked), fused)
 
 
 def test_fusing_twice_changes_nothing(model: Decoder, params: Any) -> None:
     fused = fuse_projections(params, model)
-    assert_same_trees(fuse_projections(fused, model), fused)
+    assert_equal(fuse_projections(fused, model), fused)
 
 
 @pytest.mark.parametrize("name", ["llama", "falcon, parallel, grouped queries and biases"])
@@ -149,21 +145,21 @@ def test_one_generated_token_uses_the_fused_form(monkeypatch: pytest.MonkeyPatch
 def test_matrices_with_an_input_each_stay_as_they_are(name: str) -> None:
     model = APART[name]
     params = random_params(model)
-    assert_same_trees(fuse_projections(params, model), params)
+    assert_equal(fuse_projections(params, model), params)
 
 
 def test_matrices_that_cannot_be_joined_stay_as_they_are() -> None:
     model = MODELS["llama"]
     params = random_params(model, one_permutation=False)
-    assert_same_trees(fuse_projections(params, model), params)
+    assert_equal(fuse_projections(params, model), params)
     stacked = stack_blocks(params)
-    assert_same_trees(fuse_projections(stacked, model), stacked)
+    assert_equal(fuse_projections(stacked, model), stacked)
 
 
 def test_dense_matrices_stay_as_they_are() -> None:
     model = MODELS["llama"]
     params = model.init(jax.random.key(0), TOKENS)["params"]
-    assert_same_trees(fuse_projections(params, model), params)
+    assert_equal(fuse_projections(params, model), params)
 
 
 @pytest.mark.parametrize("change", ["dense", "permuted", "biased"])
@@ -194,7 +190,7 @@ def test_a_fused_model_is_saved_as_it_is(model: Decoder, params: Any, tmp_path: 
     save(tmp_path / "fused", model, stack_blocks(fused))
     loaded_model, loaded, _ = load(tmp_path / "fused")
     assert loaded_model == model
-    assert_same_trees(loaded, fused)
+    assert_equal(loaded, fused)
 
 
 @pytest.mark.parametrize("export", [export_huggingface, export_hf_spqr])

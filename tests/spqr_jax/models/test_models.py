@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import tiny_llama
+from helpers.same import assert_equal
 
 from pallas_kernels import SpqrTensor, pack, spqr_dequantize, trim
 from spqr_jax.models import Llama
@@ -64,11 +65,6 @@ def logits(params, tokens, **kwargs):
     return MODEL.apply({"params": params}, tokens, **kwargs)
 
 
-def assert_same_trees(actual, expected):
-    assert jax.tree.structure(actual) == jax.tree.structure(expected)
-    jax.tree.map(np.testing.assert_array_equal, actual, expected)
-
-
 @pytest.mark.parametrize("kind", ["params", "packed"])
 def test_stacked_blocks_give_the_same_logits(kind, tokens, request):
     params = request.getfixturevalue(kind)
@@ -84,7 +80,7 @@ def test_unstacking_inverts_stacking(kind, request):
     params = request.getfixturevalue(kind)
     stacked = stack_blocks(params)
     assert set(stacked) == {"embed_tokens", "blocks", "norm", "lm_head"}
-    assert_same_trees(unstack_blocks(stacked), params)
+    assert_equal(unstack_blocks(stacked), params)
 
 
 def test_stacking_pads_outliers_to_the_most_of_any_block(packed):
@@ -103,7 +99,7 @@ def test_matrices_without_outliers_stack(packed):
     layers = {f"layers_{index}": {"kernel": kernel} for index, kernel in enumerate(bare)}
     stacked = stack_blocks(layers)
     assert stacked["blocks"]["kernel"].codes.shape == (CONFIG.num_layers, *bare[0].codes.shape)
-    assert_same_trees(unstack_blocks(stacked), layers)
+    assert_equal(unstack_blocks(stacked), layers)
 
 
 def test_stacking_twice_and_unstacking_twice_change_nothing(params):
@@ -152,9 +148,9 @@ def test_level_blocks_have_the_arrays_of_the_stack(packed):
     level, stacked = level_blocks(packed), stack_blocks(packed)
     for index in range(CONFIG.num_layers):
         expected = jax.tree.map(lambda array, index=index: array[index], stacked["blocks"])
-        assert_same_trees(level[f"layers_{index}"], expected)
-    assert_same_trees(level_blocks(stacked), level)
-    assert_same_trees(level_blocks(level), level)
+        assert_equal(level[f"layers_{index}"], expected)
+    assert_equal(level_blocks(stacked), level)
+    assert_equal(level_blocks(level), level)
 
 
 def test_blocks_that_differ_cannot_be_levelled(params, packed):

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.same import assert_equal
 
 from pallas_kernels import SpqrTensor, outlier_share, spqr_dequantize, trim
 from pallas_kernels.format.bit_layout import unpack_codes, unpack_planes
@@ -40,11 +41,6 @@ def weighted_loss(weight: np.ndarray, approximation: np.ndarray, hessian: np.nda
     """tr((W − Ŵ) H (W − Ŵ)ᵀ) in float64."""
     error = np.asarray(weight, np.float64) - np.asarray(approximation, np.float64)
     return float(((error @ hessian) * error).sum())
-
-
-def assert_same(packed: SpqrTensor, expected: SpqrTensor) -> None:
-    assert jax.tree.structure(packed) == jax.tree.structure(expected)
-    jax.tree.map(np.testing.assert_array_equal, packed, expected)
 
 
 # Against the official code
@@ -290,7 +286,7 @@ def test_size_of_the_hessian_does_not_matter():
     weight, hessian = random_matrix(0)
     expected = quantize_matrix(weight, hessian, SMALL)
     for factor in (2.0**-20, 2.0**20):
-        assert_same(quantize_matrix(weight, factor * hessian, SMALL), expected)
+        assert_equal(quantize_matrix(weight, factor * hessian, SMALL), expected)
 
 
 def test_features_that_never_occur():
@@ -303,7 +299,7 @@ def test_features_that_never_occur():
     assert weighted_loss(weight, approximation, hessian) < 0.1 * weighted_loss(weight, 0 * weight, hessian)
     changed = weight.copy()
     changed[:, dead] = 100
-    assert_same(quantize_matrix(changed, hessian, SMALL), packed)
+    assert_equal(quantize_matrix(changed, hessian, SMALL), packed)
 
 
 def test_zero_rows_stay_zero():
@@ -337,7 +333,7 @@ def test_jitted_is_the_same_as_eager():
     weight, hessian = random_matrix(0)
     jitted = jax.jit(quantize_matrix, static_argnames="config")(weight, hessian, config=SMALL)
     assert jitted.outliers.values.size == weight.size
-    assert_same(trim(jitted), quantize_matrix(weight, hessian, SMALL))
+    assert_equal(trim(jitted), quantize_matrix(weight, hessian, SMALL))
 
 
 def test_shrinkage_adds_a_share_of_each_diagonal_entry():

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from helpers.same import assert_identical
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
@@ -114,12 +115,6 @@ def random_packed(rng, out, columns, *, bits=3, stats_bits=3, share=0.018, permu
     if share is None:
         return packed
     return dataclasses.replace(packed, outliers=dataclasses.replace(packed.outliers, offsets=offsets))
-
-
-def assert_identical(found, expected):
-    assert jax.tree.structure(found) == jax.tree.structure(expected)
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        assert (a.dtype, a.shape, np.asarray(a).tobytes()) == (b.dtype, b.shape, np.asarray(b).tobytes())
 
 
 FORMATS = {

@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
 from helpers.official_goldens import in_ptcsr, packed_matrix
+from helpers.same import assert_equal
 from safetensors.numpy import save_file
 
 from converters import ConversionError
@@ -14,7 +14,6 @@ from converters.formats.official.hf_spqr import ADDED, open_hf_spqr
 from converters.formats.official.tiles import decode_tensor, encode_tensor
 from converters.formats.safetensors import open_safetensors
 from converters.layout import StoredTensor
-from pallas_kernels import SpqrTensor
 
 MODULE = "model.layers.0.self_attn.k_proj"
 PARTS = ("dense_weights", "row_offsets", "col_vals", "in_perm")
@@ -43,11 +42,6 @@ def write(directory: Path, modules: dict[str, dict[str, np.ndarray]]) -> dict[st
     return open_safetensors(directory)
 
 
-def assert_same(actual: SpqrTensor, expected: SpqrTensor) -> None:
-    assert jax.tree.structure(actual) == jax.tree.structure(expected)
-    jax.tree.map(np.testing.assert_array_equal, actual, expected)
-
-
 def test_modules_become_matrices(tmp_path: Path) -> None:
     (k_proj, k_shape, content), (q_proj, q_shape, _) = packed_matrix("k_proj"), packed_matrix("q_proj")
     modules = {MODULE: in_ptcsr(content), "model.layers.0.self_attn.q_proj": q_proj}
@@ -57,8 +51,8 @@ def test_modules_become_matrices(tmp_path: Path) -> None:
         f"{MODULE}.weight": ((192, 576), "SpQR"),
         "model.layers.0.self_attn.q_proj.weight": ((576, 576), "SpQR"),
     }
-    assert_same(tensors[f"{MODULE}.weight"].read(), decode_tensor(k_proj, k_shape, "k"))
-    assert_same(tensors["model.layers.0.self_attn.q_proj.weight"].read(), decode_tensor(q_proj, q_shape, "q"))
+    assert_equal(tensors[f"{MODULE}.weight"].read(), decode_tensor(k_proj, k_shape, "k"))
+    assert_equal(tensors["model.layers.0.self_attn.q_proj.weight"].read(), decode_tensor(q_proj, q_shape, "q"))
 
 
 def test_added_outliers(tmp_path: Path) -> None:
@@ -67,7 +61,7 @@ def test_added_outliers(tmp_path: Path) -> None:
     stored = write(tmp_path, {MODULE: exported})
     for options, added in ((ADDED, True), ({}, False)):
         tensors = open_hf_spqr(stored, configuration({MODULE: exported}, **options), tmp_path)
-        assert_same(tensors[f"{MODULE}.weight"].read(), decode_tensor(exported, shape, "k", added=added))
+        assert_equal(tensors[f"{MODULE}.weight"].read(), decode_tensor(exported, shape, "k", added=added))
 
 
 def without_permutation(rows: str, outliers: bool) -> tuple[dict[str, np.ndarray], tuple[int, int]]:
