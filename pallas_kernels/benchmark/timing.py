@@ -7,12 +7,11 @@ When a copy is used again, the cache no longer holds it.
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, PyTree
 
 ROTATED_BYTES = 2 * 126 << 20
 """Bytes of all copies: twice 126 MB, the largest cache of a GPU (B200). An H100 has 50 MB."""
@@ -38,7 +37,9 @@ class Timing:
     quartiles: tuple[float, float]
 
 
-def seconds_per_call(function: Callable[[Array, Any], Any], x: Array, w: Any, *, copies: int | None = None) -> Timing:
+def seconds_per_call(
+    function: Callable[[Array, PyTree], PyTree], x: Array, w: PyTree, *, copies: int | None = None
+) -> Timing:
     """Times `function(x, w)`.
 
     Args:
@@ -61,13 +62,13 @@ def seconds_per_call(function: Callable[[Array, Any], Any], x: Array, w: Any, *,
 class Calls:
     """A program that calls a function `steps` times with each of `copies` matrices."""
 
-    program: Callable[[Array, Sequence[Any]], list[Any]]
+    program: Callable[[Array, Sequence[PyTree]], list[PyTree]]
     copies: int
     steps: int
 
 
 def compile_calls(
-    function: Callable[[Array, Any], Any], x: Array, w: Any, rough: float, *, copies: int | None = None
+    function: Callable[[Array, PyTree], PyTree], x: Array, w: PyTree, rough: float, *, copies: int | None = None
 ) -> Calls:
     """Compiles the program that `measure` runs. Thread-safe.
 
@@ -85,13 +86,13 @@ def compile_calls(
     return Calls(program, copies, steps)
 
 
-def measure(calls: Calls, x: Array, w: Any) -> Timing:
+def measure(calls: Calls, x: Array, w: PyTree) -> Timing:
     """Runs a program several times and divides its time by the number of its calls."""
     matrices = [jax.tree.map(jnp.copy, w) for _ in range(calls.copies)]
     # If calls are faster than estimated, queue several programs to hide the latency of dispatch.
     executions = repetitions(min(_seconds(calls.program, x, matrices) for _ in range(2)))
 
-    def sample() -> list[Any]:
+    def sample() -> list[PyTree]:
         for _ in range(executions):
             results = calls.program(x, matrices)
         return results
@@ -115,7 +116,9 @@ def copies_for(nbytes: int) -> int:
     return min(-(-ROTATED_BYTES // nbytes), MOST_COPIES)
 
 
-def repeated(function: Callable[[Array, Any], Any], steps: int) -> Callable[[Array, Sequence[Any]], list[Any]]:
+def repeated(
+    function: Callable[[Array, PyTree], PyTree], steps: int
+) -> Callable[[Array, Sequence[PyTree]], list[PyTree]]:
     """A function of x and several matrices that calls `function` `steps` times with each matrix.
 
     All results are used, and the arguments of each call depend on the previous call. The compiler can therefore neither
@@ -127,8 +130,8 @@ def repeated(function: Callable[[Array, Any], Any], steps: int) -> Callable[[Arr
       2
     """
 
-    def program(x: Array, matrices: Sequence[Any]) -> list[Any]:
-        def step(_: Array, carry: tuple[Array, list[Any]]) -> tuple[Array, list[Any]]:
+    def program(x: Array, matrices: Sequence[PyTree]) -> list[PyTree]:
+        def step(_: Array, carry: tuple[Array, list[PyTree]]) -> tuple[Array, list[PyTree]]:
             x, results = carry
             for i, w in enumerate(matrices):
                 # For the first matrix, results[-1] is the last result of the previous step.
@@ -155,7 +158,7 @@ def bandwidth() -> float:
     return 2 * nbytes / timing.seconds
 
 
-def _seconds(function: Callable[..., Any], *args: Any) -> float:
+def _seconds(function: Callable[..., PyTree], *args: PyTree) -> float:
     started = time.perf_counter()
     jax.block_until_ready(function(*args))
     return time.perf_counter() - started

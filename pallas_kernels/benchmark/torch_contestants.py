@@ -15,6 +15,10 @@ from pallas_kernels.benchmark.contestants import Contestant, Prepared, exact_wei
 from pallas_kernels.benchmark.matrices import random_matrix
 from pallas_kernels.benchmark.timing import SAMPLES, Timing, copies_for, repetitions, summary
 
+Tensor = Any
+"""A `torch.Tensor`. PyTorch is imported only in functions, so its types are not available here."""
+Weights = Tensor | dict[str, Tensor]
+
 DEVICE = "cuda"
 OFFICIAL_TOKENS = 16
 """The official kernel treats one token per call, so more tokens are not timed."""
@@ -54,7 +58,7 @@ def torch_matmul(form: Format, shape: tuple[int, int]) -> Contestant:
     weight = exact_weight(random_matrix(form, shape, 0)).astype(jnp.bfloat16)
     held = to_torch(weight)
 
-    def call(x: Any, w: Any) -> Any:
+    def call(x: Tensor, w: Tensor) -> Tensor:
         return torch.matmul(x, w.T)
 
     return Contestant(
@@ -83,7 +87,7 @@ def official_kernel(form: Format, shape: tuple[int, int]) -> Contestant:
     # The asynchronous variant: the other one waits for the GPU after each call.
     flags = int(FeatureFlags.SPARSE_FUSED_FP32_ASYNC)
 
-    def call(x: Any, w: dict[str, Any]) -> Any:
+    def call(x: Tensor, w: dict[str, Tensor]) -> Tensor:
         y = torch.empty((len(x), out), dtype=torch.float16, device=x.device)
         matrix = w["in_perm"], w["dense_weights"], w["row_offsets"], w["col_vals"], len(w["col_vals"])
         for token, result in zip(x, y, strict=True):
@@ -101,23 +105,23 @@ def official_kernel(form: Format, shape: tuple[int, int]) -> Contestant:
     )
 
 
-def _prepared(function: Callable[[Any, Any], Any], x: Any, w: Any, nbytes: int) -> Prepared:
+def _prepared(function: Callable[[Tensor, Weights], Tensor], x: Tensor, w: Weights, nbytes: int) -> Prepared:
     return Prepared(from_torch(function(x, w)), lambda: cuda_seconds_per_call(function, x, w, nbytes))
 
 
-def to_torch(array: Float[Array, "..."]) -> Any:
+def to_torch(array: Float[Array, "..."]) -> Tensor:
     """A PyTorch tensor that shares the array's memory, on the same device."""
     import torch
 
     return torch.from_dlpack(array.block_until_ready())
 
 
-def from_torch(tensor: Any) -> Float[np.ndarray, "..."]:
+def from_torch(tensor: Tensor) -> Float[np.ndarray, "..."]:
     """Copies a PyTorch tensor to the host in float32."""
     return tensor.float().cpu().numpy()
 
 
-def cuda_seconds_per_call(function: Callable[[Any, Any], Any], x: Any, w: Any, nbytes: int) -> Timing:
+def cuda_seconds_per_call(function: Callable[[Tensor, Weights], Tensor], x: Tensor, w: Weights, nbytes: int) -> Timing:
     """Times `function(x, w)` with CUDA events around a CUDA graph that calls it with each of several copies of w."""
     import torch
 
@@ -145,5 +149,5 @@ def cuda_seconds_per_call(function: Callable[[Any, Any], Any], x: Any, w: Any, n
     return summary([seconds(replays) / (replays * len(copies)) for _ in range(SAMPLES)])
 
 
-def _copy(w: Any) -> Any:
+def _copy(w: Weights) -> Weights:
     return {name: tensor.clone() for name, tensor in w.items()} if isinstance(w, dict) else w.clone()

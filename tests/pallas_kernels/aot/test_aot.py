@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import jax
 import pytest
+from helpers.ahead_of_time import needs_compiler
 from typer.testing import CliRunner
 
 from pallas_kernels.aot import GPUS, Format, compiler, report_all
@@ -16,7 +17,7 @@ from pallas_kernels.aot.sass import loops, parse, reachable, through
 
 
 def listing(*lines: str):
-    """Instructions, and labels where a line ends in a colon."""
+    """Parses instructions, and labels, which end in a colon."""
     return parse(
         "\n".join(line if line.endswith(":") else f"        /*{i * 16:04x}*/  {line} ;" for i, line in enumerate(lines))
     )
@@ -204,20 +205,10 @@ def test_what_is_missing_is_named(monkeypatch):
     check("jax-cuda13-plugin is 0.1, but jax is", version=lambda: "0.1", tool=str)
 
 
-def absent() -> str:
-    """Why nothing can be compiled, empty where it can."""
-    try:
-        compiler.check_installed()
-    except ModuleNotFoundError as error:
-        return str(error)
-    return ""
-
-
-needs_compiler = pytest.mark.skipif(bool(absent()), reason=absent())
 SHAPES = (4096, 4096), (4096, 11008)
 DENSE = "3b-g16-s3", "4b-g16-s3"
 SPARSE = "3b-g16-s3-o2%", "4b-g16-s3-o2%"
-# One number of tokens for each kernel.
+# One number of tokens per kernel.
 TOKENS = [tokens for tokens in (1, 16, 512) if any(tokens in compiled.tokens for compiled in COMPILED)]
 SETTINGS = [
     *itertools.product(GPUS, DENSE, TOKENS, SHAPES),
@@ -228,7 +219,7 @@ SETTINGS = [
 
 @pytest.fixture(scope="module")
 def reports():
-    """The kernels that read codes, by setting, all compiled at once."""
+    """Reports of the kernels that read codes, by setting. All are compiled in one call."""
     parsed = [(target, Format.parse(form), tokens, shape) for target, form, tokens, shape in SETTINGS]
     found = report_all(parsed)
     return {
@@ -254,7 +245,7 @@ def test_command():
     assert (kernel["spill_bytes"], list(kernel["code_load_bytes"])) == (0, ["8"])
     assert 0 < kernel["registers"] <= 255
     assert sum(kernel["kinds"].values()) == pytest.approx(kernel["instructions_per_weight"])
-    # Codes take 3 bits, their statistics (6 + 64 / 16) / 16 of a bit.
+    # Codes take 3 bits per weight, statistics (6 + 64 / 16) / 16 bits.
     assert kernel["bytes_per_weight"] == pytest.approx((3 + 10 / 16) / 8, rel=0.01)
     assert kernel["predicted_us"] == max(kernel["issue_us"], kernel["memory_us"])
     assert kernels["spqr_arrange"]["instructions_per_weight"] is None
@@ -279,7 +270,7 @@ def test_no_spills_and_wide_loads_of_codes(reports, setting):
     assert reports[setting]
     for kernel in reports[setting]:
         assert kernel.spill_bytes == 0
-        # Eight for one token: wider loads take registers, and with them programs, and took longer on an H100.
+        # 8 bytes for one token: wider loads need more registers, so fewer programs run, which was slower on an H100.
         assert set(kernel.code_load_bytes) == {8 if setting[2] == 1 else 16}
 
 
@@ -288,9 +279,9 @@ def test_no_spills_and_wide_loads_of_codes(reports, setting):
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
 def test_codes_are_loaded_once_and_programs_of_their_own_treat_outliers(reports, setting):
     (kernel,) = reports[setting]
-    # Tiles of 64 words, or 32, reach beyond the 344 words of 11008 columns.
+    # Tiles of 64 or 32 words extend beyond the 344 words of 11008 columns.
     assert 1 <= kernel.code_reads <= 1.3
-    # Where the weight is written out, another kernel adds them.
+    # In the dequantize regime another kernel adds the outliers.
     assert (kernel.outlier_us > 0) == (setting[1] in SPARSE and setting[2] < 512)
 
 
@@ -330,10 +321,10 @@ def test_two_percent_outliers_of_3_bit_weights_cost_over_15_percent_because_they
     forms = "3b-g16-s3", "3b-g16-s3-o2%"
     dense, sparse = (reports["h100", form, 1, shape][0] for form in forms)
     dense_bytes, sparse_bytes = (packed_bytes(form, shape) for form in forms)
-    # Four bytes each are more than 15 % of the packed bytes, and reading is all that they cost in time:
+    # At 4 bytes each, outliers add more than 15 % to the packed bytes, and they cost only the time to read them.
     assert sparse_bytes > 1.15 * dense_bytes
     assert sparse.predicted_us / dense.predicted_us == pytest.approx(sparse_bytes / dense_bytes, rel=0.01)
-    # what they have the threads do beside it fits into the time that reading takes.
+    # Their instructions fit into the time that reading takes.
     assert sparse.issue_us < sparse.memory_us
 
 
@@ -345,5 +336,5 @@ def test_two_percent_outliers_of_3_bit_weights_cost_over_15_percent_because_they
 def test_tensor_cores_for_sixteen_tokens(reports, form, shape):
     (kernel,) = reports["h100", form, 16, shape]
     assert kernel.kinds["tensor core"] > 0
-    # With two rows to a set it is 4.0, and a tenth more time on an H100.
+    # Sets of two rows have 4.0, but take a tenth longer on an H100.
     assert kernel.instructions_per_weight <= 5.25

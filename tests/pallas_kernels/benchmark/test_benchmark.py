@@ -11,12 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.ahead_of_time import needs_compiler
 from rich.console import Console
 from typer.testing import CliRunner
 
 from pallas_kernels import SpqrTensor, spqr_dequantize, spqr_matmul
 from pallas_kernels.aot import GPUS, Format
-from pallas_kernels.aot.compiler import check_installed, compile_program, run_apart
+from pallas_kernels.aot.compiler import compile_program, run_apart
 from pallas_kernels.backends.table import BACKENDS
 from pallas_kernels.benchmark import Timing, bandwidth, random_matrix, seconds_per_call
 from pallas_kernels.benchmark.__main__ import app, run
@@ -32,7 +33,7 @@ COLUMNS = {"3b-g16-s3-o1%": 336, "2b-g8": 1000, "8b-g128-s2-o40%": 128}
 
 
 def weight_of(w: SpqrTensor) -> np.ndarray:
-    """ŵ in quantization order in float64, bit by bit, without the library."""
+    """ŵ in quantization order in float64, decoded bit by bit without the library."""
     out, columns = w.shape
     bits, per_word = w.bits, 16 // w.bits
     halves = np.concatenate([np.asarray(w.codes) & 0xFFFF, np.asarray(w.codes) >> 16], axis=2)
@@ -83,12 +84,12 @@ def test_outliers_of_random_matrices(spelling):
     assert offsets[0] == 0
     assert offsets[-1] == round(form.outlier_percent / 100 * shape[0] * shape[1])
     counts = np.diff(offsets)
-    # A binomial distribution has about the square root of its mean around it.
+    # The standard deviation of a binomial distribution is about the square root of its mean.
     assert 0.5 < counts.std() / counts.mean() ** 0.5 < 1.5
     for start, stop in itertools.pairwise(offsets):
         assert (np.diff(columns[start:stop]) > 0).all()
     assert (columns < shape[1]).all()
-    # They are anywhere in a row.
+    # They are spread over the whole row.
     assert np.histogram(columns, 4, (0, shape[1]))[0].min() > 0.15 * len(columns)
 
 
@@ -107,7 +108,7 @@ def test_a_matrix_that_does_not_fit_its_format():
 
 def test_all_calls_are_in_the_loop():
     x, matrices = jnp.ones((64, 256)), [jnp.full((256, 256), float(i)) for i in range(5)]
-    # A part that has nothing to do with x must stay there too.
+    # The cosine does not depend on x, but must stay in the loop too.
     compiled = jax.jit(repeated(lambda x, w: x @ jnp.cos(w), steps=3)).lower(x, matrices).compile()
     text = compiled.as_text()
     computations = dict(re.findall(r"^(?:ENTRY )?%?([\w.-]+) \([^\n]*\{\n(.*?)^\}", text, re.MULTILINE | re.DOTALL))
@@ -154,7 +155,7 @@ def skip_all() -> dict[str, str]:
 
 @pytest.fixture
 def short(monkeypatch):
-    """Programs that compile fast."""
+    """Shortens measurements, so that programs compile fast."""
     monkeypatch.setattr("pallas_kernels.benchmark.timing.MOST_COPIES", 2)
     monkeypatch.setattr("pallas_kernels.benchmark.timing.SAMPLE_SECONDS", 1e-4)
 
@@ -192,7 +193,7 @@ def test_a_wrong_product_has_no_time(spoil):
     assert (row.seconds, row.quartiles, row.bandwidth_fraction, timed) == (None, None, None, [])
 
 
-def test_how_wrong_a_product_is():
+def test_relative_error_of_a_wrong_product():
     with pytest.raises(ValueError, match=r"the product is wrong: its relative error is 0\.01, above 0\.0039"):
         checked_error(1.01 * jnp.ones((1, 64)), jnp.ones((1, 1)), jnp.ones((64, 1)))
 
@@ -207,7 +208,7 @@ def test_a_contestant_that_fails_leaves_the_others_their_rows(short, monkeypatch
 
 
 def test_products_in_torch(monkeypatch):
-    """The official kernel is played by a reader of its format, called as in the official library."""
+    """A reader of the official format replaces the official kernel and has its signature."""
     torch = pytest.importorskip("torch")
     tiles = pytest.importorskip("converters.formats.official.tiles")
 
@@ -236,7 +237,7 @@ def test_products_in_torch(monkeypatch):
     assert list(missing(Format.parse("4b-g16-s3"))) == ["official kernel"]
 
 
-def test_what_is_missing_is_told(monkeypatch):
+def test_missing_contestants_are_reported(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     assert list(missing(FORM)) == ["torch.matmul", "official kernel"]
 
@@ -282,8 +283,8 @@ def test_plan_has_everything_once_and_first_what_says_most():
         FORM.tensor(shape)
 
 
-def test_measuring_ends_when_the_time_is_up(short, tmp_path, capsys):
-    """The command's own loop, on a CPU with XLA's products."""
+def test_measuring_ends_at_the_time_limit(short, tmp_path, capsys):
+    """The loop of the command, on a CPU with XLA's products."""
     produce = functools.partial(measured_rows, FORM, bandwidth=1e9, skipped=skip_all())
     console = Console(width=200)
     shapes = {(64, 256): "a matrix"}
@@ -298,7 +299,7 @@ def test_measuring_ends_when_the_time_is_up(short, tmp_path, capsys):
 
 
 def test_command_measures_what_is_there(short, monkeypatch, tmp_path):
-    """A CPU, taken for a GPU on which XLA multiplies."""
+    """A CPU stands for a GPU whose backend is XLA."""
     monkeypatch.setattr("pallas_kernels.benchmark.__main__.choose", lambda _: BACKENDS["pallas"])
     monkeypatch.setattr("pallas_kernels.benchmark.__main__.missing", lambda form: skip_all())
     path = tmp_path / "results.json"
@@ -338,18 +339,6 @@ def test_without_compilers_nothing_is_predicted(monkeypatch):
     assert "error: to compile ahead for a GPU, run `make aot-env` first" in done.stderr
 
 
-def absent() -> str:
-    """Why nothing can be compiled for a GPU, empty where it can."""
-    try:
-        check_installed()
-    except ModuleNotFoundError as error:
-        return str(error)
-    return ""
-
-
-needs_compiler = pytest.mark.skipif(bool(absent()), reason=absent())
-
-
 @needs_compiler
 @pytest.mark.slow
 def test_prediction(tmp_path):
@@ -365,14 +354,14 @@ def test_prediction(tmp_path):
     assert seconds["jnp.dot", 1] == pytest.approx(30e-6, rel=0.01)
     assert seconds["jnp.dot", 2048] == pytest.approx(186.7e-6, rel=0.01)
     assert 2.5 < seconds["jnp.dot", 1] / seconds["spqr_matmul", 1] < 90.2 / 20.5
-    # The weight is written out once, whatever the number of tokens.
+    # The weight is dequantized once for any number of tokens.
     beside = [seconds["spqr_matmul", n] - seconds["jnp.dot", n] for n in (512, 2048)]
     assert beside[0] == pytest.approx(beside[1])
     assert {row.source for row in results.rows} == {"compile-ahead", "roofline"}
 
 
 def kernels(tokens: int, copies: int) -> tuple[list[str], list[str]]:
-    """Those of a product, and after them those of the loop that times it; in a process that compiles for GPUs."""
+    """The kernels of a product, and those of the loop that times it. Runs in a process of `run_apart`."""
     x, w = jax.ShapeDtypeStruct((tokens, 11008), jnp.bfloat16), FORM.tensor((4096, 11008))
     alone = compile_program(jax.jit(spqr_matmul), x, w, gpu=GPUS["h100"])
     timed = compile_program(jax.jit(repeated(spqr_matmul, 10)), x, [w] * copies, gpu=GPUS["h100"])
@@ -390,5 +379,5 @@ def test_on_a_gpu_each_call_is_made_and_nothing_beside():
     found = run_apart(kernels, list(of_spqr), [4] * len(of_spqr))
     for (tokens, expected), (alone, timed) in zip(of_spqr.items(), found, strict=True):
         assert [name for name in timed if name.startswith("spqr_")] == 4 * expected, tokens
-        # The loop adds to its number, and compares it.
+        # The loop itself increments and compares its counter.
         assert len(timed) <= 4 * len(alone) + 2, tokens

@@ -1,4 +1,4 @@
-"""Decoding of random models: what is measured on any device, and the programs for a GPU that is not there."""
+"""Decoding of random models, measured on any device, and compiled ahead of time for a GPU."""
 
 import dataclasses
 import functools
@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.ahead_of_time import needs_compiler
 from typer.testing import CliRunner
 
 from pallas_kernels import SpqrTensor
-from pallas_kernels.aot import GPUS, Format, compiler
+from pallas_kernels.aot import GPUS, Format
 from pallas_kernels.aot.compiler import run_apart
 from pallas_kernels.aot.hlo import accessed_bytes, parse_program
 from spqr_jax.benchmark import __main__ as command
@@ -75,7 +76,7 @@ def test_command(monkeypatch, tmp_path):
     for row, form in ((packed, FORM), (dense, None)):
         assert (row.batch, row.prefix, row.skipped, row.launches) == (2, 0, None, None)
         assert row.weight_bytes == nbytes(random_params(TINY, form))
-        # Keys and values, 2 blocks, 2 sequences, 64 + 128 slots, 64 features of 2 bytes.
+        # Keys and values, 2 blocks, 2 sequences, 64 + 128 slots, 64 features, 2 bytes.
         assert row.cache_bytes == 2 * 2 * 2 * 192 * 64 * 2
         assert row.first_token_seconds > 0
         assert row.step_quartiles[0] <= row.step_seconds <= row.step_quartiles[1]
@@ -96,7 +97,7 @@ def test_what_does_not_fit_is_skipped_with_the_numbers(monkeypatch):
     assert [row.skipped for row in rows] == [None, "0.0 GB of weights and 0.0 GB of cache do not fit into 0.0 GB"]
 
 
-def test_nothing_is_begun_when_the_time_is_up():
+def test_nothing_starts_after_the_deadline():
     assert list(decode.measured_rows(TINY, (FORM, None), deadline=-1.0)) == []
 
 
@@ -162,15 +163,6 @@ def test_missing_kernels_are_an_error():
         predicted._predicted(row, predicted.Step(20, 0, 1000), [], TINY, GPUS["h100"])
 
 
-def absent() -> str:
-    """Why nothing can be compiled, empty where it can."""
-    try:
-        compiler.check_installed()
-    except ModuleNotFoundError as error:
-        return str(error)
-    return ""
-
-
 SETTINGS = list(itertools.product((1, 16), (FORM, None)))
 LLAMA = MODELS["llama-7b"]
 TWO_BLOCKS = LLAMA.clone(config=dataclasses.replace(LLAMA.config, num_layers=2))
@@ -178,13 +170,13 @@ TWO_BLOCKS = LLAMA.clone(config=dataclasses.replace(LLAMA.config, num_layers=2))
 
 @pytest.fixture(scope="module")
 def programs():
-    """Decoding of two blocks in the shape of LLaMA-7B after 1024 tokens, compiled for an H100."""
+    """The decode loop of two blocks of LLaMA-7B's shape after 1024 tokens, compiled for an H100."""
     compiled = functools.partial(predicted.compiled_decode, TWO_BLOCKS, GPUS["h100"], prefix=1024)
     return dict(zip(SETTINGS, run_apart(compiled, *zip(*SETTINGS, strict=True)), strict=True))
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(bool(absent()), reason=absent())
+@needs_compiler
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
 def test_weights_and_caches_are_read_where_they_are(programs, setting):
     batch, form = setting
@@ -196,7 +188,7 @@ def test_weights_and_caches_are_read_where_they_are(programs, setting):
     assert sum(kernel.accessed_bytes for kernel in program.kernels if not kernel.in_loop) < 1e6
     step = [kernel for kernel in program.kernels if kernel.in_loop]
     others = sum(kernel.accessed_bytes for kernel in step if not kernel.name.startswith(predicted.OURS))
-    # What is not given to this project's kernels, the cache and dense weights, is read once, and the rest is small.
+    # The other kernels read the cache and the dense weights once, and little else.
     least = decode.empty_row(TWO_BLOCKS, form, batch, 1024).cache_bytes + 2 * 32000 * 4096
     if form is None:
         least += sum(2 * 2 * out * columns for out, columns in fused_shapes(TWO_BLOCKS).values())
@@ -204,10 +196,10 @@ def test_weights_and_caches_are_read_where_they_are(programs, setting):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(bool(absent()), reason=absent())
+@needs_compiler
 def test_kernels_of_a_block(programs):
     for (_, form), program in programs.items():
         names = [kernel.name for kernel in program.kernels if kernel.in_loop]
-        # Four products, each of two kernels.
+        # Four products with two kernels each.
         assert sum(name.startswith(predicted.OURS) for name in names) == (2 * 8 if form else 0)
         assert len(names) < 2 * 30 + 20

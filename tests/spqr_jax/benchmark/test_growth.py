@@ -1,4 +1,4 @@
-"""How growth is fitted; what is measured depends on the machine."""
+"""The fit of growth exponents. Measured times depend on the machine and are not tested."""
 
 import pytest
 
@@ -27,7 +27,7 @@ def test_every_growth_has_four_sizes_and_each_is_measured():
     assert all(len(growth.sizes) >= 4 for growth in grown)
     for growth in grown[:2]:
         assert growth.exponent == pytest.approx(growth.operations_exponent)
-    # Nothing was run, and what takes as long at every size has exponent 0.
+    # `timed` calls nothing here, and constant times have exponent 0.
     assert calls
     assert [growth.exponent for growth in grown[2:]] == pytest.approx([0, 0])
     assert growth_table(grown).row_count == len(grown)
