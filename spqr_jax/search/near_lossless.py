@@ -9,10 +9,22 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Int
 
+from pallas_kernels.errors import SpqrError
 from spqr_jax.config import COMPACT, NEAR_LOSSLESS, SMALL, Method, SpqrConfig
+from spqr_jax.measure.perplexity import cut_windows
 from spqr_jax.search.sweep import Cell, sweep
 from spqr_jax.search.target_bits import dividing, kernel_shapes
 from spqr_jax.storage.model_source import ModelSource
+from spqr_jax.texts import random_windows
+
+HELD_OUT_WINDOWS = 10
+"""Most windows that `hold_out` keeps: 10 of 1024 tokens."""
+
+HELD_OUT_LENGTH = 1024
+"""Tokens of a held-out window, fewer where the model has fewer positions."""
+
+HELD_OUT_SHARE = 4
+"""At most one part in four of the text is held out."""
 
 LARGEST_RISE = 0.01
 """The relative rise of perplexity that the paper calls near-lossless."""
@@ -23,6 +35,52 @@ SETTINGS: tuple[SpqrConfig, ...] = (
     *(replace(NEAR_LOSSLESS, outlier_threshold=threshold) for threshold in (0.4, 0.2, 0.1, 0.07)),
 )
 """The candidates by size, from 3.5 to 5 bits per weight."""
+
+
+class HeldOut(NamedTuple):
+    """A text in two parts that do not overlap.
+
+    Attributes:
+      calibration_tokens: windows at random places of the first part.
+      windows: the second part, cut into windows side by side, on which perplexity is measured.
+    """
+
+    calibration_tokens: Int[np.ndarray, "sequences length"]
+    windows: Int[np.ndarray, "windows window"]
+
+
+def hold_out(
+    tokens: Int[np.ndarray, " tokens"], *, sequences: int, length: int, max_positions: int, seed: int = 0
+) -> HeldOut:
+    """Splits a calibration text: its start is calibrated on, its end is held out to measure perplexity.
+
+    The end is min(10, tokens // (4 window)) windows of window = min(1024, max_positions) tokens: at most 10,240 tokens,
+    and at most a quarter of the text.
+
+    Args:
+      tokens: token ids of a running text.
+      sequences: calibration windows to cut.
+      length: tokens of each.
+      max_positions: positions of the model, which limit a window.
+      seed: of the places of the calibration windows.
+
+    Raises:
+      SpqrError: the text is too short to hold one window out, or to cut a calibration window.
+
+    Example:
+      >>> calibration_tokens, windows = hold_out(np.arange(8192), sequences=32, length=512, max_positions=2048)
+      >>> calibration_tokens.shape, windows.shape, int(windows[0, 0])
+      ((32, 512), (2, 1024), 6144)
+    """
+    window = min(HELD_OUT_LENGTH, max_positions)
+    count = min(HELD_OUT_WINDOWS, len(tokens) // (HELD_OUT_SHARE * window))
+    if not count:
+        raise SpqrError(
+            f"the calibration text has {len(tokens)} tokens, but to hold a window of {window} out it needs "
+            f"{HELD_OUT_SHARE * window}: give a longer text"
+        )
+    split = len(tokens) - count * window
+    return HeldOut(random_windows(tokens[:split], sequences, length, seed), cut_windows(tokens[split:], window=window))
 
 
 class Search(NamedTuple):
