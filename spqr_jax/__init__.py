@@ -1,21 +1,39 @@
-"""SpQR in JAX: quantize, evaluate, save, load and run a language model."""
+"""SpQR in JAX: quantize, evaluate, save, load and run a language model.
 
-import os
+Public names are imported when they are first used, so that `spqr --version` takes no seconds and a missing package is
+reported in one line.
+"""
 
-# transformers, here for its tokenizers, otherwise advises at import to install PyTorch.
-os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from pallas_kernels import SpqrError, SpqrTensor, bits_per_weight, spqr_dequantize
-from spqr_jax.config import COMPACT, NEAR_LOSSLESS, SMALL, SpqrConfig
-from spqr_jax.generation import generate
-from spqr_jax.measure.perplexity import perplexity
-from spqr_jax.models import fuse_projections, shard_params
-from spqr_jax.quantization.model import quantize, quantize_blocks
-from spqr_jax.quantization.report import MatrixReport
-from spqr_jax.quantization.solver import quantize_matrix
-from spqr_jax.storage.checkpoint import CheckpointError, load, open_checkpoint, save
-from spqr_jax.storage.disk_to_disk import quantize_checkpoint
-from spqr_jax.storage.totals import summarize
+from spqr_jax._version import find_version
+
+if TYPE_CHECKING:
+    from spqr_jax._public import (
+        COMPACT,
+        NEAR_LOSSLESS,
+        SMALL,
+        CheckpointError,
+        MatrixReport,
+        SpqrConfig,
+        SpqrError,
+        SpqrTensor,
+        bits_per_weight,
+        fuse_projections,
+        generate,
+        load,
+        open_checkpoint,
+        perplexity,
+        quantize,
+        quantize_blocks,
+        quantize_checkpoint,
+        quantize_matrix,
+        save,
+        shard_params,
+        spqr_dequantize,
+        summarize,
+    )
 
 __all__ = [
     "COMPACT",
@@ -41,3 +59,22 @@ __all__ = [
     "spqr_dequantize",
     "summarize",
 ]
+
+__version__ = find_version()
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        value = getattr(import_module("spqr_jax._public"), name)
+    except ModuleNotFoundError as error:
+        package = str(error.name).partition(".")[0]
+        message = f'spqr_jax.{name} needs {package}: pip install "spqr-jax[models]"'
+        raise ModuleNotFoundError(message, name=error.name, path=error.path) from error
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

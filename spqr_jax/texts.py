@@ -33,12 +33,15 @@ def random_windows(
     """Cuts windows at random places of a text, for calibration.
 
     Raises:
-      SpqrError: the text is shorter than one window.
+      SpqrError: the text is shorter than one window, or a number is out of its range.
 
     Example:
       >>> random_windows(np.array(tokenizer.encode(text)), sequences=32, length=512).shape
       (32, 512)
     """
+    for name, value, least in (("sequences", sequences, 1), ("sequence length", length, 1), ("seed", seed, 0)):
+        if value < least:
+            raise SpqrError(f"{name} is {value}, but must be at least {least}")
     if len(tokens) <= length:
         raise SpqrError(
             f"the calibration text has {len(tokens)} tokens, too few for windows of {length}: "

@@ -19,6 +19,7 @@ ROOMS: tuple[str, ...] = (
     "pallas_kernels.benchmark",
     "converters",
     "spqr_jax.benchmark",
+    "spqr_jax.cli",
     "spqr_jax.generation",
     "spqr_jax.models",
     "spqr_jax.texts",

@@ -1,25 +1,40 @@
 """The command line `spqr`: quantize, sweep, eval, compare, analyze, tasks, generate, inspect, report, export.
 
-Results go to standard output, progress to standard error. Exit status: 0 done, 1 an error told in one line, 2 wrong
-usage.
+Results go to standard output, progress to standard error. Exit status: 0 done, 1 an error in one line, 2 wrong usage,
+130 interrupted. With SPQR_TRACEBACK=1, every error prints its traceback as well.
+
+This module imports nothing but the standard library, so that a missing package ends in one line.
 """
 
-from spqr_jax.cli import (  # noqa: F401
-    analyze,
-    console,
-    evaluate,
-    export,
-    generate,
-    inspect,
-    quantize,
-    report,
-    sweep,
-    tasks,
+import sys
+from importlib.util import find_spec
+
+NEEDED = (
+    "flax",
+    "gguf",
+    "huggingface_hub",
+    "jinja2",
+    "markupsafe",
+    "optax",
+    "orbax",
+    "rich",
+    "safetensors",
+    "scipy",
+    "threadpoolctl",
+    "tokenizers",
+    "transformers",
+    "typer",
 )
-from spqr_jax.cli.app import app
+"""Packages of the extra `models`, by the names of their modules."""
 
 
 def main() -> None:
-    """Entry point of `spqr`."""
+    """Runs `spqr` with the arguments of this process."""
+    if missing := [name for name in NEEDED if find_spec(name) is None]:
+        print(f'error: spqr needs {", ".join(missing)}: pip install "spqr-jax[models]"', file=sys.stderr)
+        raise SystemExit(1)
+    from spqr_jax.cli import console
+    from spqr_jax.cli.app import app
+
     console.quiet()
     console.run(app)

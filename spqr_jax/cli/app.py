@@ -1,21 +1,64 @@
-"""What the commands share: the application they belong to, and their common arguments."""
+"""The application `spqr`, and the table of its commands."""
 
+import platform
+from collections.abc import Mapping
+from importlib.metadata import version
+from pkgutil import resolve_name
 from typing import Annotated
 
 import typer
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+import spqr_jax
 
-Model = Annotated[
-    str,
-    typer.Argument(
-        help="A checkpoint of spqr; a Hugging Face directory or hub id (safetensors, PyTorch or SpQR); "
-        "a directory that the official SpQR code has written; or a GGUF file."
-    ),
-]
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+COMMANDS: Mapping[str, str] = {
+    "quantize": "spqr_jax.cli.quantize:quantize",
+    "sweep": "spqr_jax.cli.sweep:sweep",
+    "eval": "spqr_jax.cli.evaluate:evaluate",
+    "compare": "spqr_jax.cli.compare:compare",
+    "analyze": "spqr_jax.cli.analyze:analyze",
+    "tasks": "spqr_jax.cli.tasks:tasks",
+    "generate": "spqr_jax.cli.generate:generate",
+    "inspect": "spqr_jax.cli.inspect:inspect",
+    "report": "spqr_jax.cli.report:report",
+    "export": "spqr_jax.cli.export:export",
+}
+"""The function of every command, in the order of `spqr --help`; the README of `spqr_jax` says how to add one."""
+
+EPILOG = (
+    "Results go to standard output, progress to standard error. Exit status: 0 done, 1 an error in one line, 2 wrong "
+    "usage, 130 interrupted. SPQR_TRACEBACK=1 prints the traceback of an error as well."
+)
 
 
-@app.callback()
-def about() -> None:
+def build(commands: Mapping[str, str]) -> typer.Typer:
+    """An application with these commands, each as `module:function`."""
+    app = typer.Typer(
+        add_completion=False,
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None,
+        epilog=EPILOG,
+        callback=about,
+    )
+    for name, function in commands.items():
+        app.command(name)(resolve_name(function))
+    return app
+
+
+def print_version(asked: bool) -> None:
+    """Prints the versions that a report of a bug needs, and exits."""
+    if asked:
+        parts = [f"{name} {version(name)}" for name in ("jax", "jaxlib")]
+        print(f"spqr-jax {spqr_jax.__version__} ({', '.join(parts)}, python {platform.python_version()})")
+        raise typer.Exit
+
+
+def about(
+    version: Annotated[
+        bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print the versions and exit.")
+    ] = False,
+) -> None:
     """Near-lossless compression of language models to 3-4 bits per weight."""
+
+
+app = build(COMMANDS)

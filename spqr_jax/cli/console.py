@@ -1,64 +1,38 @@
-"""What commands share: progress bars and tables on standard error, results on standard output, one-line errors."""
+"""Input and output of the commands: progress on standard error, results on standard output, errors in one line."""
 
 import json
 import logging
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from datetime import timedelta
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NoReturn, TypeVar
 
-import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from pallas_kernels.errors import SpqrError
-from spqr_jax.storage.record import BlockReport
 
 T = TypeVar("T")
+
+TRACEBACK = "SPQR_TRACEBACK"
+"""Environment variable: with the value 1, every error prints its traceback."""
+
+LOG_WIDTH = 120
+"""Columns of a table in a file or a pipe, where nothing says how wide a line may be."""
 
 console = Console(stderr=True)
 
 
 def track(items: Iterable[T], total: int, label: str) -> Iterator[T]:
-    """The items, with a progress bar on standard error while they come."""
+    """Yields the items, with a progress bar on standard error."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as progress:
         yield from progress.track(items, total=total, description=label)
 
 
-@contextmanager
-def track_blocks(total: int) -> Iterator[Callable[[BlockReport], None]]:
-    """What shows finished blocks on standard error: by a bar on a terminal, elsewhere by lines for a log."""
-    if not console.is_terminal:
-        yield partial(_log_block, total)
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[pace]}"))
-    with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
-        task = progress.add_task("quantizing blocks", total=total, pace="")
-        yield lambda block: progress.update(task, completed=block.number, pace=_pace(block, total))
-
-
-def _log_block(total: int, block: BlockReport) -> None:
-    lines = [f"block {block.number} of {total}: {_pace(block, total)}"]
-    lines += [
-        f"{name}: error {matrix.relative_error:.2e}, outliers {matrix.outlier_share:.2%}"
-        for name, matrix in block.matrices.items()
-    ]
-    print("\n  ".join(lines), file=sys.stderr, flush=True)
-
-
-def _pace(block: BlockReport, total: int) -> str:
-    """Seconds per block, and the time left; all blocks take as long as this one, but for the first, which compiles."""
-    left = timedelta(seconds=round((total - block.number) * block.seconds))
-    return f"{block.seconds:.1f} s per block, {left} left"
-
-
-def emit(result: dict[str, Any], as_json: bool) -> None:
+def emit(result: Mapping[str, Any], as_json: bool) -> None:
     """Prints a command's result: JSON for machines, or its plain values as a table."""
     if as_json:
         print(json.dumps(result))
@@ -70,40 +44,79 @@ def emit(result: dict[str, Any], as_json: bool) -> None:
     Console().print(table)
 
 
+def wide() -> Console:
+    """Standard output for a table with many columns: as wide as the terminal, or 120 columns in a file or a pipe."""
+    # Not a terminal: rich would assume 80 columns and cut names.
+    return Console(width=None if Console().is_terminal else LOG_WIDTH)
+
+
 def quiet() -> None:
-    """Keeps advice that no user of the command line can act on off the screen."""
+    """Silences messages that no user of the command line can act on."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.getLogger("absl").setLevel(logging.ERROR)
 
 
 def reserve_output() -> None:
-    """Leaves standard output to Python: what C++ prints there, as libraries of communication do, goes to the errors."""
+    """Keeps standard output for Python's results: what C++ libraries print there goes to standard error."""
     results = os.dup(sys.stdout.fileno())
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     sys.stdout = os.fdopen(results, "w", encoding=sys.stdout.encoding)
 
 
-def run(command: Callable[[], Any]) -> None:
-    """Runs a command; what a user can cause ends in one line on standard error and exit status 1."""
+def run(command: Callable[[], object]) -> None:
+    """Runs a command; an error ends in one line on standard error and exit status 1.
+
+    A user can cause `SpqrError`, `OSError`, a missing package, a lack of memory, and a lost process of a distributed
+    run. Every other exception is a bug of this project, and the line says so. With SPQR_TRACEBACK=1 the traceback comes
+    first.
+    """
     try:
         command()
-    except (SpqrError, OSError) as error:
-        message = " ".join(str(error).split())
-        print(f"error: {message}", file=sys.stderr, flush=True)
-        _leave(1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         _leave(130)
-    except Exception:
-        if not jax.distributed.is_initialized():
-            raise
-        traceback.print_exc()
+    except Exception as error:
+        if os.environ.get(TRACEBACK) == "1":
+            traceback.print_exc()
+        print(f"error: {describe(error)}", file=sys.stderr, flush=True)
         _leave(1)
 
 
+def describe(error: Exception) -> str:
+    """One line on an error.
+
+    Example:
+      >>> describe(ZeroDivisionError("division by zero"))
+      'internal error: ZeroDivisionError: division by zero; set SPQR_TRACEBACK=1 for the traceback, and report it'
+    """
+    message = " ".join(str(error).split())
+    match error:
+        case SpqrError() | OSError():
+            return message
+        case ModuleNotFoundError() if error.name is not None and not _is_own(error.name):
+            return f'{error.name.partition(".")[0]} is not installed: pip install "spqr-jax[models]"'
+        case MemoryError():
+            return f"out of memory: {message or 'this process cannot allocate more'}"
+        case RuntimeError() if "RESOURCE_EXHAUSTED" in message:
+            return f"out of memory on the device: {message}"
+        case RuntimeError() if _is_distributed():
+            return f"another process failed or cannot be reached, so this one ends: {message}"
+    kind = type(error).__name__
+    return f"internal error: {kind}: {message}; set {TRACEBACK}=1 for the traceback, and report it"
+
+
+def _is_own(module: str) -> bool:
+    return module.partition(".")[0] in ("spqr_jax", "pallas_kernels", "converters")
+
+
+def _is_distributed() -> bool:
+    jax = sys.modules.get("jax")
+    return jax is not None and jax.distributed.is_initialized()
+
+
 def _leave(status: int) -> NoReturn:
-    if jax.distributed.is_initialized():
-        # In the ordinary way this process would wait for the others, which wait for it.
+    if _is_distributed():
+        # An ordinary exit waits for the other processes, which wait for this one.
         os._exit(status)
     raise SystemExit(status) from None

@@ -8,12 +8,11 @@ import typer
 
 from pallas_kernels.errors import SpqrError
 from spqr_jax.cli import console
-from spqr_jax.cli.app import Json, Model, app
-from spqr_jax.cli.models import load_model
+from spqr_jax.cli.options import Json, Model
 
 
 class Format(StrEnum):
-    """What to write a checkpoint as."""
+    """Forms that a checkpoint can be written in."""
 
     SPQR = "spqr"
     HF = "hf"
@@ -28,7 +27,6 @@ class Dtype(StrEnum):
     FLOAT32 = "float32"
 
 
-@app.command()
 def export(
     source: Model,
     destination: Annotated[Path, typer.Argument(help="Directory to write; must not exist.")],
@@ -47,11 +45,12 @@ def export(
     Example: spqr export smollm2-spqr smollm2-hf --format hf
     """
     from converters import export_hf_spqr, export_huggingface
+    from spqr_jax.cli.models import load_model
     from spqr_jax.storage import checkpoint
     from spqr_jax.storage.directories import bytes_on_disk
 
     if dtype is not None and as_format is not Format.HF:
-        raise SpqrError(f"--dtype {dtype} goes with --format hf, not with {as_format}")
+        raise SpqrError(f"--dtype {dtype} needs --format hf, but the format is {as_format}: leave it out")
     kind = dtype or Dtype.FLOAT16
     checkpoint.check_destination(destination)
     model, params, tokenizer = load_model(source, kind)

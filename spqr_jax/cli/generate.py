@@ -6,19 +6,19 @@ from typing import Annotated
 import typer
 
 from spqr_jax.cli import console
-from spqr_jax.cli.app import Json, Model, app
-from spqr_jax.cli.models import encode, load_model, require
+from spqr_jax.cli.options import Json, Model
 
 
-@app.command()
 def generate(
     source: Model,
-    prompt: Annotated[str, typer.Argument(help="What to say to the model.")],
-    max_new_tokens: Annotated[int, typer.Option(help="Stop after so many tokens.")] = 128,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
-    top_k: Annotated[int | None, typer.Option(help="Sample among the k likeliest tokens.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Sample among the likeliest tokens of this total share.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    prompt: Annotated[str, typer.Argument(help="Text to continue, or a message to the model.")],
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 for greedy decoding.")] = 0.0,
+    top_k: Annotated[int | None, typer.Option(help="Sample from the k likeliest tokens.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Sample from the likeliest tokens that add up to this probability.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of sampling.")] = 0,
     chat: Annotated[bool, typer.Option(help="Use the tokenizer's chat template where it has one.")] = True,
     as_json: Json = False,
 ) -> None:
@@ -26,11 +26,12 @@ def generate(
 
     Example: spqr generate smollm2-spqr "Why is the sky blue?" --temperature 0.7
     """
-    from spqr_jax.generation import chat_prompt, stream
+    from spqr_jax.cli.models import chat_ids, decode, encode, load_model, require
+    from spqr_jax.generation import stream
 
-    model, params, tokenizer = load_model(source, "float32")
-    require(tokenizer)
-    ids = chat_prompt(tokenizer, prompt) if chat else encode(tokenizer, prompt)
+    model, params, found = load_model(source, "float32")
+    tokenizer = require(found)
+    ids = chat_ids(tokenizer, prompt) if chat else encode(tokenizer, prompt)
     stops = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
     started = time.perf_counter()
     steps = stream(
@@ -45,16 +46,16 @@ def generate(
         stop_tokens=stops,
     )
     tokens: list[int] = []
-    said = ""
+    shown = ""
     for (new,) in steps:
         tokens += new
-        now = tokenizer.decode(tokens, skip_special_tokens=True)
-        # A character of several tokens is shown when it is complete.
-        if not as_json and not now.endswith("\N{REPLACEMENT CHARACTER}"):
-            print(now[len(said) :], end="", flush=True)
-            said = now
+        text = decode(tokenizer, tokens)
+        # An incomplete character of several tokens decodes to the replacement character: wait for the rest.
+        if not as_json and not text.endswith("\N{REPLACEMENT CHARACTER}"):
+            print(text[len(shown) :], end="", flush=True)
+            shown = text
     if not as_json:
         print()
         return
-    text = tokenizer.decode(tokens, skip_special_tokens=True)
+    text = decode(tokenizer, tokens)
     console.emit({"text": text, "tokens": tokens, "seconds": time.perf_counter() - started}, as_json)

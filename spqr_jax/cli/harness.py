@@ -1,18 +1,17 @@
-"""Checkpoints as a model of EleutherAI's lm-eval, which has the tasks.
+"""A checkpoint as a model of EleutherAI's lm-eval.
 
-lm-eval knows its own models only, so it is started from here, with all of its arguments:
+lm-eval runs models that are registered with it. This module registers one and starts lm-eval with its own arguments:
 
     python -m spqr_jax.cli.harness run --model spqr --model_args pretrained=smollm2-spqr --tasks piqa --batch_size 8
 
-Source: github.com/EleutherAI/lm-evaluation-harness, version 0.4.13, of which `HFLM` is followed in what is asked of the
-model: the same tokens, cut in the same way where they are too many.
+Source: github.com/EleutherAI/lm-evaluation-harness, version 0.4.13. Requests have the tokens of its `HFLM`, and are
+truncated as there.
 """
 
 import itertools
 from collections import defaultdict
 from typing import Any
 
-import jax.numpy as jnp
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
@@ -26,27 +25,27 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from pallas_kernels.errors import SpqrError
-from spqr_jax.cli.models import load_model, require
+from spqr_jax.cli.models import decode, float_type, load_model, require
 from spqr_jax.generation import for_decoding, stream
 from spqr_jax.measure.likelihood import likelihoods
 
 STOP_CHECK = 16
-"""Tokens that are written between two looks for the texts that end an answer."""
+"""Tokens generated between two searches for the texts that end an answer."""
 
 OPTIONS = {"until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p"}
-"""What a task may ask of generated text."""
+"""Options of generation that a task may set."""
 
 
 @register_model("spqr")
 class SpqrLM(TemplateLM):
-    """A checkpoint, packed or dense, of any form that the commands read.
+    """A checkpoint, packed or dense, in any form that the commands read.
 
     Args:
       pretrained: the checkpoint.
-      batch_size: requests that are run at once.
-      max_length: most tokens of a request; None for as many as the model has positions for.
-      dtype: of dense parameters and of what is computed.
-      device, max_batch_size: what lm-eval says to PyTorch; JAX has its own devices.
+      batch_size: requests that run together.
+      max_length: most tokens of a request; None for the model's positions.
+      dtype: floating-point type of dense parameters and of activations.
+      device, max_batch_size: arguments that lm-eval passes for PyTorch, ignored here.
 
     Raises:
       SpqrError: the checkpoint has no tokenizer, or an argument is out of its range.
@@ -69,10 +68,10 @@ class SpqrLM(TemplateLM):
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
             raise SpqrError(f"batch_size is {batch_size}, but must be a number of at least 1")
         self.batch_size = int(batch_size)
-        model, params, self.tokenizer = load_model(pretrained, dtype)
-        require(self.tokenizer)
-        # A checkpoint of ours computes in its own type, if nothing else is said.
-        self.model = model.clone(dtype=jnp.dtype(dtype))
+        model, params, tokenizer = load_model(pretrained, dtype)
+        self.tokenizer = require(tokenizer)
+        # A checkpoint of this project would otherwise compute in the type that it stores.
+        self.model = model.clone(dtype=float_type(dtype))
         positions = self.model.config.max_positions
         self.max_length = positions if max_length is None else max_length
         if not 1 <= self.max_length <= positions:
@@ -85,11 +84,13 @@ class SpqrLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text without a context."""
+        """The token before a text without a context."""
         start = self.tokenizer.bos_token_id
         first = self.eot_token_id if start is None else start
         if first is None:
-            raise SpqrError("the tokenizer has no token for the start or the end of a text, but the task needs one")
+            raise SpqrError(
+                "the tokenizer has no token for the start or the end of a text, but the task needs one: set bos_token"
+            )
         return first
 
     @property
@@ -97,12 +98,14 @@ class SpqrLM(TemplateLM):
         return self.tokenizer.name_or_path.replace("/", "__")
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        return self.tokenizer.apply_chat_template(
+        text = self.tokenizer.apply_chat_template(
             chat_history,
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=not add_generation_prompt,
         )
+        assert isinstance(text, str)
+        return text
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         if add_special_tokens is None:
@@ -122,11 +125,11 @@ class SpqrLM(TemplateLM):
         return [answers[index] for index in range(len(pairs))]
 
     def _shortened(self, context: list[int], continuation: list[int]) -> tuple[list[int], list[int]]:
-        """The context without as much of its start as is too long; the last token of all is never run."""
+        """The context, truncated at its start to fit `max_length`; the last token of a request is never run."""
         room = self.max_length + 1 - len(continuation)
         if room < 1:
             raise SpqrError(
-                f"a continuation of {len(continuation)} tokens is too long for a max_length of {self.max_length}"
+                f"a continuation of {len(continuation)} tokens is too long for max_length {self.max_length}: raise it"
             )
         return context[-room:], continuation
 
@@ -169,19 +172,20 @@ class SpqrLM(TemplateLM):
         return [answers[index] for index in range(len(requests))]
 
     def _write(self, prompts: list[list[int]], options: dict[str, Any], seed: int) -> list[str]:
-        """What the model writes after each prompt, up to the first of the texts that end it."""
+        """The model's answer to each prompt, up to the first text that ends it."""
         asked = normalize_gen_kwargs(options)
         if unknown := asked.keys() - OPTIONS:
             known = ", ".join(sorted(OPTIONS))
-            raise SpqrError(f"a task asks for generation with {', '.join(sorted(unknown))}, but there is only {known}")
+            raise SpqrError(f"a task asks for generation with {', '.join(sorted(unknown))}, but supported are {known}")
         room = self.max_length - asked["max_gen_toks"]
         if room < 1:
             raise SpqrError(
                 f"{asked['max_gen_toks']} new tokens (max_gen_toks) leave no room for a prompt in a max_length of "
-                f"{self.max_length}"
+                f"{self.max_length}: raise it"
             )
         end = self.eot_token_id
-        until = handle_stop_sequences(asked["until"], None if end is None else self.tokenizer.decode([end]))
+        ending = None if end is None else decode(self.tokenizer, [end], special=True)
+        until = handle_stop_sequences(asked["until"], ending)
         chunks = stream(
             self.model,
             self.params,
@@ -198,7 +202,7 @@ class SpqrLM(TemplateLM):
         texts: list[str] = []
         for chunk in chunks:
             written = [tokens + new for tokens, new in zip(written, chunk, strict=True)]
-            texts = [self.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in written]
+            texts = [decode(self.tokenizer, tokens) for tokens in written]
             stopped = (len(new) < STOP_CHECK for new in chunk)
             if all(over or any(stop in text for stop in until) for text, over in zip(texts, stopped, strict=True)):
                 break

@@ -3,17 +3,15 @@
 from collections.abc import Sequence
 from typing import Any
 
-from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
 from spqr_jax.cli import console
-from spqr_jax.cli.app import Json, Model, app
+from spqr_jax.cli.options import Json, Model
 
 
-@app.command()
 def inspect(source: Model, as_json: Json = False) -> None:
-    """Show what is in a checkpoint, tensor by tensor, without reading the tensors.
+    """Show the form of a checkpoint and a table of its tensors, without reading them.
 
     Example: spqr inspect smollm2-spqr
     """
@@ -23,16 +21,14 @@ def inspect(source: Model, as_json: Json = False) -> None:
     if as_json:
         console.emit(content, as_json)
         return
-    terminal = Console()
-    # Where nobody looks, a file or a pipe, nothing is cut.
-    output = Console(width=None if terminal.is_terminal else 120)
+    output = console.wide()
     for label in (label for label in ("form", "family", "alias") if label in content):
         output.print(f"{label}: {content[label]}", highlight=False, markup=False)
     output.print(table)
 
 
 def inspect_own(directory: str) -> tuple[dict[str, Any], Table]:
-    """Content of a checkpoint of ours, for machines and for people."""
+    """A checkpoint of this project: as JSON, and as a table with a row per matrix."""
     from spqr_jax.storage.checkpoint import describe
 
     header: Any = describe(directory)
@@ -52,7 +48,7 @@ def inspect_own(directory: str) -> tuple[dict[str, Any], Table]:
 
 
 def inspect_foreign(source: str) -> tuple[dict[str, Any], Table]:
-    """Content of a checkpoint of another project, for machines and for people."""
+    """A checkpoint of another project: as JSON, and as a table with a row per tensor."""
     from converters.formats.detect import open_source
 
     found = open_source(source)
@@ -64,5 +60,5 @@ def inspect_foreign(source: str) -> tuple[dict[str, Any], Table]:
 
 
 def times(shape: Sequence[int]) -> str:
-    """A shape as people write it."""
+    """A shape as text: `4096 x 11008`."""
     return " x ".join(map(str, shape))

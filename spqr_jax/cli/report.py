@@ -6,16 +6,15 @@ from typing import Annotated
 import typer
 
 from spqr_jax.cli import console
-from spqr_jax.cli.app import Json, app
+from spqr_jax.cli.options import Json
 
 
-@app.command()
 def report(
     directory: Annotated[Path, typer.Argument(help="A checkpoint of spqr.")],
     output: Annotated[Path | None, typer.Option(help="File to write; default: DIRECTORY.html.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Write one HTML page on a quantization: totals, plots, settings, versions, the errors of every matrix.
+    """Write an HTML page on a quantization: totals, plots, settings, versions, and the error of every matrix.
 
     Example: spqr report smollm2-spqr
     """

@@ -116,4 +116,7 @@ def _column(path: str, column: str, **options: Any) -> Sequence[str]:
         from datasets import load_dataset
     except ModuleNotFoundError:
         raise SpqrError("this text is read by datasets, which is not installed: pip install datasets") from None
-    return load_dataset(path, **options)[column]
+    try:
+        return load_dataset(path, **options)[column]
+    except Exception as error:  # of many types: of the network, of the hub, and of files in its cache
+        raise SpqrError(f"{path} cannot be read by datasets: {type(error).__name__}: {error}") from error

@@ -26,12 +26,17 @@ def join() -> None:
     JAX_COORDINATOR_ADDRESS (host:port of the first), JAX_NUM_PROCESSES and JAX_PROCESS_ID.
 
     Raises:
-      SpqrError: neither detects them.
+      SpqrError: neither detects them, or the first cannot be reached.
     """
     numbers = {name: os.environ.get(f"JAX_{name.upper()}") for name in ("num_processes", "process_id")}
     try:
         given: Any = {name: int(number) for name, number in numbers.items() if number is not None}
         jax.distributed.initialize(**given, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
+    except jax.errors.JaxRuntimeError as error:
+        raise SpqrError(
+            f"the first process cannot be reached ({error}): start all processes, with its host and port in "
+            "JAX_COORDINATOR_ADDRESS"
+        ) from None
     except ValueError as error:
         raise SpqrError(
             f"the other processes are not known ({error}): start the command under SLURM or Open MPI, or set "

@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import jax
 import numpy as np
@@ -95,6 +95,7 @@ class Cell:
 
 
 _DEFAULTS = Cell(Method.SPQR, SpqrConfig()).settings
+_TYPES = get_type_hints(SpqrConfig) | {"method": Method, "whole_rows": bool, "stats_bits": int | None}
 
 
 def cells(grid: Iterable[Mapping[str, Any]]) -> list[Cell]:
@@ -105,7 +106,8 @@ def cells(grid: Iterable[Mapping[str, Any]]) -> list[Cell]:
         `whole_rows`; a list expands to one cell per value.
 
     Raises:
-      SpqrError: a name is unknown, or a cell with whole rows has no cell with single weights to take its share from.
+      SpqrError: an entry has an unknown setting or a value of another type, or a cell with whole rows has no cell with
+        single weights to take its share from.
 
     Example:
       >>> [cell.name for cell in cells([{"method": "gptq", "bits": [3, 4]}])]
@@ -121,17 +123,34 @@ def cells(grid: Iterable[Mapping[str, Any]]) -> list[Cell]:
 
 
 def _expand(entry: Mapping[str, Any]) -> Iterator[Cell]:
+    if not isinstance(entry, Mapping):
+        raise SpqrError(f"the grid's entry {entry!r} is no object of settings")
     names = [name for field in entry for name in (("scale_bits", "zero_bits") if field == "stats_bits" else (field,))]
     if unknown := set(names) - {*_DEFAULTS} or {"method"} - set(names):
         raise SpqrError(f"the grid's entry {dict(entry)} has no method or an unknown setting: {', '.join(unknown)}")
     lists = [value if isinstance(value, list) else [value] for value in entry.values()]
     for values in itertools.product(*lists):
         chosen = dict(zip(entry, values, strict=True))
+        for name, value in chosen.items():
+            if not _is_of_type(value, _TYPES[name]):
+                raise SpqrError(f"the grid's entry {dict(entry)} has {name} {value!r}, which is of another type")
         method = Method(chosen.pop("method"))
         if "stats_bits" in chosen:
             chosen["scale_bits"] = chosen["zero_bits"] = chosen.pop("stats_bits")
         whole_rows = chosen.pop("whole_rows", False)
         yield Cell(method, method.config(SpqrConfig(**chosen)), whole_rows)
+
+
+def _is_of_type(value: object, annotation: Any) -> bool:
+    """Whether a value of JSON has the type of a setting."""
+    if get_origin(annotation) is Literal:
+        return value in get_args(annotation)
+    allowed = get_args(annotation) or (annotation,)
+    if isinstance(value, bool) or value is None:
+        return type(value) in allowed
+    if Method in allowed:
+        return value in list(Method)
+    return isinstance(value, allowed) or (float in allowed and isinstance(value, int))
 
 
 def sweep(

@@ -21,7 +21,8 @@ from helpers.tiny_models import random_tensors, tiny_config, write_checkpoint, w
 from rich.console import Console
 
 from spqr_jax import COMPACT, NEAR_LOSSLESS, save
-from spqr_jax.cli import console
+from spqr_jax.cli import console, progress
+from spqr_jax.cli.app import COMMANDS
 from spqr_jax.config import SMALL
 from spqr_jax.models import Llama, LlamaConfig, RotaryConfig
 from spqr_jax.storage import disk_to_disk
@@ -48,8 +49,7 @@ def quantized(plain: Path) -> Path:
 
 
 def test_help_of_every_command_has_an_example() -> None:
-    commands = "quantize", "sweep", "eval", "compare", "analyze", "tasks", "generate", "inspect", "report", "export"
-    for command in commands:
+    for command in COMMANDS:
         done = spqr(command, "--help")
         assert done.returncode == 0
         assert f"Example: spqr {command} " in " ".join(done.stdout.split())
@@ -89,7 +89,7 @@ def test_where_nobody_watches_progress_is_lines(plain: Path, tmp_path: Path) -> 
 def test_on_a_terminal_progress_is_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     screen = io.StringIO()
     monkeypatch.setattr(console, "console", Console(file=screen, force_terminal=True, width=100))
-    with console.track_blocks(22) as show:
+    with progress.track_blocks(22) as show:
         show(BlockReport(7, 41.25, {}))
     shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", screen.getvalue())
     for part in ("quantizing blocks", "━", "7/22 41.2 s per block, 0:10:19 left"):

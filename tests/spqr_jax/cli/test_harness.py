@@ -244,14 +244,14 @@ def test_the_command_prints_what_lm_eval_finds(plain: Path, tasks: Path, found: 
 def test_a_task_that_there_is_not(plain: Path, tasks: Path) -> None:
     done = spqr("tasks", plain, "--tasks", "choice,nonsense,other", "--include-path", tasks)
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == "error: there is no task nonsense, other: `lm-eval ls tasks` lists what there is\n"
+    assert done.stderr == "error: lm-eval has no task nonsense, other: list its tasks with `lm-eval ls tasks`\n"
 
 
 def test_without_lm_eval(plain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     done = spqr("tasks", plain)
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)
-    assert "lm_eval is not installed: pip install lm-eval" in done.stderr
+    assert 'lm_eval is not installed: pip install "spqr-jax[lm-eval]"' in done.stderr
 
 
 def test_errors_of_the_model(plain: Path, tmp_path: Path) -> None:
@@ -269,7 +269,7 @@ def test_errors_of_the_model(plain: Path, tmp_path: Path) -> None:
         generated(model, ["fox"], max_gen_toks=40)
     with pytest.raises(ValueError, match="asks for generation with num_beams"):
         generated(model, ["fox"], num_beams=3)
-    with pytest.raises(ValueError, match="continuation of 31 tokens is too long for a max_length of 30"):
+    with pytest.raises(ValueError, match="continuation of 31 tokens is too long for max_length 30"):
         model.loglikelihood([Instance("loglikelihood", {}, ("fox", "x" * 31), 0)])
     model.tokenizer.eos_token = None
     with pytest.raises(ValueError, match="no token for the start or the end of a text"):

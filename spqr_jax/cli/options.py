@@ -1,0 +1,31 @@
+"""Arguments and options that several commands share."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from spqr_jax.measure.paper_texts import Protocol
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        help="A checkpoint of spqr; a Hugging Face directory or hub id (safetensors, PyTorch or SpQR); "
+        "a directory that the official SpQR code has written; or a GGUF file."
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+
+Calibration = Annotated[
+    Path | None, typer.Option(help="Text file, or token ids in a .npy file; default: WikiText-2's validation text.")
+]
+Sequences = Annotated[int, typer.Option(help="Number of calibration sequences.")]
+SequenceLength = Annotated[int, typer.Option(help="Tokens per calibration sequence.")]
+Seed = Annotated[int, typer.Option(help="Seed of the random places where calibration sequences are cut.")]
+
+TextFile = Annotated[Path | None, typer.Option(help="Text file; default: the start of WikiText-2's test text.")]
+PaperText = Annotated[
+    Protocol | None, typer.Option(help="A text as the papers cut it; needs the package datasets, and a network.")
+]
+Window = Annotated[int, typer.Option(help="Tokens per window.")]
+Windows = Annotated[int | None, typer.Option(help="Number of windows to use, from the start; default: all.")]

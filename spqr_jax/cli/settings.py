@@ -1,0 +1,129 @@
+"""The settings of `spqr quantize`: its options, which of them contradict, and the configuration that they choose."""
+
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import Annotated, Any
+
+import typer
+
+from pallas_kernels.errors import SpqrError
+from spqr_jax.config import COMPACT, NEAR_LOSSLESS, SMALL, Method, SpqrConfig
+
+
+class Preset(StrEnum):
+    """Names of configurations."""
+
+    SMALL = "small"
+    COMPACT = "compact"
+    NEAR_LOSSLESS = "near-lossless"
+    PAPER = "paper"
+
+
+class Order(StrEnum):
+    """Orders in which input features are quantized."""
+
+    ACT_ORDER = "act_order"
+    IDENTITY = "identity"
+
+
+PRESETS = {
+    Preset.SMALL: SMALL,
+    Preset.COMPACT: COMPACT,
+    Preset.NEAR_LOSSLESS: NEAR_LOSSLESS,
+    Preset.PAPER: SpqrConfig(),
+}
+
+PresetName = Annotated[
+    Preset | None,
+    typer.Option(
+        help="small: about 3.55 bits per weight; compact (default): 4.2; near-lossless: 4.7; paper: 3-bit codes in "
+        "groups of 16, as in the official format."
+    ),
+]
+MethodName = Annotated[Method, typer.Option(help="gptq: no outliers; rtn: round-to-nearest.")]
+Bits = Annotated[int | None, typer.Option(help="Width of a weight code: 2, 3, 4, 5 or 8.")]
+GroupSize = Annotated[int | None, typer.Option(help="Weights that share a scale: 8, 16, 32, 64 or 128.")]
+StatsBits = Annotated[int | None, typer.Option(help="Width of scale and zero codes; 0 for 16-bit floats.")]
+OutlierThreshold = Annotated[float | None, typer.Option(help="The paper's τ; lower keeps more outliers.")]
+Permutation = Annotated[Order | None, typer.Option(help="Order in which input features are quantized.")]
+Damping = Annotated[float | None, typer.Option(help="Share of mean diag H added to diag H.")]
+Shrinkage = Annotated[
+    float | None, typer.Option(help="Shrinkage of correlations, as a multiple of their sampling noise.")
+]
+TargetBits = Annotated[
+    float | None, typer.Option(help="Bits per weight to reach, within 0.02; chooses the settings and the threshold.")
+]
+NearLossless = Annotated[
+    bool,
+    typer.Option("--near-lossless", help="Search for the smallest settings that cost less than 1 % of perplexity."),
+]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The settings that a user has asked for; None leaves one to the preset.
+
+    Attributes:
+      stats_bits: width of scale and zero codes; 0 keeps them in 16 bits.
+      permutation, damping, shrinkage, bits, group_size, outlier_threshold: those of `SpqrConfig`.
+      target_bits: bits per weight that an outlier threshold is searched for.
+      near_lossless: search for all settings.
+    """
+
+    preset: Preset | None = None
+    method: Method = Method.SPQR
+    bits: int | None = None
+    group_size: int | None = None
+    stats_bits: int | None = None
+    outlier_threshold: float | None = None
+    permutation: Order | None = None
+    damping: float | None = None
+    shrinkage: float | None = None
+    target_bits: float | None = None
+    near_lossless: bool = False
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The fields of `SpqrConfig` that are set."""
+        names = ("bits", "group_size", "outlier_threshold", "damping", "shrinkage")
+        values = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        if self.permutation is not None:
+            values["permutation"] = self.permutation.value
+        if self.stats_bits is not None:
+            values["scale_bits"] = values["zero_bits"] = self.stats_bits or None
+        return values
+
+    @property
+    def by_size(self) -> bool:
+        """Whether the target size alone chooses the configuration."""
+        return self.target_bits is not None and self.preset is self.bits is self.group_size is None
+
+    def check(self, *, distributed: bool) -> None:
+        """Checks that no option contradicts another.
+
+        Raises:
+          SpqrError: two options contradict.
+        """
+        if self.target_bits is not None and (
+            self.method is not Method.SPQR or self.outlier_threshold is not None or distributed
+        ):
+            raise SpqrError(
+                "--target-bits searches for SpQR's outlier threshold in one process: leave out --method, "
+                "--outlier-threshold and --distributed"
+            )
+        others = self.fields or self.preset or self.target_bits is not None or self.method is not Method.SPQR
+        if self.near_lossless and (others or distributed):
+            raise SpqrError("--near-lossless chooses all settings, in one process: leave out the options of settings")
+
+    def config(self, default: SpqrConfig = COMPACT) -> SpqrConfig:
+        """The configuration: the preset, with the settings that are set.
+
+        Args:
+          default: configuration without a preset.
+
+        Example:
+          >>> Settings(preset=Preset.SMALL, bits=4).config().bits
+          4
+        """
+        start = default if self.preset is None else PRESETS[self.preset]
+        return self.method.config(replace(start, **self.fields))
