@@ -11,6 +11,10 @@ from hypothesis import settings
 annotations.check_packages()
 
 ROOT = Path(__file__).parents[1]
+MAPS = Path("/proc/self/maps")
+# Leaves three quarters of the limit to the next module.
+MOST_REGIONS = 16_000
+
 # Processes that tests start find this checkout and the tests' helpers.
 os.environ["PYTHONPATH"] = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
 # Tiles that were tuned on this machine do not change what tests compile.
@@ -18,7 +22,8 @@ os.environ["SPQR_JAX_CACHE_DIR"] = str(ROOT / ".cache" / "spqr-jax")
 
 # What one run has compiled, the next one reads.
 jax.config.update("jax_compilation_cache_dir", str(ROOT / ".cache" / "jax"))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+# Small programs too: they are many, and reading one takes a tenth of the time of compiling it.
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 settings.register_profile("spqr", deadline=None, derandomize="CI" in os.environ)
 settings.load_profile("spqr")
@@ -26,6 +31,10 @@ settings.load_profile("spqr")
 
 @pytest.fixture(autouse=True, scope="module")
 def release_compiled_programs() -> Iterator[None]:
-    """A process may map 65,530 regions of memory, and the compiled programs of all tests together take more."""
+    """A process may map 65,530 regions of memory, and the compiled programs of all tests together take more.
+
+    Programs are kept while there is room, because modules share many.
+    """
     yield
-    jax.clear_caches()
+    if not MAPS.exists() or MAPS.read_bytes().count(b"\n") > MOST_REGIONS:
+        jax.clear_caches()

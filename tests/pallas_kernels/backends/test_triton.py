@@ -139,7 +139,7 @@ def test_fma_in_other_types(dtype, implementation, rng):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize(("tokens", "out"), [(17, 40), (33, 40), (70, 512)])
+@pytest.mark.parametrize(("tokens", "out"), [(17, 40), (33, 40), pytest.param(70, 512, marks=pytest.mark.slow)])
 def test_mma_of_float16_and_more_tokens(tokens, out, implementation, rng):
     packed = random_packed(rng, out, 1200, stats_bits=None)
     x = random_x(rng, tokens, 1200, jnp.float16)

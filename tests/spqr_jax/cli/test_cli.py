@@ -350,6 +350,7 @@ def test_token_ids_of_a_file_are_calibrated_on(plain: Path, tmp_path: Path) -> N
     assert read_record(tmp_path / "out").calibration == (4, 64)  # type: ignore[union-attr]
 
 
+@pytest.mark.slow
 def test_size_is_met(plain: Path, tmp_path: Path) -> None:
     options = "--sequences", 4, "--sequence-length", 64
     found = result("quantize", plain, tmp_path / "out", "--target-bits", 4.4, *options)

@@ -145,7 +145,7 @@ def found(plain: Path, tasks: Path) -> dict[str, Any]:
     return evaluated(SpqrLM(str(plain), batch_size=4), tasks)
 
 
-@pytest.mark.parametrize(("max_length", "fewshot"), [(None, None), (64, 2)])
+@pytest.mark.parametrize(("max_length", "fewshot"), [(None, None), pytest.param(64, 2, marks=pytest.mark.slow)])
 def test_scores_are_those_of_the_model_for_hugging_face(
     plain: Path, tasks: Path, max_length: int | None, fewshot: int | None
 ) -> None:
@@ -180,6 +180,7 @@ def test_a_token_for_the_start_of_a_text_comes_once(tmp_path: Path) -> None:
     assert ours.tok_encode("fox") == ours.tok_encode("<s>fox") == [start, *ours.tok_encode("fox", False)]
 
 
+@pytest.mark.slow
 def test_scores_do_not_depend_on_the_batch(plain: Path, tasks: Path, found: dict[str, Any]) -> None:
     assert_same(evaluated(SpqrLM(str(plain), batch_size=1), tasks), found)
 

@@ -106,6 +106,7 @@ def test_cells_are_what_quantize_gives(swept: tuple[Path, list[dict[str, Any]]])
 
 
 @pytest.mark.skipif(not MAPPINGS.exists(), reason="only Linux counts the memory mappings of a process")
+@pytest.mark.slow
 def test_cells_leave_no_programs_in_memory(tmp_path: Path) -> None:
     grid = cells([{"method": "rtn", "bits": [2, 3, 4, 5]}])
     counts = [
@@ -228,7 +229,7 @@ def test_the_readme_has_the_tables_of_the_file(smollm2: list[dict[str, Any]]) ->
 LADDER = [SpqrConfig(bits=bits) for bits in (2, 8)]
 
 
-@pytest.mark.parametrize(("limit", "expected"), [(1e-4, None), (1e9, 0)])
+@pytest.mark.parametrize(("limit", "expected"), [(1e-4, None), pytest.param(1e9, 0, marks=pytest.mark.slow)])
 def test_search_ends_at_what_is_within_the_limit(
     limit: float, expected: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
