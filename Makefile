@@ -8,8 +8,9 @@ TORCH := torch==2.13.0 accelerate
 # NVIDIA's compilers for GPUs. They run without a GPU.
 CUDA := $(addsuffix ==13.5.37,nvidia-cuda-nvcc nvidia-nvvm nvidia-cuda-runtime nvidia-cuda-crt nvidia-cuda-nvdisasm)
 
-# Each worker compiles for itself, mostly on one core, and takes up to 3 GB.
-IN_PARALLEL := -n auto --maxprocesses 4 --dist worksteal
+# Each worker compiles for itself, mostly on one core, and takes up to 3 GB. A file stays in one worker, so that none of
+# its fixtures is made twice.
+IN_PARALLEL := -n auto --maxprocesses 4 --dist loadfile
 
 .PHONY: demo test check gpu aot-env lint types clean
 

@@ -87,6 +87,7 @@ def test_the_bits_are_those_of_one_device() -> None:
 
 
 @on_devices
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [{"sequential": False, "outlier_threshold": None, "permutation": "identity"}, None])
 def test_other_settings_and_round_to_nearest(change: dict[str, Any] | None) -> None:
     model, params = SMALL["llama"], random_params(SMALL["llama"])
@@ -156,6 +157,7 @@ def test_the_compiled_solver_needs_an_eighth_on_each_device(placement: Placement
 
 
 @on_devices
+@pytest.mark.slow
 def test_the_sum_over_sequences_is_in_the_order_of_one_device(placement: Placement) -> None:
     model = SMALL["llama"]
     params, streams = random_params(model), start(embed(model, random_params(model), TOKENS), CONFIG)
