@@ -19,6 +19,9 @@ T = TypeVar("T")
 TRACEBACK = "SPQR_TRACEBACK"
 """Environment variable: with the value 1, every error prints its traceback."""
 
+EXTRAS = {"datasets": "datasets", "lm_eval": "lm-eval", "matplotlib": "plots", "torch": "torch", "tqdm": "lm-eval"}
+"""Extras of optional packages; all other packages belong to the extra `models`."""
+
 LOG_WIDTH = 120
 """Columns of a table in a file or a pipe, where nothing says how wide a line may be."""
 
@@ -95,7 +98,8 @@ def describe(error: Exception) -> str:
         case SpqrError() | OSError():
             return message
         case ModuleNotFoundError() if error.name is not None and not _is_own(error.name):
-            return f'{error.name.partition(".")[0]} is not installed: pip install "spqr-jax[models]"'
+            package = error.name.partition(".")[0]
+            return f'{package} is not installed: pip install "spqr-jax[{EXTRAS.get(package, "models")}]"'
         case MemoryError():
             return f"out of memory: {message or 'this process cannot allocate more'}"
         case RuntimeError() if "RESOURCE_EXHAUSTED" in message:

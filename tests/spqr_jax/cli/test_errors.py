@@ -127,6 +127,10 @@ def raises(error: BaseException) -> Callable[[], None]:
             'gguf is not installed: pip install "spqr-jax[models]"',
         ),
         (
+            ModuleNotFoundError("No module named 'torch.nn'", name="torch.nn"),
+            'torch is not installed: pip install "spqr-jax[torch]"',
+        ),
+        (
             ModuleNotFoundError("No module named 'spqr_jax.nothing'", name="spqr_jax.nothing"),
             "internal error: ModuleNotFoundError: No module named 'spqr_jax.nothing'; set SPQR_TRACEBACK=1 for the "
             "traceback, and report it",
