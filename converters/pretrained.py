@@ -65,8 +65,8 @@ def open_pretrained(path_or_hub_id: str | PathLike[str], *, dtype: DTypeLike = j
         `pytorch_model.bin`, which needs PyTorch and may be held in memory whole; dense, or packed by SpQR;
         a directory that the official SpQR code has written, which needs PyTorch too; its configuration and tokenizer
         come from the directory itself or from the model that it names;
-        a repository of the Hugging Face hub, of which only the files above are downloaded. The cache and
-        `HF_HUB_OFFLINE` are respected.
+        a repository of the Hugging Face hub; only the files above are downloaded, and the cache and `HF_HUB_OFFLINE`
+        are respected.
         Code in a checkpoint is never run.
       dtype: type of the dense parameters and of the model's activations.
 

@@ -1,4 +1,4 @@
-"""What the files of all families share: how a family is described, its sizes, its tensors in both spellings."""
+"""The base of all families: their description, their sizes, and their tensors in both spellings."""
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,7 +31,8 @@ class Family(Generic[Config]):
       write: makes the content of `config.json` from a configuration.
       read_gguf: makes a configuration from a GGUF file and the prefix of its keys.
       layout: lists the checkpoint's tensors, under the names of either project.
-      gguf: GGUF's `general.architecture`, the prefix of its keys; where several have one, the first in the table is it.
+      gguf: GGUF's `general.architecture`, the prefix of its keys; of several families with one prefix, the first in
+        the table reads it.
       alias: the name that models keep, and are exported under; None for the family itself.
       defaults: options that `config.json` may leave out, with their values, where `read` has others.
       neutral: options of `config.json` that change the model, with the values under which they do not.
@@ -84,7 +85,7 @@ HUGGINGFACE_NEUTRAL: Neutral = {
 """Options of `config.json` that no family supports, with the values under which they change nothing."""
 
 GGUF_NEUTRAL: Neutral = {**ROTARY_NEUTRAL, "attention.causal": (True,), "attention.sliding_window": (0,)}
-"""Their like among GGUF's keys, without the prefix."""
+"""GGUF's keys, without the prefix, that no family supports, with the values under which they change nothing."""
 
 GGUF_KNOWN = {
     *ROTARY_KNOWN,
@@ -149,7 +150,7 @@ def gguf_sizes(content: Options, file: GgufFile) -> GgufSizes:
 
 
 class Parts(NamedTuple):
-    """Names of what a model consists of, in one spelling: embedding, final norm, head, and blocks without number."""
+    """Names of a model's parts in one spelling: embedding, final norm, head, and blocks without their number."""
 
     embedding: str
     norm: str

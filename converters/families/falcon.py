@@ -25,9 +25,9 @@ from converters.formats.source import Naming
 from converters.layout import Layout
 from spqr_jax.models import Falcon, FalconConfig, RotaryConfig
 
-PARTS = Parts("transformer.word_embeddings", "transformer.ln_f", "lm_head", "transformer.h")
+_PARTS = Parts("transformer.word_embeddings", "transformer.ln_f", "lm_head", "transformer.h")
 # The norms of each arrangement. GGUF has no names for a sequential block.
-NORMS = {
+_NORMS = {
     "sequential": (
         Names("input_layernorm", "input_layernorm", "attn_norm"),
         Names("post_attention_layernorm", "post_attention_layernorm", ""),
@@ -35,18 +35,18 @@ NORMS = {
     "parallel": (Names("input_layernorm", "input_layernorm", "attn_norm"),),
     "parallel_two_norms": (Names("ln_attn", "ln_attn", "attn_norm_2"), Names("ln_mlp", "ln_mlp", "attn_norm")),
 }
-FREQUENCIES = r"transformer\.(h\.\d+\.self_attention\.)?(maybe_rotary|rotary_emb|rotary)\.inv_freq"
+_FREQUENCIES = r"transformer\.(h\.\d+\.self_attention\.)?(maybe_rotary|rotary_emb|rotary)\.inv_freq"
 
 # Options in the config.json of the time before transformers knew Falcon.
-OLD_OPTIONS = {"n_head": "num_attention_heads", "n_head_kv": "num_kv_heads", "n_layer": "num_hidden_layers"}
+_OLD_OPTIONS = {"n_head": "num_attention_heads", "n_head_kv": "num_kv_heads", "n_layer": "num_hidden_layers"}
 
 # The layout is the order of attn_qkv's rows: see `_groups_from_parts`.
-GGUF_NEUTRAL = {**base.GGUF_NEUTRAL, "tensor_data_layout": ("jploski",)}
-GGUF_KNOWN = {*base.GGUF_KNOWN, "attention.layer_norm_epsilon"}
+_GGUF_NEUTRAL = {**base.GGUF_NEUTRAL, "tensor_data_layout": ("jploski",)}
+_GGUF_KNOWN = {*base.GGUF_KNOWN, "attention.layer_norm_epsilon"}
 
 
 def read(content: Options) -> FalconConfig:
-    """Configuration from `config.json`; options not in it have the defaults of transformers' `FalconConfig`.
+    """Configuration from `config.json`; missing options have the defaults of transformers' `FalconConfig`.
 
     Raises:
       ConversionError: a size is missing or not a positive integer, or an option, or how options are combined, is not
@@ -78,7 +78,7 @@ def read_old(content: Options) -> FalconConfig:
     Raises:
       ConversionError: as `read`.
     """
-    content = {OLD_OPTIONS.get(key, key): value for key, value in content.items()}
+    content = {_OLD_OPTIONS.get(key, key): value for key, value in content.items()}
     # Of the two versions of the old code, only that of 40B knew this number, and it knew one arrangement only.
     grouped = content.get("num_kv_heads") is not None
     return read({"multi_query": False, "parallel_attn": grouped, "new_decoder_architecture": grouped, **content})
@@ -152,7 +152,7 @@ def read_gguf(file: GgufFile, prefix: str) -> FalconConfig:
     Raises:
       ConversionError: a size is missing, differs from block to block, or an option is not supported.
     """
-    content = gguf_options(file.metadata, prefix, GGUF_KNOWN, GGUF_NEUTRAL)
+    content = gguf_options(file.metadata, prefix, _GGUF_KNOWN, _GGUF_NEUTRAL)
     sizes = gguf_sizes(content, file)
     _require_heads(sizes["hidden_size"], sizes["num_heads"])
     head_dim = sizes["hidden_size"] // sizes["num_heads"]
@@ -178,9 +178,9 @@ def layout(config: FalconConfig, naming: Naming) -> Layout:
         Matrix(Names("dense_h_to_4h", "mlp.dense_h_to_4h", "ffn_up"), (mlp, hidden), bias),
         Matrix(Names("dense_4h_to_h", "mlp.dense_4h_to_h", "ffn_down"), (hidden, mlp), bias),
     )
-    norms = NORMS[config.arrangement]
+    norms = _NORMS[config.arrangement]
     return decoder_layout(
-        config, naming, parts=PARTS, norms=norms, norm_bias=True, matrices=matrices, frequencies=FREQUENCIES
+        config, naming, parts=_PARTS, norms=norms, norm_bias=True, matrices=matrices, frequencies=_FREQUENCIES
     )
 
 

@@ -25,20 +25,20 @@ from converters.formats.source import Naming
 from converters.layout import Layout
 from spqr_jax.models import Llama, LlamaConfig, RotaryConfig
 
-PARTS = Parts("model.embed_tokens", "model.norm", "lm_head", "model.layers")
-NORMS = (
+_PARTS = Parts("model.embed_tokens", "model.norm", "lm_head", "model.layers")
+_NORMS = (
     Names("input_layernorm", "input_layernorm", "attn_norm"),
     Names("post_attention_layernorm", "post_attention_layernorm", "ffn_norm"),
 )
-# GGUF's have been read with the configuration.
-FREQUENCIES = r"rope_freqs\.weight|model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"
+# GGUF's frequencies are read with the configuration.
+_FREQUENCIES = r"rope_freqs\.weight|model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"
 
-GGUF_NEUTRAL = {**base.GGUF_NEUTRAL, "expert_count": (0,), "expert_used_count": (0,)}
-GGUF_KNOWN = {*base.GGUF_KNOWN, "attention.layer_norm_rms_epsilon", "tensor_data_layout"}
+_GGUF_NEUTRAL = {**base.GGUF_NEUTRAL, "expert_count": (0,), "expert_used_count": (0,)}
+_GGUF_KNOWN = {*base.GGUF_KNOWN, "attention.layer_norm_rms_epsilon", "tensor_data_layout"}
 
 
 def read(content: Options) -> LlamaConfig:
-    """Configuration from `config.json`; what is not in it has the defaults of transformers' `LlamaConfig`.
+    """Configuration from `config.json`; missing options have the defaults of transformers' `LlamaConfig`.
 
     Raises:
       ConversionError: a size is missing or not a positive integer, or an option is not supported.
@@ -87,7 +87,7 @@ def read_gguf(file: GgufFile, prefix: str) -> LlamaConfig:
     Raises:
       ConversionError: a size is missing, differs from block to block, or an option is not supported.
     """
-    content = gguf_options(file.metadata, prefix, GGUF_KNOWN, GGUF_NEUTRAL)
+    content = gguf_options(file.metadata, prefix, _GGUF_KNOWN, _GGUF_NEUTRAL)
     sizes = gguf_sizes(content, file)
     head_dim = size(content, "attention.key_length", sizes["hidden_size"] // sizes["num_heads"])
     require_even(head_dim)
@@ -129,7 +129,7 @@ def _rotary_from_divisors(theta: float, divisors: Float[np.ndarray, " half"]) ->
     if np.all(divisors == 1.0):
         return RotaryConfig(theta)
     if not 0 < divisors.min() <= factor < math.inf:
-        raise ConversionError(f"rope_freqs.weight goes from {divisors.min()} to {factor}, not from 1 to a factor")
+        raise ConversionError(f"rope_freqs.weight runs from {divisors.min()} to {factor}, not from 1 to a factor")
     frequencies = np.asarray(RotaryConfig(theta).frequencies(2 * len(divisors)))
     kept = (1 / divisors - 1 / factor) / (1 - 1 / factor)
     ramp = (kept > 0.01) & (kept < 0.99)
@@ -157,7 +157,7 @@ def layout(config: LlamaConfig, naming: Naming) -> Layout:
         Matrix(Names("down_proj", "mlp.down_proj", "ffn_down"), (hidden, mlp), feed_forward),
     )
     return decoder_layout(
-        config, naming, parts=PARTS, norms=NORMS, norm_bias=False, matrices=matrices, frequencies=FREQUENCIES
+        config, naming, parts=_PARTS, norms=_NORMS, norm_bias=False, matrices=matrices, frequencies=_FREQUENCIES
     )
 
 

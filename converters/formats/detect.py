@@ -1,4 +1,4 @@
-"""The forms of checkpoints of other projects, and detecting which one a path holds."""
+"""Detects the form of checkpoints of other projects."""
 
 from os import PathLike
 from pathlib import Path
@@ -21,7 +21,7 @@ FORMS: tuple[Form, ...] = (
 
 
 def open_source(path_or_hub_id: str | PathLike[str]) -> Source:
-    """Detects the form of a checkpoint, and lists what is in it.
+    """Detects the form of a checkpoint, and lists its content.
 
     Args:
       path_or_hub_id: a GGUF file; a directory with `config.json` and `model.safetensors` or `pytorch_model.bin` (or an

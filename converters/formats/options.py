@@ -1,4 +1,4 @@
-"""Options of a checkpoint's configuration, checked as they are read."""
+"""Reads and checks options of a checkpoint's configuration."""
 
 import sys
 from collections.abc import Mapping, Set

@@ -46,7 +46,7 @@ def open_shards(
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
         raise ConversionError(f"{index} has no weight_map from tensor names to file names")
     shards = {shard: open_file(_beside(index, shard)) for shard in sorted(set(weight_map.values()))}
-    # A tensor that the index promises and its shard lacks is left out here, and so reported with the missing ones.
+    # A tensor in the index that its shard lacks is dropped here, and so reported with the missing ones.
     return {name: shards[shard][name] for name, shard in weight_map.items() if name in shards[shard]}
 
 

@@ -49,7 +49,7 @@ class Form:
       name: what `spqr inspect` calls it.
       signs: what a path must hold, for error messages.
       detect: whether an existing path is a checkpoint of this form; forms are asked in the order of the table.
-      open: lists what is in it.
+      open: lists its content.
     """
 
     name: str

@@ -18,7 +18,7 @@ def load_torch(path: Path) -> object:
 
     Raises:
       ConversionError: PyTorch is not installed, or the file is missing, damaged (its checksums are compared first) or
-        holds other things than tensors, numbers, strings and containers of them.
+        holds objects other than tensors, numbers, strings and containers of them.
 
     Example:
       >>> load_torch(Path("pytorch_model.bin")).keys()  # doctest: +SKIP
@@ -43,7 +43,7 @@ def load_torch(path: Path) -> object:
         raise
     except pickle.UnpicklingError as error:
         raise ConversionError(
-            f"{path} is damaged, or holds other things than tensors, which are not loaded because they could run code"
+            f"{path} is damaged, or holds objects other than tensors, which are not loaded because they could run code"
         ) from error
     except Exception as error:  # the unpickler and the archive readers raise errors of many types
         reason = " ".join(str(error).split()) or type(error).__name__

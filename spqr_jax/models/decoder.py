@@ -21,7 +21,8 @@ from spqr_jax.models.layers import Linear, linear, mesh_of
 from spqr_jax.models.model_config import ModelConfig
 
 Params = dict[str, Any]
-State = dict[str, Float[Array, "batch tokens ..."]]
+State = dict[str, Float[Array, "..."]]
+"""Arrays `[batch, tokens, …]` of a block, and its part of the KV cache."""
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ def fuse_projections(params: Params, model: Decoder) -> Params:
     permutation or format.
 
     Args:
-      params: parameters of `model`, stacked or not; those already fused are returned as they are.
+      params: parameters of `model`, stacked or not; those already fused are returned unchanged.
       model: the Flax module.
 
     Returns:

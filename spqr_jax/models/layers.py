@@ -147,7 +147,7 @@ def extend_cache(
 
     Returns:
       The state with the new cache, and the keys `[batch, kv_heads, slots, head_dim]` and the values
-      `[batch, kv_heads, head_dim, slots]` of all slots. A state without a cache stays as it is, and the tokens are the
+      `[batch, kv_heads, head_dim, slots]` of all slots. A state without a cache does not change, and the tokens are the
       slots.
     """
     keys, values = keys.transpose(0, 2, 1, 3), values.transpose(0, 2, 3, 1)

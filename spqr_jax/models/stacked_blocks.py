@@ -14,7 +14,7 @@ Leaf = Array | np.ndarray | SpqrTensor | SplitTensor
 
 
 def stack_blocks(params: Params) -> Params:
-    """Replaces `layers_0` … `layers_{n-1}` by `blocks`, every leaf of which has a leading axis of length n.
+    """Replaces `layers_0` … `layers_{n-1}` by `blocks`, whose leaves have a leading axis of length n.
 
     Packed matrices are padded to the largest number of outliers among the blocks, with zeros, which add nothing to a
     product. Parameters that are stacked already are returned unchanged.

@@ -24,7 +24,7 @@ from spqr_jax.runtime.placement import Placement
 def shard_params(params: Params, model: Decoder, mesh: Mesh) -> Params:
     """Spreads the parameters of a model over the devices of a mesh; the model then runs on all of them.
 
-    Packed matrices become a `SplitTensor`, of which each device holds its part; dense matrices are split alike, the
+    Packed matrices become a `SplitTensor`, and each device holds its part. Dense matrices are split alike, the
     embedding and the head by the vocabulary. What does not divide stays whole on every device: heads by the number of
     devices, rows by that and a statistics group, columns by that and a group. So do norms.
 

@@ -1,4 +1,4 @@
-"""config.json: what is refused, and that a configuration survives being written and read."""
+"""config.json: unsupported options are errors, and a configuration is read as it was written."""
 
 import re
 from collections.abc import Callable, Mapping

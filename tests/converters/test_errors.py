@@ -1,4 +1,4 @@
-"""What cannot be converted is told in one error that names it."""
+"""An unsupported or damaged checkpoint ends in one error that names the cause."""
 
 import json
 import math
@@ -95,9 +95,9 @@ def test_gguf_option(tmp_path: Path, metadata: dict, named: str) -> None:
     [
         ([1, 1, 1, 5, 3, 8, 8, 8], "rope_freqs.weight is not a llama3"),
         ([1, 1], r"expected \[8\], found \[2\]"),
-        ([1, 1, 1, 2, 3, 8, 8, math.inf], "goes from 1.0 to inf"),
-        ([0, 1, 1, 2, 3, 8, 8, 8], "goes from 0.0 to 8.0"),
-        ([1, 1, 1, 2, 3, 8, 8, math.nan], "goes from nan to nan"),
+        ([1, 1, 1, 2, 3, 8, 8, math.inf], "runs from 1.0 to inf"),
+        ([0, 1, 1, 2, 3, 8, 8, 8], "runs from 0.0 to 8.0"),
+        ([1, 1, 1, 2, 3, 8, 8, math.nan], "runs from nan to nan"),
     ],
 )
 def test_gguf_frequencies(tmp_path: Path, divisors: list[float], named: str) -> None:

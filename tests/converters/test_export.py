@@ -1,4 +1,4 @@
-"""What is exported is read by transformers, by the official reader's rules, and by this library, as the same model."""
+"""Exports read by transformers, by the official reader's rules and by this library are the model that was written."""
 
 import json
 import math
@@ -108,7 +108,7 @@ def test_packed_weights_come_back(quantized: Pretrained, tmp_path: Path) -> None
 
 
 def official_library() -> SimpleNamespace:
-    """What the package `spqr_quant` is to transformers, multiplying on the CPU by the rules of its GPU reader."""
+    """A stand-in for the package `spqr_quant`, multiplying on the CPU by the rules of its GPU reader."""
     torch = pytest.importorskip("torch")
 
     class QuantizedLinear(torch.nn.Module):

@@ -54,7 +54,7 @@ def is_gguf(path: Path) -> bool:
 
 
 def open_gguf(path: Path) -> GgufFile:
-    """Lists what is in a GGUF file; tensors stay in the file until they are read.
+    """Lists the content of a GGUF file; tensors stay in the file until they are read.
 
     A tensor's shape is `[out, in]`, as in PyTorch; the format itself names the dimensions the other way round.
 

@@ -76,7 +76,7 @@ def _byte_level(content: Metadata, tokens: Sequence[str]) -> Tokenizer:
     if content.get("ggml.add_space_prefix", False):
         raise ConversionError("tokenizer.ggml.add_space_prefix is not supported with tokenizer.ggml.model 'gpt2'")
     merges = [tuple(merge.split(" ", 1)) for merge in _required(content, "ggml.merges")]
-    # LLaMA 3 takes a piece that is a token as it is, also where no chain of merges leads to it.
+    # LLaMA 3 keeps a piece that is a token, even where no chain of merges leads to it.
     try:
         model = models.BPE(vocab=_vocabulary(tokens), merges=merges, ignore_merges=pre == "llama-bpe")
     except Exception as error:  # the Rust library raises plain Exception

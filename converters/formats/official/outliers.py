@@ -33,7 +33,7 @@ def decode_outliers(
     falls = np.count_nonzero(np.diff(row_offsets) < 0)
     if row_offsets[0] != 0 or row_offsets[-1] != col_vals.size or falls:
         raise ConversionError(
-            f"{name}.row_offsets must rise from 0 to the {col_vals.size} entries of col_vals, but goes from "
+            f"{name}.row_offsets must rise from 0 to the {col_vals.size} entries of col_vals, but runs from "
             f"{row_offsets[0]} to {row_offsets[-1]} and falls {falls} times"
         )
     # Without outliers the official writer leaves an empty array of floats.
@@ -58,7 +58,7 @@ def _compressed_rows(offsets: np.ndarray, words: np.ndarray, name: str) -> tuple
     """From PTCSR to CSR."""
     if odd := np.count_nonzero(offsets % ROWS):
         raise ConversionError(f"{name}.row_offsets has {odd} entries that are not multiples of {ROWS} (PTCSR)")
-    # Sixteen rows start at a multiple of sixteen, so an entry's place tells its row among them.
+    # Sixteen rows start at a multiple of sixteen, so an entry's place determines its row among them.
     rows = ROWS * np.repeat(np.arange(offsets.size - 1), np.diff(offsets)) + np.arange(words.size) % ROWS
     rows, words = rows[words != 0], words[words != 0]
     counts = np.bincount(rows, minlength=ROWS * (offsets.size - 1))

@@ -11,7 +11,7 @@ from converters.errors import ConversionError
 from pallas_kernels import Outliers, QuantizedStatistics, SpqrTensor, pack
 from pallas_kernels.backends.xla import dequantize_in_order
 
-# The most by which rounding to float16 may change statistics: some sixteen times what is usual.
+# Largest relative change of statistics by rounding to float16: some sixteen times the usual.
 _MAX_LOSS = 2.0**-7
 
 _DEQUANTIZE = jax.jit(dequantize_in_order)
@@ -38,8 +38,8 @@ Statistics = Float[np.ndarray, "out groups"] | StoredStatistics
 class StoredOutliers(NamedTuple):
     """Outliers in CSR form, columns in quantization order; values are weights, residuals or summands by context."""
 
-    offsets: Int[np.ndarray, " out+1"]
-    columns: Int[np.ndarray, " nnz"]
+    offsets: Integer[np.ndarray, " out+1"]
+    columns: Integer[np.ndarray, " nnz"]
     values: Float[np.ndarray, " nnz"]
 
     @property

@@ -354,7 +354,7 @@ def test_pytorch_files_where_there_are_no_others(remote: Path, shards: int) -> N
     assert {path.name for path in (remote.parent / "snapshot").iterdir()} == names - {"modeling_x.py"}
 
 
-def test_errors_of_the_network_are_told_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_of_the_network_are_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*args: Any, **options: Any) -> None:
         raise RuntimeError("No route to host. Try again later.\nAnd again.")
 

@@ -52,7 +52,7 @@ def random_packed(rng, out, columns, outlier_share):
 
 
 def dense(params):
-    """The same parameters with every packed matrix as a dense kernel."""
+    """Parameters with every packed matrix as a dense kernel."""
     return jax.tree.map(
         lambda leaf: DEQUANTIZE(leaf).T if isinstance(leaf, SpqrTensor) else leaf,
         params,

@@ -52,7 +52,7 @@ TOKENS = np.random.default_rng(1).integers(0, 64, (2, 12)).astype(np.int32)
 
 
 def contents(tensor: SpqrTensor) -> dict[str, np.ndarray]:
-    """What a matrix is made of, to the bit, its columns or groups along the last axes."""
+    """The parts of a matrix, to the bit, its columns or groups along the last axes."""
     out, columns = tensor.shape
     residuals = np.zeros((out, columns), np.float16)
     if tensor.outliers is not None:

@@ -231,7 +231,7 @@ def put(index: Any, value: Any) -> Any:
         ("dense_weights", lambda a: a ^ (np.arange(6912) == 3) << 54, r"1 pairs of rows"),
         ("dense_weights", lambda a: a | 0xFF << 54, r"second-level statistics of k have 1728 of 1728"),
         ("row_offsets", lambda a: a[:-1], r"k\.row_offsets has 192 entries, but 192 rows take 193 .* or 13"),
-        ("row_offsets", put(0, 1), r"rise from 0 to the 2187 entries of col_vals, but goes from 1"),
+        ("row_offsets", put(0, 1), r"rise from 0 to the 2187 entries of col_vals, but runs from 1"),
         ("row_offsets", put(-1, 2186), r"to 2186"),
         ("row_offsets", put(5, 2000), r"falls 1 times"),
         ("row_offsets", lambda a: a.astype(np.int64), r"k\.row_offsets is int64"),
