@@ -15,13 +15,18 @@ import spqr_jax
 
 OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 ROOMS: tuple[str, ...] = (
+    "converters",
     "pallas_kernels.aot",
     "pallas_kernels.benchmark",
-    "converters",
+    "spqr_jax.analyze",
     "spqr_jax.benchmark",
     "spqr_jax.cli",
+    "spqr_jax.config",
     "spqr_jax.generation",
     "spqr_jax.models",
+    "spqr_jax.quantization",
+    "spqr_jax.runtime",
+    "spqr_jax.search",
     "spqr_jax.texts",
 )
 """Modules whose examples run, by the start of their names."""

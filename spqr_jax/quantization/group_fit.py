@@ -10,10 +10,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float
 
 from pallas_kernels import QuantizedStatistics
-from pallas_kernels.format.tensor import Statistics
 from spqr_jax.config import SpqrConfig
 
 Rows = Float[Array, "*batch out"]
+
+ColumnStatistics = Float[Array, " out"] | QuantizedStatistics
+"""The stored scales (or zeros) of one group column."""
 
 RANGE_CUTS = (0.0, 0.1, 0.2)
 """Shares of a range that a fit by error may leave out at either end."""
@@ -27,7 +29,7 @@ def fit_group(
     diagonal: Float[Array, " group"],
     threshold: Float[Array, " out"] | None,
     config: SpqrConfig,
-) -> tuple[Array, Array, tuple[Statistics, Statistics]]:
+) -> tuple[Float[Array, " out"], Float[Array, " out"], tuple[ColumnStatistics, ColumnStatistics]]:
     """Scale and zero of a group in each row, as they will be stored; likely outliers are left out of the fit."""
     low, high = group.min(axis=0), group.max(axis=0)
     costs = jnp.broadcast_to(1 / jnp.square(diagonal)[:, None], group.shape)
@@ -48,7 +50,7 @@ def fit_group(
     else:
         scale, zero = min_max_fit(low, high, config.bits)
 
-    def store(values: Array, bits: int | None) -> tuple[Statistics, Array]:
+    def store(values: Array, bits: int | None) -> tuple[ColumnStatistics, Array]:
         if bits is not None:
             return quantize_statistics(values, bits, config.stats_group_size, config.stats_dtype)
         stored = rounded(values, config.stats_dtype)

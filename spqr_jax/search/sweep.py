@@ -206,13 +206,9 @@ def sweep(
             if path.is_file():
                 result = read_json(path)
             else:
-                if cell is None:
-                    result = _original(source, windows, mesh)
-                else:
-                    result = _result(source, directory / name, cell, shares, calibration_tokens, windows, mesh)
+                result = _result(source, directory / name, cell, shares, calibration_tokens, windows, mesh)
                 write_text(path, json.dumps(result, indent=1) + "\n")
-                if cell is not None:
-                    _release(directory / name)
+                _release(directory / name)
             shares[name] = result.get("outlier_share", 0.0)
             yield result
 
@@ -232,8 +228,9 @@ def _original(source: ModelSource, windows: Int[np.ndarray, "windows window"], m
 
 
 def _release(checkpoint: Path) -> None:
-    """Deletes the checkpoint and the programs of a measured cell."""
-    remove_directory(checkpoint)
+    """Deletes the checkpoint, if any, and the programs of a measured cell."""
+    if checkpoint.exists():
+        remove_directory(checkpoint)
     # Programs are compiled for a cell's settings and numbers of outliers. Those of some thirty cells take all 65,530
     # memory mappings that Linux allows a process.
     jax.clear_caches()
@@ -242,13 +239,15 @@ def _release(checkpoint: Path) -> None:
 def _result(
     source: ModelSource,
     checkpoint: Path,
-    cell: Cell,
+    cell: Cell | None,
     shares: Mapping[str, float],
     calibration_tokens: Int[np.ndarray, "sequences tokens"],
     windows: Int[np.ndarray, "windows window"],
     mesh: Mesh | None,
 ) -> dict[str, Any]:
-    """The result of one cell; its checkpoint is kept until the result is written, in case of an interrupt."""
+    """The result of one cell, or (None) of the model itself; a checkpoint is kept until its result is written."""
+    if cell is None:
+        return _original(source, windows, mesh)
     config = cell.config
     if cell.whole_rows:
         config = replace(config, outlier_threshold=None, outlier_rows=shares[replace(cell, whole_rows=False).name])

@@ -217,11 +217,8 @@ def quantize_to_bits(
       True
     """
     notes = destination.with_name(f"{destination.name}.budget.json")
-    search = {
-        "config": dataclasses.asdict(config),
-        "target_bits": target_bits,
-        "calibration": digest(calibration_tokens),
-    }
+    calibration = digest(calibration_tokens)
+    search = {"config": dataclasses.asdict(config), "target_bits": target_bits, "calibration": calibration}
     found = _read_notes(notes, search)
     # An existing checkpoint may be of this search.
     overwrite = overwrite or found is not None

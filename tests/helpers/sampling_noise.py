@@ -4,7 +4,7 @@ import numpy as np
 
 
 def reference_sampling_noise(x: np.ndarray) -> float:
-    """For inputs `[sequences, tokens, features]`, all of which occur in each sequence."""
+    """ρ of inputs `[sequences, tokens, features]` without dead features."""
     x = np.asarray(x, np.float64)
     off_diagonal = ~np.eye(x.shape[2], dtype=bool)
 

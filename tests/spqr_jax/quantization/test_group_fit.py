@@ -59,7 +59,7 @@ def test_min_max_fit(values):
     assert scale >= 0
     assert abs(zero) <= MAX_ZERO * 1.001
     assert ((codes >= 0) & (codes < 2**BITS)).all()
-    # Half a step, and what float32 makes of a zero of so many steps.
+    # Half a step, and float32's rounding of a zero of that many steps.
     rounding = 1e-6 * scale * (1 + abs(zero)) + SUBNORMAL_RANGE
     assert (np.abs(decoded - values) <= scale / 2 + rounding).all()
 

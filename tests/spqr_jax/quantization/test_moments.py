@@ -32,7 +32,7 @@ def test_moments_of_low_precision_inputs_are_summed_in_float32(inputs):
 
 
 def test_moments_add_up_over_batches(inputs, moments):
-    parts = [moment_sums(*(x[None] for x in sequence)) for sequence in zip(*inputs, strict=True)]
+    parts = [moment_sums(*(jnp.asarray(x[None]) for x in sequence)) for sequence in zip(*inputs, strict=True)]
     total = complete(jax.tree.map(lambda *m: sum(m), *parts), len(parts))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-2), total, moments)
 
@@ -67,7 +67,7 @@ def test_shrinking_by_sampling_noise_brings_correlations_nearest_to_the_true_one
 
 
 def test_one_sequence_and_dead_features_have_no_sampling_noise(inputs):
-    x = inputs[0]
+    x = jnp.asarray(inputs[0])
     assert complete(moment_sums(x[:1]), 1).sampling_noise == 0
     alive = np.arange(IN) < IN // 2
     assert complete(moment_sums(x * alive), 3).sampling_noise == pytest.approx(

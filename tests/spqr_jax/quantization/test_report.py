@@ -1,3 +1,4 @@
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -8,4 +9,6 @@ def test_relative_error(inputs, moments, weight):
     x = inputs[0].reshape(-1, inputs[0].shape[-1]).astype(np.float64)
     approximation = weight + 0.1 * np.random.default_rng(2).standard_normal(weight.shape, np.float32)
     expected = ((x @ (weight - approximation).T) ** 2).sum() / ((x @ weight.T) ** 2).sum()
-    assert relative_error(weight, approximation, moments.hessian) == pytest.approx(expected, rel=1e-4)
+    assert relative_error(jnp.asarray(weight), jnp.asarray(approximation), moments.hessian) == pytest.approx(
+        expected, rel=1e-4
+    )

@@ -81,9 +81,9 @@ def test_the_bits_are_those_of_one_device() -> None:
     expected, report = quantize(params, TOKENS, model=model, config=CONFIG)
     found, reported = quantize(params, TOKENS, model=model, config=CONFIG, mesh=jax.make_mesh((4, 2), ("x", "y")))
     assert_identical(found, expected)
-    for matrix, told in report.items():
-        assert reported[matrix].bits_per_weight == told.bits_per_weight
-        assert reported[matrix].relative_error == pytest.approx(told.relative_error, rel=1e-4)
+    for matrix, wanted in report.items():
+        assert reported[matrix].bits_per_weight == wanted.bits_per_weight
+        assert reported[matrix].relative_error == pytest.approx(wanted.relative_error, rel=1e-4)
 
 
 @on_devices
@@ -167,7 +167,7 @@ def test_the_sum_over_sequences_is_in_the_order_of_one_device(placement: Placeme
     shared = jax.tree.map(lambda leaf: placement.put_parameter(leaf), first)
     _, eight = advance(block, 0, shared, shared, streams, placement)
     jax.tree.map(np.testing.assert_array_equal, eight, one)
-    x = after.quantized["attention_input"].reshape(1, -1, 256)
+    x = jnp.asarray(after.quantized["attention_input"]).reshape(1, -1, 256)
     hessian = np.triu(moment_sums(x).hessian)
     np.testing.assert_allclose(np.triu(eight["attention_input"].hessian), hessian, rtol=1e-4, atol=1e-3)
     _, one = advance(block, 1, first, first, after)

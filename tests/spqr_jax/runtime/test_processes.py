@@ -25,7 +25,7 @@ BLOCKS = 3
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory: pytest.TempPathFactory) -> Start:
-    """Starts the command in so many processes on so many devices each."""
+    """Starts the command in several processes, each on this number of devices."""
     directory = tmp_path_factory.mktemp("source")
     config = tiny_config(num_hidden_layers=BLOCKS, vocab_size=300)
     source = write_checkpoint(directory / "model", config, random_tensors(config))

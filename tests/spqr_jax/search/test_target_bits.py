@@ -1,4 +1,4 @@
-"""Thresholds for a wanted size: the measured size is the wanted one, and what cannot be is told."""
+"""Thresholds for a target size: the measured size is the target, and impossible targets are refused."""
 
 from functools import partial
 
