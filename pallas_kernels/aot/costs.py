@@ -116,7 +116,11 @@ def report_all(settings: Sequence[Setting], tiles: Sequence[Tile] | None = None)
 def try_reports(
     settings: Sequence[Setting], tiles: Sequence[Tile] | None = None
 ) -> list[list[KernelReport] | ValueError]:
-    """Reports several products like `report_all`, with an error in the place of each report that fails.
+    """Reports several products like `report_all`, with an error in place of each report that fails.
+
+    Args:
+      settings: the products.
+      tiles: one tile for each product. None: the tile that such a GPU uses.
 
     Raises:
       ModuleNotFoundError: the compiler is not installed.

@@ -18,7 +18,12 @@ def parse_format(spelling: str) -> Format:
 
 
 def parse_shape(text: str) -> tuple[int, int]:
-    """Parses (out, in) from a shape such as 4096x11008."""
+    """Parses (out, in) from a shape such as 4096x11008.
+
+    Example:
+      >>> parse_shape("4096x11008")
+      (4096, 11008)
+    """
     match = re.fullmatch(r"(\d+)x(\d+)", text)
     if match is None:
         raise typer.BadParameter(f"{text!r} is not a shape; write OUTxIN, such as 4096x11008")
@@ -26,7 +31,12 @@ def parse_shape(text: str) -> tuple[int, int]:
 
 
 def one_of(choices: Collection[str]) -> Callable[[str], str]:
-    """A parser that accepts only these names."""
+    """A parser that accepts only these names.
+
+    Example:
+      >>> one_of(["h100", "a100"])("a100")
+      'a100'
+    """
 
     def parse(name: str) -> str:
         if name not in choices:

@@ -100,7 +100,12 @@ def exact_weight(packed: SpqrTensor) -> Float[Array, "out in"]:
 
 
 def sparse_part(packed: SpqrTensor) -> sparse.BCSR:
-    """The residuals of the outliers, with columns in the order of the input features."""
+    """The residuals of the outliers, with columns in the order of the input features.
+
+    Example:
+      >>> sparse_part(random_matrix(Format.parse("3b-g16-s3-o1%"), (64, 256), 0)).nse
+      164
+    """
     assert packed.outliers is not None
     outliers = packed.outliers
     columns = jnp.asarray(outliers.columns, jnp.int32)

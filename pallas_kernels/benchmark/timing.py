@@ -73,7 +73,11 @@ def compile_calls(
     """Compiles the program that `measure` runs. Thread-safe.
 
     Args:
-      rough: estimated seconds per call, which decide the number of repetitions.
+      function: a function that can be jitted.
+      x: activations.
+      w: a pytree of arrays.
+      rough: estimated seconds per call, which decide the number of steps.
+      copies: number of copies of w, as in `seconds_per_call`.
     """
     if copies is None:
         copies = copies_for(sum(leaf.nbytes for leaf in jax.tree.leaves(w)))
@@ -101,18 +105,33 @@ def measure(calls: Calls, x: Array, w: PyTree) -> Timing:
 
 
 def repetitions(seconds: float) -> int:
-    """The number of repetitions of something that takes this long in one sample."""
+    """The number of repetitions that fill one sample, at least 1 and at most `MOST_REPETITIONS`.
+
+    Example:
+      >>> repetitions(0.0025)
+      4
+    """
     return int(np.clip(SAMPLE_SECONDS / seconds, 1, MOST_REPETITIONS))
 
 
 def summary(seconds: Sequence[float]) -> Timing:
-    """Median and quartiles of samples."""
+    """Median and quartiles of samples.
+
+    Example:
+      >>> summary([1.0, 2.0, 3.0])
+      Timing(seconds=2.0, quartiles=(1.5, 2.5))
+    """
     lower, median, upper = np.quantile(seconds, [0.25, 0.5, 0.75])
     return Timing(float(median), (float(lower), float(upper)))
 
 
 def copies_for(nbytes: int) -> int:
-    """The number of copies of a matrix of `nbytes` that fill `ROTATED_BYTES`, at most `MOST_COPIES`."""
+    """The number of copies of a matrix of `nbytes` that fill `ROTATED_BYTES`, at most `MOST_COPIES`.
+
+    Example:
+      >>> copies_for(64 << 20)
+      4
+    """
     return min(-(-ROTATED_BYTES // nbytes), MOST_COPIES)
 
 

@@ -41,7 +41,7 @@ def main(
         typer.Option(
             parser=one_of(MODELS),
             metavar="|".join(MODELS),
-            help=f"Model to decode. Without a GPU, all but {FOR_ANY_DEVICE} are predicted for {TARGET}.",
+            help=f"Model to decode. Without a GPU, models except {FOR_ANY_DEVICE} are predicted for {TARGET}.",
         ),
     ] = "llama-7b",
     output: Annotated[Path | None, typer.Option(help="JSON file for the rows of --decode, updated by row.")] = None,
