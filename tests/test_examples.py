@@ -22,11 +22,14 @@ ROOMS: tuple[str, ...] = (
     "spqr_jax.benchmark",
     "spqr_jax.cli",
     "spqr_jax.config",
+    "spqr_jax.figures",
     "spqr_jax.generation",
+    "spqr_jax.measure",
     "spqr_jax.models",
     "spqr_jax.quantization",
     "spqr_jax.runtime",
     "spqr_jax.search",
+    "spqr_jax.storage",
     "spqr_jax.texts",
 )
 """Modules whose examples run, by the start of their names."""

@@ -122,8 +122,8 @@ def load(directory: str | PathLike[str]) -> Checkpoint:
 
     Example:
       >>> model, params, tokenizer = load("tiny-spqr")
-      >>> model.apply({"params": params}, jnp.array([tokenizer.encode("sky")])).shape
-      (1, 3, 257)
+      >>> params["layers_0"]["q_proj"]["kernel"].shape, tokenizer.decode(tokenizer.encode("sky"))
+      ((64, 64), 'sky')
     """
     source = open_checkpoint(directory)
     return Checkpoint(source.model, source.read(), source.tokenizer)

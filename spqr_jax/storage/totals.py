@@ -44,6 +44,7 @@ def summarize_described(description: Entries) -> Summary:
     """Sums over the packed matrices of a checkpoint that is not loaded, from its description.
 
     Example:
+      >>> from spqr_jax.storage.checkpoint import describe
       >>> summarize_described(describe("tiny-spqr")) == summarize(quantized)
       True
     """
