@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax.typing import DTypeLike
@@ -97,7 +97,7 @@ def open_pretrained(path_or_hub_id: str | PathLike[str], *, dtype: DTypeLike = j
     return ModelSource(family.model(config, dtype=jnp.dtype(dtype), alias=family.alias), parts, tokenizer)
 
 
-def _family(source: Source) -> Family[Any]:
+def _family(source: Source) -> Family:
     families = GGUF_FAMILIES if source.naming == "gguf" else FAMILIES
     if not isinstance(source.model_type, str) or source.model_type not in families:
         raise ConversionError(

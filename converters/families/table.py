@@ -1,7 +1,5 @@
 """The families of models whose checkpoints can be read and written, and their aliases."""
 
-from typing import Any
-
 from converters.errors import ConversionError
 from converters.families.aliases import MISTRAL, REFINED_WEB, REFINED_WEB_MODEL
 from converters.families.base import Family
@@ -10,7 +8,7 @@ from converters.families.llama import LLAMA
 from spqr_jax.models import Decoder
 
 # One line for each family, and one for each alias.
-_ALL: tuple[Family[Any], ...] = (
+_ALL: tuple[Family, ...] = (
     LLAMA,
     FALCON,
     MISTRAL,
@@ -25,7 +23,7 @@ GGUF_FAMILIES = {family.gguf: family for family in reversed(_ALL)}
 """Families by GGUF's `general.architecture`; of several with one, the first."""
 
 
-def family_of(model: Decoder) -> Family[Any]:
+def family_of(model: Decoder) -> Family:
     """The family, or the alias, that a model has its name from.
 
     Raises:

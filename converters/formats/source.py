@@ -3,9 +3,10 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from converters.formats.json_files import read_json
+from converters.formats.options import Options
 from converters.layout import StoredTensor
 
 CONFIG = "config.json"
@@ -31,12 +32,12 @@ class Source:
     form: str
     path: Path
     description: Path
-    metadata: Mapping[str, Any]
+    metadata: Options
     tensors: Mapping[str, StoredTensor]
     naming: Naming = "huggingface"
 
     @property
-    def model_type(self) -> Any:
+    def model_type(self) -> object:
         """The family of models as the checkpoint names it: any JSON value, None where it is missing."""
         return self.metadata.get("general.architecture" if self.naming == "gguf" else "model_type")
 

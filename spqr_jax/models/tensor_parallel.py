@@ -6,9 +6,11 @@ devices ends the attention and the MLP. The blocks declare which matrices are sp
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TypeVar
 
 import jax
+import numpy as np
+from jax import Array
 from jax.sharding import Mesh
 
 from pallas_kernels import SplitTensor, SpqrTensor, split_columns, split_rows
@@ -19,6 +21,9 @@ from pallas_kernels.sharded import By
 from spqr_jax.models.decoder import Decoder, Params, fused_name
 from spqr_jax.models.stacked_blocks import alike_layers, unstack_blocks
 from spqr_jax.runtime.placement import Placement
+
+Dense = Array | np.ndarray
+Tree = TypeVar("Tree", Params, list[Params])
 
 
 def shard_params(params: Params, model: Decoder, mesh: Mesh) -> Params:
@@ -78,7 +83,7 @@ def _check(layer: Params, model: Decoder) -> None:
 
 
 def _linear_layers(layers: Sequence[Params], by: By, heads: int | None, over: Placement) -> list[Params]:
-    """One linear layer of every block, on the devices."""
+    """Puts one linear layer of every block on the devices."""
     kernels = [layer["kernel"] for layer in layers]
     if not all(_divides(kernel, by, heads, over.shares) for kernel in kernels):
         return _whole(list(layers), over)
@@ -89,22 +94,26 @@ def _linear_layers(layers: Sequence[Params], by: By, heads: int | None, over: Pl
     ]
 
 
-def _divides(kernel: Any, by: By, heads: int | None, devices: int) -> bool:
-    packed = isinstance(kernel, SpqrTensor)
-    out, columns = kernel.shape if packed else kernel.shape[::-1]
+def _divides(kernel: Dense | SpqrTensor, by: By, heads: int | None, devices: int) -> bool:
+    if isinstance(kernel, SpqrTensor):
+        (out, columns), rows, group_size = kernel.shape, rows_together(kernel), kernel.group_size
+    else:
+        (columns, out), rows, group_size = kernel.shape, 1, 1
     if by == "columns":
-        return columns % (devices * (kernel.group_size if packed else 1)) == 0
-    return out % (devices * (rows_together(kernel) if packed else 1)) == 0 and (heads or devices) % devices == 0
+        return columns % (devices * group_size) == 0
+    return out % (devices * rows) == 0 and (heads or devices) % devices == 0
 
 
-def _split(kernels: Sequence[Any], by: By, over: Placement) -> list[Any]:
+def _split(kernels: Sequence[Dense | SpqrTensor], by: By, over: Placement) -> list[Array | SplitTensor]:
     """The kernels of one layer of every block, their parts with room for the same number of outliers."""
-    if not isinstance(kernels[0], SpqrTensor):
-        return [over.put(kernel, 1 if by == "rows" else 0) for kernel in kernels]
+    packed = [kernel for kernel in kernels if isinstance(kernel, SpqrTensor)]
+    if not packed:
+        dense = [kernel for kernel in kernels if not isinstance(kernel, SpqrTensor)]
+        return [over.put(kernel, 1 if by == "rows" else 0) for kernel in dense]
     # In host memory until all of them are known: no device needs room for more than one whole matrix.
     split = [
         jax.device_get((split_rows(kernel, over.shares), None) if by == "rows" else split_columns(kernel, over.shares))
-        for kernel in kernels
+        for kernel in packed
     ]
     padded = pad([parts for parts, _ in split])
     assert over.mesh is not None
@@ -112,6 +121,6 @@ def _split(kernels: Sequence[Any], by: By, over: Placement) -> list[Any]:
     return [SplitTensor(parts, features, by=by, mesh=over.mesh) for parts, features in pairs]
 
 
-def _whole(tree: Any, over: Placement) -> Any:
-    """A copy for every device."""
+def _whole(tree: Tree, over: Placement) -> Tree:
+    """Copies arrays to every device."""
     return jax.tree.map(lambda array: over.put(array, None), tree)

@@ -61,7 +61,7 @@ class Entry:
         return (*self.shape[:-1], self.shape[-1] // block * size)
 
 
-def read_header(file: mmap.mmap) -> tuple[dict[str, Any], dict[str, Entry]]:
+def read_header(file: mmap.mmap) -> tuple[Metadata, dict[str, Entry]]:
     """Metadata and tensors of a GGUF file, under their names.
 
     Raises:
@@ -75,7 +75,7 @@ def read_header(file: mmap.mmap) -> tuple[dict[str, Any], dict[str, Entry]]:
     if version not in _VERSIONS:
         raise SpqrError(f"it is of version {version}, but supported are {' and '.join(map(str, _VERSIONS))}")
     tensor_count, key_count = _integer(file, "<Q"), _integer(file, "<Q")
-    metadata: dict[str, Any] = {}
+    metadata: dict[str, object] = {}
     for _ in range(key_count):
         key = _string(file)
         _require_new(key, metadata)
@@ -112,7 +112,7 @@ def _entry(file: mmap.mmap) -> Entry:
     return Entry(shape[::-1], GGMLQuantizationType(_integer(file, "<I")), _integer(file, "<Q"))
 
 
-def _value(file: mmap.mmap, kind: GGUFValueType) -> Any:
+def _value(file: mmap.mmap, kind: GGUFValueType) -> object:
     if kind is GGUFValueType.STRING:
         return _string(file)
     if kind is not GGUFValueType.ARRAY:

@@ -158,7 +158,9 @@ def _open_source(directory: Path) -> Source:
     assert form is not None
     source = form.open(directory)
     metadata = dict(source.metadata)
-    tensors = open_hf_spqr(source.tensors, metadata.pop("quantization_config"), directory)
+    quantization = metadata.pop("quantization_config")
+    assert isinstance(quantization, dict)
+    tensors = open_hf_spqr(source.tensors, quantization, directory)
     return replace(source, form=FORM.name, metadata=metadata, tensors=tensors)
 
 
