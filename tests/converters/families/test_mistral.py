@@ -13,7 +13,7 @@ from helpers.tiny_models import mistral_config, random_tensors, write_checkpoint
 from converters import export_huggingface, from_pretrained, open_pretrained
 from spqr_jax import SpqrConfig, generate, load, quantize_checkpoint, save
 from spqr_jax.models import Llama
-from spqr_jax.storage.checkpoint import describe, describe_model
+from spqr_jax.storage.description import describe, describe_model
 
 CONFIG = mistral_config(num_key_value_heads=2)
 CALIBRATION = np.random.default_rng(0).integers(0, 96, (4, 32)).astype(np.int32)
