@@ -19,8 +19,8 @@ ROOMS = {
         *("aot", "benchmark", "tuning.command", "tune"),
     ),
     "spqr_jax": (
-        *("config", "texts", "runtime", "models", "generation", "quantization", "storage", "measure"),
-        *("search", "analyze", "figures", "cli", "benchmark", "demo"),
+        *("_version", "config", "texts", "runtime", "models", "generation", "quantization", "storage", "measure"),
+        *("_public", "search", "analyze", "figures", "cli", "benchmark", "demo"),
     ),
     "converters": ("errors", "layout", "formats", "families", "pretrained", "export", "smollm2"),
 }
