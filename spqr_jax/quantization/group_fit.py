@@ -12,7 +12,10 @@ from jaxtyping import Array, DTypeLike, Float
 from pallas_kernels import QuantizedStatistics
 from spqr_jax.config import SpqrConfig
 
-Rows = Float[Array, "*batch out"]
+Values = Float[Array, "*shape"]
+"""One value per group."""
+
+CostAndFit = tuple[Values, Values, Values]
 
 ColumnStatistics = Float[Array, " out"] | QuantizedStatistics
 """The stored scales (or zeros) of one group column."""
@@ -61,7 +64,7 @@ def fit_group(
     return scale, zero, (stored_scale, stored_zero)
 
 
-def min_max_fit(low: Rows, high: Rows, bits: int) -> tuple[Rows, Rows]:
+def min_max_fit(low: Values, high: Values, bits: int) -> tuple[Values, Values]:
     """Scale and zero that map `low` to code 0 and `high` to code 2^bits − 1.
 
     scale = (high − low) / (2^bits − 1), zero = −low / scale. A range too narrow for its distance from 0, such as a
@@ -77,24 +80,26 @@ def min_max_fit(low: Rows, high: Rows, bits: int) -> tuple[Rows, Rows]:
 
 def least_error_fit(
     group: Float[Array, "group out"],
-    low: Rows,
-    high: Rows,
+    low: Values,
+    high: Values,
     costs: Float[Array, "group out"],
     largest_cost: Float[Array, " out"],
     bits: int,
-) -> tuple[Rows, Rows]:
+) -> tuple[Values, Values]:
     """The min–max fit of the part of a range with the least Σ_j min(costs_j (w_j − ŵ_j)², largest_cost).
 
     Parts leave out 0, 10 or 20 % at either end. Weights there are clipped, which makes the steps between others finer.
     """
 
-    def fit(cuts: Float[Array, "2"]) -> tuple[Rows, Rows, Rows]:
+    def fit(cuts: Float[Array, "2"]) -> CostAndFit:
         width = high - low
         scale, zero = min_max_fit(low + cuts[0] * width, high - cuts[1] * width, bits)
         errors = costs * jnp.square(group - decode(encode(group, scale, zero, bits), scale, zero))
         return jnp.minimum(errors, largest_cost).sum(axis=0), scale, zero
 
-    def better(best: tuple[Rows, Rows, Rows], cuts: Float[Array, "2"]) -> tuple[tuple[Rows, Rows, Rows], None]:
+    def better(
+        best: tuple[Values, Values, Values], cuts: Float[Array, "2"]
+    ) -> tuple[tuple[Values, Values, Values], None]:
         found = fit(cuts)
         less = found[0] < best[0]
         return jax.tree.map(lambda new, old: jnp.where(less, new, old), found, best), None

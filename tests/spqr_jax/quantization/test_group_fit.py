@@ -140,7 +140,7 @@ def test_leave_one_out_gain_is_that_of_as_many_fits_as_weights(values, seed):
 @example([1.0] * 8, 0)
 @example([0.0] * 7 + [2.0], 0)
 def test_a_fit_by_error_is_no_worse_than_that_of_the_whole_range(values, seed):
-    group = as_float32(values)[:, None]
+    group = jnp.asarray(as_float32(values)[:, None])
     costs = np.random.default_rng(seed).uniform(0, 2, group.shape).astype(np.float32)
     low, high = group.min(axis=0), group.max(axis=0)
     most = np.full(1, np.inf if seed % 2 else (high - low)[0] ** 2 / 100, np.float32)
