@@ -4,10 +4,14 @@ Public names are imported when they are first used, so that `spqr --version` tak
 reported in one line.
 """
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from spqr_jax._version import find_version
+
+# transformers, used for its tokenizers, otherwise recommends at import to install PyTorch.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 if TYPE_CHECKING:
     from spqr_jax._public import (

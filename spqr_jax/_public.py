@@ -1,11 +1,6 @@
 """The public names of `spqr_jax`, which imports this module when one of them is first used."""
 # ruff: noqa: F401
 
-import os
-
-# transformers, used here for its tokenizers, otherwise recommends at import to install PyTorch.
-os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-
 from pallas_kernels import SpqrError, SpqrTensor, bits_per_weight, spqr_dequantize
 from spqr_jax.config import COMPACT, NEAR_LOSSLESS, SMALL, SpqrConfig
 from spqr_jax.generation import generate
