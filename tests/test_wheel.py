@@ -37,7 +37,7 @@ import sys
 import jax.numpy as jnp
 import spqr_jax
 
-model, params, tokenizer, *_ = spqr_jax.load(sys.argv[1])
+model, params, tokenizer = spqr_jax.load(sys.argv[1])
 tokens = jnp.asarray([tokenizer.encode("fox")])
 assert jnp.isfinite(model.apply({"params": params}, tokens)).all()
 """
@@ -82,7 +82,7 @@ def test_the_wheel_works_in_an_empty_environment(wheel: Path, tmp_path: Path) ->
     run(python, "-m", "pip", "install", "--quiet", f"{wheel}[models]", *versions)
     command = python.with_name("spqr")
     assert version("spqr-jax") in run(command, "--version", cwd=tmp_path)
-    config = tiny_config(vocab_size=257, num_hidden_layers=1)
+    config = tiny_config(vocab_size=257, num_hidden_layers=1, hidden_size=64, intermediate_size=128)
     write_checkpoint(tmp_path / "dense", config, random_tensors(config))
     byte_tokenizer().save_pretrained(tmp_path / "dense")
     np.save(tmp_path / "tokens.npy", np.arange(256, dtype=np.uint16).reshape(4, 64))

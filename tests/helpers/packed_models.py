@@ -4,16 +4,13 @@ from typing import Any
 
 import jax
 import numpy as np
+from helpers.random_packed import packed_of_three_bits
 
-from pallas_kernels import pack, trim
 from spqr_jax.models import (
     Decoder,
 )
 
 TOKENS = np.random.default_rng(1).integers(0, 61, (2, 12)).astype(np.int32)
-
-
-PACK = jax.jit(pack, static_argnames=("bits", "group_size"))
 
 
 LOGITS = jax.jit(
@@ -32,17 +29,8 @@ def random_params(model: Decoder, *, share: float | None = 0.02, one_permutation
             permutation = rng.permutation(len(block[names[0]]["kernel"]))
             for name in names:
                 columns, out = block[name]["kernel"].shape
-                scale = rng.uniform(0.1, 0.2, (out, columns // 16)).astype(np.float32)
-                outliers = rng.random((out, columns)) < (share or 0), rng.standard_normal((out, columns), np.float32)
-                block[name]["kernel"] = trim(
-                    PACK(
-                        rng.integers(0, 8, (out, columns), np.uint8),
-                        scale,
-                        np.full(scale.shape, 3.5, np.float32),
-                        bits=3,
-                        group_size=16,
-                        outliers=None if share is None else outliers,
-                        permutation=permutation if one_permutation else rng.permutation(columns),
-                    )
+                order = permutation if one_permutation else "random"
+                block[name]["kernel"] = packed_of_three_bits(
+                    rng, out, columns, share=share, largest=0.2, permutation=order
                 )
     return params

@@ -2,10 +2,13 @@
 
 from typing import Literal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import QuantizedStatistics, SpqrTensor, pack, trim
+
+PACK = jax.jit(pack, static_argnames=("bits", "group_size"))
 
 Outliers = Literal["none", "one row", "first column", "everywhere"]
 
@@ -54,3 +57,23 @@ def random_packed(
         permutation=rng.permutation(in_features) if permuted else None,
     )
     return trim(packed)
+
+
+def packed_of_three_bits(
+    rng: np.random.Generator,
+    out: int,
+    columns: int,
+    *,
+    share: float | None,
+    largest: float = 0.1,
+    permutation: np.ndarray | Literal["random"] | None = "random",
+) -> SpqrTensor:
+    """A matrix with 16-bit statistics, scales up to `largest`; `share` of its weights are outliers, None: without."""
+    scale = rng.uniform(largest / 2, largest, (out, columns // 16)).astype(np.float32)
+    outliers = rng.random((out, columns)) < (share or 0), rng.standard_normal((out, columns), np.float32)
+    codes = rng.integers(0, 8, (out, columns), np.uint8)
+    if isinstance(permutation, str):
+        permutation = rng.permutation(columns)
+    zero = np.full(scale.shape, 3.5, np.float32)
+    outliers = None if share is None else outliers
+    return trim(PACK(codes, scale, zero, bits=3, group_size=16, outliers=outliers, permutation=permutation))

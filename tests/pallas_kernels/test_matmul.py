@@ -1,35 +1,26 @@
 import dataclasses
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.random_packed import packed_of_three_bits
 
-from pallas_kernels import pack, spqr_dequantize, spqr_matmul, trim
+from pallas_kernels import spqr_dequantize, spqr_matmul
 
 OUT, COLUMNS = 48, 80
 MATMUL = jax.jit(spqr_matmul)
 
 
-def random_packed(outlier_share: float | None, permuted: bool):
-    rng = np.random.default_rng(0)
-    shape = OUT, COLUMNS
-    outliers = rng.random(shape) < (outlier_share or 0), rng.standard_normal(shape, np.float32)
-    packed = pack(
-        rng.integers(0, 8, shape, np.uint8),
-        rng.uniform(0.05, 0.1, (OUT, COLUMNS // 16)).astype(np.float32),
-        rng.uniform(2, 5, (OUT, COLUMNS // 16)).astype(np.float32),
-        bits=3,
-        group_size=16,
-        outliers=None if outlier_share is None else outliers,
-        permutation=rng.permutation(COLUMNS) if permuted else None,
-    )
-    return trim(packed)
+def matrix(outlier_share: float | None, permuted: bool):
+    order: Literal["random"] | None = "random" if permuted else None
+    return packed_of_three_bits(np.random.default_rng(0), OUT, COLUMNS, share=outlier_share, permutation=order)
 
 
 @pytest.fixture(scope="module")
 def packed():
-    return random_packed(0.05, permuted=True)
+    return matrix(0.05, permuted=True)
 
 
 def random_x(*batch: int, dtype: jnp.dtype = jnp.float32) -> jax.Array:
@@ -57,7 +48,7 @@ def test_product(packed, batch, dtype):
 
 @pytest.mark.parametrize(("share", "permuted"), [(None, False), (0.0, True), (1.0, False)])
 def test_product_with_and_without_outliers_and_permutation(share, permuted):
-    packed = random_packed(share, permuted)
+    packed = matrix(share, permuted)
     assert_product(MATMUL(random_x(4), packed), random_x(4), packed)
 
 

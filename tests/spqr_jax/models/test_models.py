@@ -1,22 +1,21 @@
 import copy
 from dataclasses import replace
-from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import tiny_llama
+from helpers.random_packed import packed_of_three_bits
 from helpers.same import assert_equal
 
-from pallas_kernels import SpqrTensor, pack, spqr_dequantize, trim
+from pallas_kernels import SpqrTensor, spqr_dequantize
 from spqr_jax.models import Llama
 from spqr_jax.models.stacked_blocks import level_blocks, stack_blocks, unstack_blocks
 
 CONFIG = replace(tiny_llama.CONFIG, num_layers=3, max_positions=64)
 MODEL = Llama(CONFIG)
 PACKED_MATRICES = ("q_proj", "down_proj")
-PACK = jax.jit(partial(pack, bits=3, group_size=16))
 DEQUANTIZE = jax.jit(spqr_dequantize)
 
 
@@ -39,16 +38,8 @@ def packed(params):
         block = result[f"layers_{index}"]
         for name in PACKED_MATRICES:
             columns, out = block[name]["kernel"].shape
-            block[name]["kernel"] = random_packed(rng, out, columns, outlier_share=0.02 * index)
+            block[name]["kernel"] = packed_of_three_bits(rng, out, columns, share=0.02 * index)
     return result
-
-
-def random_packed(rng, out, columns, outlier_share):
-    scale = rng.uniform(0.05, 0.1, (out, columns // 16)).astype(np.float32)
-    outliers = rng.random((out, columns)) < outlier_share, rng.standard_normal((out, columns), np.float32)
-    codes = rng.integers(0, 8, (out, columns), np.uint8)
-    zero = np.full(scale.shape, 3.5, np.float32)
-    return trim(PACK(codes, scale, zero, outliers=outliers, permutation=rng.permutation(columns)))
 
 
 def dense(params):

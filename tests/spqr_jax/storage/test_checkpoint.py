@@ -102,7 +102,9 @@ def packed_shapes(out, columns, bits, stats_bits, outliers, permuted, stats_dtyp
     return jax.eval_shape(partial(pack, **sizes, stats_dtype=stats_dtype), codes, statistics, statistics, **optional)
 
 
-def random_packed(rng, out, columns, *, bits=3, stats_bits=3, share=0.018, permuted=True, stats_dtype=jnp.float16):
+def packed_of_random_bytes(
+    rng, out, columns, *, bits=3, stats_bits=3, share=0.018, permuted=True, stats_dtype=jnp.float16
+):
     """A packed matrix of random bytes, which cannot be compressed, with `share` of its weights as outliers."""
     shapes = packed_shapes(out, columns, bits, stats_bits, share is not None, permuted, stats_dtype)
     if share is not None:
@@ -134,7 +136,8 @@ def test_every_format_and_type_comes_back_bit_for_bit(tmp_path, dense):
     params = {
         **dense,
         "layers_0": {
-            name: {"kernel": random_packed(rng, 32, 48, **o), "bias": rng.random(3)} for name, o in FORMATS.items()
+            name: {"kernel": packed_of_random_bytes(rng, 32, 48, **o), "bias": rng.random(3)}
+            for name, o in FORMATS.items()
         },
         "norm": {"scale": rng.standard_normal(32).astype(ml_dtypes.bfloat16)},
         "others": {
@@ -176,7 +179,7 @@ np.save(sys.argv[2], jax.jit(model.apply)({"params": params}, tokens))
 
 
 def test_padding_is_not_saved(tmp_path, quantized):
-    trimmed = random_packed(np.random.default_rng(0), 32, 48)
+    trimmed = packed_of_random_bytes(np.random.default_rng(0), 32, 48)
     padded = dataclasses.replace(trimmed, outliers=trimmed.outliers.pad(trimmed.outliers.capacity + 500))
     save(tmp_path / "untrimmed", MODEL, {"kernel": padded})
     assert_identical(load(tmp_path / "untrimmed").params, {"kernel": trimmed})
@@ -189,7 +192,7 @@ def test_the_disk_use_of_a_small_language_model_is_that_of_its_arrays(tmp_path):
     shapes = {"q": (576, 576), "k": (192, 576), "v": (192, 576), "o": (576, 576)}
     shapes |= {"gate": (1536, 576), "up": (1536, 576), "down": (576, 1536)}
     params = {
-        f"layers_{i}": {name: {"kernel": random_packed(rng, *shape)} for name, shape in shapes.items()}
+        f"layers_{i}": {name: {"kernel": packed_of_random_bytes(rng, *shape)} for name, shape in shapes.items()}
         for i in range(30)
     }
     save(tmp_path / "saved", MODEL, params)
