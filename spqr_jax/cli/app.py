@@ -45,12 +45,13 @@ def build(commands: Mapping[str, str]) -> typer.Typer:
     return app
 
 
-def print_version(asked: bool) -> None:
-    """Prints the versions that a report of a bug needs, and exits."""
+def print_version(asked: bool) -> bool:
+    """Prints the versions that a report of a bug needs and exits, if asked to; otherwise returns the option's value."""
     if asked:
         parts = [f"{name} {version(name)}" for name in ("jax", "jaxlib")]
         print(f"spqr-jax {spqr_jax.__version__} ({', '.join(parts)}, python {platform.python_version()})")
         raise typer.Exit
+    return asked
 
 
 def about(
