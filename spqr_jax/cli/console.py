@@ -104,6 +104,8 @@ def describe(error: Exception) -> str:
             return f"out of memory: {message or 'this process cannot allocate more'}"
         case RuntimeError() if "RESOURCE_EXHAUSTED" in message:
             return f"out of memory on the device: {message}"
+        case RuntimeError() if message.startswith("Unable to initialize backend"):
+            return message  # JAX_PLATFORMS names a backend that is not here, and the message says so
         case RuntimeError() if _is_distributed():
             return f"another process failed or cannot be reached, so this one ends: {message}"
     kind = type(error).__name__

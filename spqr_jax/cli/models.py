@@ -143,7 +143,7 @@ def read_text(file: Path) -> str:
         ) from None
 
 
-def read_grid(file: Path) -> list[dict[str, Any]]:
+def read_grid(file: Path) -> list[Any]:
     """The entries of a grid in a JSON file, not checked yet.
 
     Raises:

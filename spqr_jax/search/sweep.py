@@ -98,7 +98,7 @@ _DEFAULTS = Cell(Method.SPQR, SpqrConfig()).settings
 _TYPES = get_type_hints(SpqrConfig) | {"method": Method, "whole_rows": bool, "stats_bits": int | None}
 
 
-def cells(grid: Iterable[Mapping[str, Any]]) -> list[Cell]:
+def cells(grid: Iterable[object]) -> list[Cell]:
     """The distinct cells of a grid in order, those that keep whole rows last.
 
     Args:
@@ -122,7 +122,7 @@ def cells(grid: Iterable[Mapping[str, Any]]) -> list[Cell]:
     return sorted(found, key=lambda cell: cell.whole_rows)
 
 
-def _expand(entry: Mapping[str, Any]) -> Iterator[Cell]:
+def _expand(entry: object) -> Iterator[Cell]:
     if not isinstance(entry, Mapping):
         raise SpqrError(f"the grid's entry {entry!r} is no object of settings")
     names = [name for field in entry for name in (("scale_bits", "zero_bits") if field == "stats_bits" else (field,))]

@@ -136,6 +136,7 @@ def raises(error: BaseException) -> Callable[[], None]:
             "traceback, and report it",
         ),
         (MemoryError(), "out of memory: this process cannot allocate more"),
+        (RuntimeError("Unable to initialize backend 'moon'"), "Unable to initialize backend 'moon'"),
         (RuntimeError("RESOURCE_EXHAUSTED: 2 GB"), "out of memory on the device: RESOURCE_EXHAUSTED: 2 GB"),
     ],
 )
