@@ -78,7 +78,7 @@ def draw_by_depth(measures: Mapping[str, Mapping[str, Mapping[int, float]]]) -> 
     rows = -(-len(measures) // columns)
     every = dict.fromkeys(kind for kinds in measures.values() for kind in kinds)
     colours = {kind: f"C{number}" for number, kind in enumerate(every)}
-    figure = new_figure((4 * columns, 3.2 * rows))
+    figure = new_figure((4.0 * columns, 3.2 * rows))
     for number, (measure, kinds) in enumerate(measures.items(), 1):
         axes = figure.add_subplot(rows, columns, number, title=measure, xlabel="block")
         for kind, values in kinds.items():
@@ -88,7 +88,7 @@ def draw_by_depth(measures: Mapping[str, Mapping[str, Mapping[int, float]]]) -> 
     return figure
 
 
-def draw_errors(shares: Sequence[float], left: Mapping[str, Sequence[float]]) -> "Figure":
+def draw_errors(shares: Sequence[int | float], left: Mapping[str, Sequence[float]]) -> "Figure":
     """Draws the remaining error over the share of weights kept exact, as a matplotlib figure.
 
     Args:
@@ -99,9 +99,9 @@ def draw_errors(shares: Sequence[float], left: Mapping[str, Sequence[float]]) ->
       SpqrError: matplotlib is not installed.
 
     Example:
-      >>> draw_errors([0, 0.01, 0.1], {"q_proj": [1, 0.8, 0.4]}).savefig("errors.png")
+      >>> draw_errors([0.0, 0.01, 0.1], {"q_proj": [1.0, 0.8, 0.4]}).savefig("errors.png")
     """
-    figure = new_figure((6, 4))
+    figure = new_figure((6.0, 4.0))
     axes = figure.add_subplot(xlabel="weights kept exact", ylabel="error left")
     for kind, values in left.items():
         axes.plot(shares, values, marker=".", label=kind)
@@ -113,7 +113,7 @@ def draw_errors(shares: Sequence[float], left: Mapping[str, Sequence[float]]) ->
     return figure
 
 
-def new_figure(size: tuple[float, float]) -> "Figure":
+def new_figure(size: tuple[int | float, int | float]) -> "Figure":
     """Creates an empty matplotlib figure without a window, width and height in inches.
 
     Raises:

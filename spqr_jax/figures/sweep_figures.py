@@ -72,7 +72,7 @@ def perplexity_figure(results: Sequence[Mapping[str, Any]], path: Path) -> None:
       SpqrError: matplotlib is not installed.
     """
     original, *found = results
-    figure = new_figure((8, 4.5))
+    figure = new_figure((8.0, 4.5))
     axis = figure.subplots()
     for method, label in LABELS.items():
         own = [result for result in found if result["method"] == method]

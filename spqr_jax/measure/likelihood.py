@@ -161,4 +161,4 @@ def _check(model: Decoder, pairs: list[tuple[Tokens, Tokens]], batch_size: int) 
                 f"a context of {len(context)} tokens and a continuation of {len(continuation)} are more than the "
                 f"{most} that a model of {model.config.max_positions} positions takes: cut the context on the left"
             )
-        check_vocabulary(context + continuation, model.config.vocab_size)
+        check_vocabulary(np.array(context + continuation), model.config.vocab_size)
