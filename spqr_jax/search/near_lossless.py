@@ -120,12 +120,6 @@ def smallest_near_lossless(
 
     Raises:
       SpqrError, CheckpointError: as for `sweep`.
-
-    Example:
-      >>> settings = [replace(COMPACT, bits=8)]
-      >>> found = smallest_near_lossless(source, Path("search"), calibration, calibration, settings=settings)
-      >>> found.config.bits, len(found.tried)
-      (8, 1)
     """
     settings = dividing(kernel_shapes(source), settings)
     original, tried = 0.0, []

@@ -186,9 +186,9 @@ def sweep(
       SpqrError: as for `quantize_checkpoint` and `token_losses`.
 
     Example:
-      >>> grid = cells([{"method": "rtn", "bits": [3, 4]}])
-      >>> [result["name"] for result in sweep(source, Path("results"), grid, calibration, calibration)]
-      ['original', 'rtn_3bit_outlier-threshold-None', 'rtn_4bit_outlier-threshold-None']
+      >>> results = sweep(source, Path("results"), cells([{"method": "rtn"}]), calibration, calibration)
+      >>> next(results)["name"]
+      'original'
     """
     description = {
         "model": describe_model(source.model),
@@ -208,7 +208,8 @@ def sweep(
             else:
                 result = _result(source, directory / name, cell, shares, calibration_tokens, windows, mesh)
                 write_text(path, json.dumps(result, indent=1) + "\n")
-                _release(directory / name)
+                if cell is not None:
+                    _release(directory / name)
             shares[name] = result.get("outlier_share", 0.0)
             yield result
 
@@ -228,9 +229,8 @@ def _original(source: ModelSource, windows: Int[np.ndarray, "windows window"], m
 
 
 def _release(checkpoint: Path) -> None:
-    """Deletes the checkpoint, if any, and the programs of a measured cell."""
-    if checkpoint.exists():
-        remove_directory(checkpoint)
+    """Deletes the checkpoint and the programs of a measured cell."""
+    remove_directory(checkpoint)
     # Programs are compiled for a cell's settings and numbers of outliers. Those of some thirty cells take all 65,530
     # memory mappings that Linux allows a process.
     jax.clear_caches()

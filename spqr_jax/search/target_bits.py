@@ -210,11 +210,6 @@ def quantize_to_bits(
 
     Raises:
       SpqrError: no threshold gives that size, or four tried ones did not; or as for `quantize_checkpoint`.
-
-    Example:
-      >>> blocks = quantize_to_bits(source, Path("by-size"), calibration, config=COMPACT, target_bits=4.9)
-      >>> 4.88 <= summarize(load("by-size").params).bits_per_weight <= 4.92
-      True
     """
     notes = destination.with_name(f"{destination.name}.budget.json")
     calibration = digest(calibration_tokens)
