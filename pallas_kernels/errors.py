@@ -2,4 +2,4 @@
 
 
 class SpqrError(ValueError):
-    """An input that cannot be used. The message is one sentence: what is wrong, with the numbers, and what to do."""
+    """An input that cannot be used; the message is one sentence with the fault, its numbers and the remedy."""

@@ -1,4 +1,4 @@
-"""A packed matrix of which every device of a mesh has a part, and its product."""
+"""A packed matrix split over the devices of a mesh, and its product."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -23,15 +23,18 @@ class SplitTensor:
     """A weight `[out, in]`, packed and split by rows or by columns over the devices of a mesh.
 
     Attributes:
-      parts: what `split_rows` or `split_columns` gave, its axis of parts along the mesh.
-      features: input features of each part of columns, as `split_columns` gave them, along the mesh; None otherwise.
-      by: what was split.
+      parts: the result of `split_rows` or `split_columns`, its axis of parts along the mesh.
+      features: input features of each part of columns, from `split_columns`, along the mesh; None for rows.
+      by: the axis that is split.
       mesh: the devices, along one axis.
 
     Example:
-      >>> over = NamedSharding(mesh, P("model"))
-      >>> w = SplitTensor(*jax.device_put(split_columns(packed, mesh.size), over), by="columns", mesh=mesh)
-      >>> w = SplitTensor(jax.device_put(split_rows(packed, mesh.size), over), None, by="rows", mesh=mesh)
+      >>> mesh = jax.make_mesh((1,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
+      >>> along_mesh = jax.NamedSharding(mesh, jax.P("model"))
+      >>> w = SplitTensor(*jax.device_put(split_columns(packed, mesh.size), along_mesh), by="columns", mesh=mesh)
+      >>> w = SplitTensor(jax.device_put(split_rows(packed, mesh.size), along_mesh), None, by="rows", mesh=mesh)
+      >>> w.shape == packed.shape
+      True
     """
 
     parts: SpqrTensor
@@ -49,11 +52,11 @@ class SplitTensor:
 def split_matmul(
     x: Float[Array, "*batch in"], w: SplitTensor, *, implementation: Implementation | None = None
 ) -> Float[Array, "*batch out"]:
-    """y = x ŵᵀ, each device multiplying with its part of the weight, by `spqr_matmul`.
+    """y = x ŵᵀ, where each device multiplies with its part of the weight by `spqr_matmul`.
 
-    By rows, every device takes all of x, and y stays where it is computed, its last axis along the mesh. By columns,
-    every device takes its own features, which without a permutation are those of the product before, and the results
-    are summed over the devices, in x's type.
+    By rows, every device takes all of x, and y stays sharded, its last axis along the mesh. By columns, every device
+    takes its own features, and the results are summed over the devices in x's type. Without a permutation these are the
+    features that a product by rows leaves on the device.
 
     Args:
       x: activations.
@@ -64,7 +67,11 @@ def split_matmul(
       SpqrError: as `spqr_matmul`.
 
     Example:
-      >>> y = split_matmul(jax.nn.silu(split_matmul(x, up)), down)  # one sum over the devices
+      >>> mesh = jax.make_mesh((1,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
+      >>> up = SplitTensor(split_rows(packed, 1), None, by="rows", mesh=mesh)
+      >>> down = SplitTensor(*split_columns(packed, 1), by="columns", mesh=mesh)
+      >>> split_matmul(jax.nn.silu(split_matmul(x, up)), down).shape  # one sum over the devices
+      (256, 64)
     """
     if x.shape[-1] != w.shape[1]:
         raise SpqrError(f"x has {x.shape[-1]} features, but the weight of shape {w.shape} takes {w.shape[1]}")
@@ -81,6 +88,6 @@ def split_matmul(
     y_spec = last if w.by == "rows" else whole
     if w.mesh.are_all_axes_explicit:
         x = jax.reshard(x, NamedSharding(w.mesh, x_spec))
-    # The interpreter of kernels loses track of what varies between the devices.
+    # JAX's interpreter of kernels does not track which values vary between devices.
     checked = implementation != "interpret"
     return jax.shard_map(local, mesh=w.mesh, in_specs=(x_spec, P(axis)), out_specs=y_spec, check_vma=checked)(x, w)

@@ -17,7 +17,13 @@ OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 ROOMS: tuple[str, ...] = (
     "converters",
     "pallas_kernels.aot",
+    "pallas_kernels.backends",
     "pallas_kernels.benchmark",
+    "pallas_kernels.dequantize",
+    "pallas_kernels.format",
+    "pallas_kernels.matmul",
+    "pallas_kernels.sharded",
+    "pallas_kernels.tuning",
     "spqr_jax.analyze",
     "spqr_jax.benchmark",
     "spqr_jax.cli",

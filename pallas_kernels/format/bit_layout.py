@@ -1,4 +1,4 @@
-"""Bit layouts of the packed format: weight codes in words, statistics codes in planes of sixteen rows."""
+"""Bit layouts of the packed format: weight codes in words, statistics codes in bit planes of sixteen rows."""
 
 import functools
 import operator
@@ -9,15 +9,19 @@ import numpy as np
 from jaxtyping import Array, UInt8, UInt16, UInt32
 
 BLOCK = 16
-"""Codes that share `bits` sixteen-bit code words; also the rows that share a word of a statistics plane."""
+"""Codes in a block, which fill `bits` sixteen-bit code words; also rows that share a word of a statistics plane."""
 
 
 def pack_codes(codes: UInt8[Array | np.ndarray, "out in"], bits: int) -> UInt32[Array, "bits out half_blocks"]:
     """Packs `bits`-wide codes, sixteen to a block.
 
-    Code word k of a block holds ⌊16/bits⌋ codes from its low bit up; bits left over at the top of the words hold the
-    last code, one bit per word, lowest first. Word k of block n and of block n + half_blocks are the low and the high
-    half of `result[k, row, n]`. Missing codes of the last blocks are zero.
+    Code word k of a block holds ⌊16/bits⌋ codes from its low bit up. The bits left over at the top of the words hold
+    the last code, one bit per word, lowest first. In a uint32, `result[k, row, n]`, word k of block n is the low half
+    and that of block n + half_blocks the high half. Missing codes of the last blocks are zero.
+
+    Args:
+      codes: weight codes below 2^bits, in quantization order.
+      bits: width of a code.
 
     Example:
       >>> pack_codes(jnp.array([[1, 2, 3, 4, 5, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 7]], jnp.uint8), 3)[:, 0, 0]
@@ -38,7 +42,17 @@ def pack_codes(codes: UInt8[Array | np.ndarray, "out in"], bits: int) -> UInt32[
 
 
 def unpack_codes(words: UInt32[Array | np.ndarray, "bits out half_blocks"], columns: int) -> UInt8[Array, "out in"]:
-    """Inverse of `pack_codes`; `columns` is the number of codes per row."""
+    """Inverse of `pack_codes`.
+
+    Args:
+      words: code words, as `pack_codes` returns them.
+      columns: number of codes per row.
+
+    Example:
+      >>> codes = jnp.arange(48, dtype=jnp.uint8).reshape(2, 24) % 8
+      >>> bool((unpack_codes(pack_codes(codes, 3), 24) == codes).all())
+      True
+    """
     bits, out, half_blocks = words.shape
     per_word = 16 // bits
     mask = 2**bits - 1
@@ -54,7 +68,12 @@ def unpack_codes(words: UInt32[Array | np.ndarray, "bits out half_blocks"], colu
 
 
 def pack_planes(codes: UInt8[Array | np.ndarray, "out groups"], bits: int) -> UInt16[Array, "bits out/16 groups"]:
-    """Packs statistics codes as bit planes: bit r of `result[p, i, g]` is bit p of `codes[16 i + r, g]`."""
+    """Packs statistics codes as bit planes: bit r of `result[p, i, g]` is bit p of `codes[16 i + r, g]`.
+
+    Example:
+      >>> pack_planes(jnp.full((16, 1), 5, jnp.uint8), 3)[:, 0, 0]
+      Array([65535,     0, 65535], dtype=uint16)
+    """
     out, groups = codes.shape
     rows = jnp.asarray(codes, jnp.uint16).reshape(out // BLOCK, BLOCK, groups)
     return jnp.stack([_or((rows[:, r] >> p & 1) << r for r in range(BLOCK)) for p in range(bits)])

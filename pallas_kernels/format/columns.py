@@ -1,4 +1,4 @@
-"""Columns of packed matrices taken apart, for tensor parallelism."""
+"""Splitting of packed matrices by columns, for tensor parallelism."""
 
 from dataclasses import replace
 from functools import partial
@@ -21,24 +21,27 @@ def split_columns(
 ) -> tuple[SpqrTensor, UInt16[Array | np.ndarray, "parts part_columns"] | None]:
     """Cuts a packed matrix into `parts` of equally many columns, stacked, one for each device.
 
-    The columns of a part follow each other in quantization order, because those of a group do. Every array gets a
-    leading axis of `parts`; the outliers of each part are padded with zeros to the most of any part. The parts have no
-    permutation, but there is one for all of them, of which each has a row.
+    A part has consecutive columns of the quantization order, so that groups stay whole. Every array gets a leading axis
+    of `parts`. The outliers of each part are padded with zeros to the largest number of any part. The parts have no
+    permutation of their own.
 
     Args:
       tensor: a concrete matrix `[out, in]`.
       parts: number of parts.
 
     Returns:
-      A stack of matrices `[out, in / parts]`, and the input features that each of them multiplies; None where they are
-      in order, the first `in / parts` for the first part.
+      A stack of matrices `[out, in / parts]`, and the input features that each multiplies. None instead of features
+      where these are in order: the first `in / parts` for the first part.
 
     Raises:
-      SpqrError: the columns do not divide into parts between two groups; or it is a stack already.
+      SpqrError: a part would not have whole groups, or the tensor is a stack already.
 
     Example:
-      >>> split, features = split_columns(w, 4)
-      >>> sum(spqr_matmul(x[..., features[i]], element(split, i)) for i in range(4))  # spqr_matmul(x, w)
+      >>> w, x = quantized["layers_0"]["down_proj"]["kernel"], jnp.ones((4, 128))
+      >>> split, features = split_columns(w, 2)
+      >>> y = sum(spqr_matmul(x[..., features[i]], jax.tree.map(lambda array: array[i], split)) for i in range(2))
+      >>> bool(jnp.allclose(y, spqr_matmul(x, w), atol=1e-4))
+      True
     """
     if tensor.codes.ndim > 3:
         raise SpqrError(f"a stack of {len(tensor.codes)} matrices cannot be split by columns; split each of them")
@@ -66,5 +69,5 @@ def split_columns(
 
 @partial(jax.jit, static_argnames=("columns", "parts"))
 def _split_codes(words: UInt32[Array | np.ndarray, "bits out half_blocks"], columns: int, parts: int) -> list[Array]:
-    """Packed again: a word holds codes that are half a row apart, and a part may begin within a block."""
+    """Unpacks and packs again, because a word holds codes half a row apart and a part may begin within a block."""
     return [pack_codes(part, len(words)) for part in jnp.split(unpack_codes(words, columns), parts, axis=1)]

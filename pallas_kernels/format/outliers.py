@@ -16,15 +16,15 @@ STORED_NAMES = {"row_offsets": "offsets", "outlier_columns": "columns", "outlier
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Outliers:
-    """Residuals w − ŵ of the outliers of a matrix, row by row; the only type that knows how they are laid out.
+    """Residuals w − ŵ of the outliers of a matrix, row by row. Only this type knows the layout of its arrays.
 
     Row r has the entries `offsets[r]` to `offsets[r + 1]`. Entries from `offsets[-1]` on are padding and zero.
 
-    Methods that change the number of entries need concrete arrays. They work in NumPy, because JAX would compile anew
-    for each number of outliers.
+    Methods that change the number of entries need concrete arrays. They use NumPy, because JAX would compile again for
+    each number of outliers.
 
     Attributes:
-      offsets: where the entries of each row begin, and the number of outliers.
+      offsets: first entry of each row, then the number of outliers.
       columns: column of each entry in quantization order.
       values: residual of each entry.
     """
@@ -37,7 +37,14 @@ class Outliers:
     def from_dense(
         cls, mask: Bool[Array | np.ndarray, "out in"], residuals: Float[Array | np.ndarray, "out in"]
     ) -> "Outliers":
-        """The masked residuals, with room for every weight; can be traced."""
+        """The masked residuals, with room for every weight; can be traced.
+
+        Example:
+          >>> mask = jnp.array([[False, True], [False, False]])
+          >>> Outliers.from_dense(mask, jnp.full((2, 2), 0.5)).trim()
+          Outliers(offsets=Array([0, 1, 1], dtype=int32), columns=Array([1], dtype=uint16),
+                   values=Array([0.5], dtype=float16))
+        """
         out, columns = mask.shape
         flat = mask.reshape(-1)
         slots = jnp.where(flat, jnp.cumsum(flat) - 1, flat.size)
@@ -55,7 +62,7 @@ class Outliers:
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, Array | np.ndarray]) -> "Outliers | None":
-        """Inverse of `arrays`; None where they are not there."""
+        """Inverse of `arrays`; None where these are missing."""
         if not STORED_NAMES.keys() & arrays.keys():
             return None
         return cls(**{name: arrays[stored] for stored, name in STORED_NAMES.items()})
@@ -78,7 +85,7 @@ class Outliers:
     def trim(self) -> "Outliers":
         """The outliers without padding."""
         count = int(np.asarray(self.offsets)[-1])
-        # Copied, so that the padding is not kept alive.
+        # Copy: a view would keep the padding in memory.
         entries = (jax.device_put(np.asarray(a)[:count].copy()) for a in (self.columns, self.values))
         return Outliers(self.offsets, *entries)
 
@@ -89,7 +96,7 @@ class Outliers:
         return Outliers(self.offsets, np.pad(columns, widths), np.pad(values, widths))
 
     def crop(self, capacity: int) -> "Outliers":
-        """The first `capacity` entries, which must include all outliers; stays on the devices and compiles."""
+        """The first `capacity` entries, which must include all outliers; computed on the arrays' devices."""
         columns, values = _first((self.columns, self.values), capacity)
         return Outliers(self.offsets, columns, values)
 
@@ -99,7 +106,7 @@ class Outliers:
         return Outliers(offsets - offsets[0], *self._entries(slice(offsets[0], offsets[-1])))
 
     def split_columns(self, width: int, parts: int) -> list["Outliers"]:
-        """The outliers of each `width` consecutive columns, which are counted from there."""
+        """The outliers of each `width` consecutive columns, with columns counted from the first of these."""
         offsets = np.asarray(self.offsets)
         row = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
         columns, values = self._entries(slice(len(row)))
@@ -118,7 +125,7 @@ class Outliers:
 
 
 def join(parts: Sequence[tuple[Outliers | None, int]]) -> Outliers | None:
-    """The outliers of matrices one above the other, without padding.
+    """The outliers of matrices stacked vertically, without padding.
 
     Args:
       parts: outliers of each matrix, None where it has none, and its number of rows.

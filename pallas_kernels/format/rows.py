@@ -1,6 +1,6 @@
-"""Rows of packed matrices put together and taken apart: fused projections, tensor parallelism.
+"""Joining and splitting of packed matrices by rows, for fused projections and tensor parallelism.
 
-Nothing is solved again: rows have their codes, statistics and outliers to themselves, and share only the permutation.
+Nothing is quantized again: each row has its own codes, statistics and outliers. Rows share only the permutation.
 """
 
 import math
@@ -30,25 +30,26 @@ ROW_FIELDS = (
     "zero_scale",
     "zero_zero",
 )
-"""Arrays whose last axis but one follows the rows of the matrix, one by one or by the sixteen or the β2."""
+"""Arrays whose last axis but one follows the rows: each row, each sixteen rows, or each statistics group."""
 
 
 def concatenate_rows(tensors: Sequence[SpqrTensor]) -> SpqrTensor:
-    """Puts packed matrices `[out_i, in]` one above the other: ŵ = [ŵ_0; ŵ_1; …], exactly.
+    """Stacks packed matrices `[out_i, in]` vertically: ŵ = [ŵ_0; ŵ_1; …], exactly.
 
     Args:
-      tensors: matrices with the same input features, permutation and format. The result has outliers where one of them
-        has; padding of outliers is left out. Stacked matrices (leading axis) are joined element by element. They must
-        be concrete: how many outliers there are decides the shapes of the result.
+      tensors: concrete matrices with the same input features, permutation and format. Outliers are trimmed. Stacked
+        matrices (leading axis) are joined element by element.
 
     Returns:
       `[Σ out_i, in]`.
 
     Raises:
-      SpqrError: there are no matrices, or they differ in something that rows of one matrix share.
+      SpqrError: there are no matrices, or they differ in what the rows of one matrix share.
 
     Example:
-      >>> queries_keys_values = spqr_matmul(x, concatenate_rows([q, k, v]))
+      >>> twice = concatenate_rows([packed, packed])
+      >>> packed.shape, twice.shape
+      ((64, 64), (128, 64))
     """
     if reason := why_not_one(tensors):
         raise SpqrError(reason)
@@ -65,11 +66,11 @@ def concatenate_rows(tensors: Sequence[SpqrTensor]) -> SpqrTensor:
 
 
 def why_not_one(tensors: Sequence[SpqrTensor]) -> str | None:
-    """What keeps `concatenate_rows` from joining matrices, in a sentence; None where nothing does.
+    """The reason why `concatenate_rows` cannot join matrices, in a sentence; None where it can.
 
     Example:
-      >>> why_not_one([q, k])
-      'matrices that differ in bits (3, 4) cannot be rows of one'
+      >>> why_not_one([packed, replace(packed, permutation=packed.permutation[::-1])])
+      'matrices 0 and 1 have different permutations, so they cannot be rows of one'
     """
     if not tensors:
         return "there are no matrices to join"
@@ -87,8 +88,8 @@ def why_not_one(tensors: Sequence[SpqrTensor]) -> str | None:
 def split_rows(tensor: SpqrTensor, parts: int) -> SpqrTensor:
     """Cuts a packed matrix into `parts` of equally many rows, stacked, one for each device.
 
-    Every array gets a leading axis of `parts`. The outliers of each part are padded with zeros to the most of any
-    part, and the permutation is repeated.
+    Every array gets a leading axis of `parts`. The outliers of each part are padded with zeros to the largest number of
+    any part, and the permutation is repeated.
 
     Args:
       tensor: a concrete matrix `[out, in]`.
@@ -98,14 +99,13 @@ def split_rows(tensor: SpqrTensor, parts: int) -> SpqrTensor:
       A stack of matrices `[out / parts, in]`.
 
     Raises:
-      SpqrError: the rows do not divide into parts, or not between two statistics groups; or it is a stack already.
+      SpqrError: a part would not have whole statistics groups, or the tensor is a stack already.
 
     Example:
-      >>> def rows(x, part):  # a device's slice keeps the leading axis, of length 1
-      ...     return spqr_matmul(x, jax.tree.map(lambda array: array[0], part))
-      >>> over = jax.shard_map(rows, mesh=mesh, in_specs=(P(), P("model")), out_specs=P(None, "model"))
-      >>> parts = jax.device_put(split_rows(w, 4), NamedSharding(mesh, P("model")))
-      >>> y = over(x, parts)  # spqr_matmul(x, w)
+      >>> parts = split_rows(packed, 2)
+      >>> y = jnp.concatenate([spqr_matmul(x, jax.tree.map(lambda array: array[i], parts)) for i in range(2)], axis=-1)
+      >>> bool(jnp.allclose(y, spqr_matmul(x, packed), atol=1e-4))
+      True
     """
     if tensor.codes.ndim > 3:
         raise SpqrError(f"a stack of {len(tensor.codes)} matrices cannot be split by rows; split each of them")
@@ -119,20 +119,22 @@ def split_rows(tensor: SpqrTensor, parts: int) -> SpqrTensor:
 
 
 def join_rows(parts: SpqrTensor, out: int) -> SpqrTensor:
-    """Inverse of `split_rows`: the first `out` rows of a stack's matrices one above the other, outliers trimmed.
+    """Inverse of `split_rows`: the matrices of a stack joined by rows, cut to the first `out`, outliers trimmed.
 
     Args:
       parts: a concrete stack of matrices.
-      out: rows of the result; what follows them was padding.
+      out: rows of the result; the rows after them are padding.
 
     Example:
-      >>> join_rows(split_rows(w, 4), w.shape[0])  # w
+      >>> joined = join_rows(split_rows(packed, 2), packed.shape[0])
+      >>> bool((spqr_dequantize(joined) == spqr_dequantize(packed)).all())
+      True
     """
     return slice_rows(concatenate_rows([element(parts, index) for index in range(len(parts.codes))]), 0, out)
 
 
 def slice_rows(tensor: SpqrTensor, start: int, stop: int) -> SpqrTensor:
-    """Rows `start` to `stop` of a concrete packed matrix: whole statistics groups of it, see `rows_together`."""
+    """Rows `start` to `stop` of a concrete packed matrix; both are multiples of `rows_together`."""
     out, _ = tensor.shape
     pieces: dict[str, Any] = {
         name: array[..., start * array.shape[-2] // out : stop * array.shape[-2] // out, :]
@@ -144,13 +146,13 @@ def slice_rows(tensor: SpqrTensor, start: int, stop: int) -> SpqrTensor:
 
 
 def rows_together(tensor: SpqrTensor) -> int:
-    """Rows whose statistics are quantized together, which cannot be taken apart."""
+    """Number of rows whose statistics are quantized together, so that they cannot be split."""
     levels = (tensor.scale_scale, tensor.zero_scale)
     return math.lcm(*(tensor.shape[0] // len(level) for level in levels if level is not None))
 
 
 def _shared_by_rows(tensor: SpqrTensor) -> dict[str, Any]:
-    """What all rows of one matrix have in common, but for the permutation."""
+    """The properties that all rows of a matrix share, except the permutation."""
     return {
         "leading axes": tensor.codes.shape[:-3],
         "input features": tensor.in_features,
@@ -176,6 +178,6 @@ def _equal(one: Stored | None, other: Stored | None) -> bool:
 
 
 def _joined_arrays(arrays: Sequence[Any]) -> Any:
-    """Joined where they are: a device may not have room for all matrices of a model twice."""
+    """Joins NumPy arrays in host memory, because a device may not hold all matrices of a model twice."""
     module = np if all(isinstance(array, np.ndarray) for array in arrays) else jnp
     return module.concatenate(arrays, axis=-2)

@@ -1,4 +1,4 @@
-"""Packed matrices of one format as one pytree with a leading axis, to be scanned over or spread over devices."""
+"""Packed matrices of one format as one pytree with a leading axis, for scans and for meshes of devices."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,17 +13,18 @@ from pallas_kernels.format.tensor import SpqrTensor, trim
 def stack(tensors: Sequence[SpqrTensor]) -> SpqrTensor:
     """Gives every array a leading axis, one element per matrix.
 
-    The numbers of outliers may differ: they are padded with zeros, which add nothing to a product, to the largest.
+    Outliers are padded with zeros, which add nothing to a product, to the largest number of any matrix.
 
     Args:
-      tensors: matrices of the same shape and format. They must be concrete: the padding cannot be traced.
+      tensors: concrete matrices of the same shape and format.
 
     Raises:
       SpqrError: the matrices differ in shape or format.
 
     Example:
-      >>> blocks = stack([pack_block(i) for i in range(30)])
-      >>> _, y = jax.lax.scan(lambda x, w: (spqr_matmul(x, w), None), x, blocks)
+      >>> y, _ = jax.lax.scan(lambda x, w: (spqr_matmul(x, w), None), x, stack([packed, packed]))
+      >>> y.shape
+      (256, 64)
     """
     return jax.tree.map(lambda *arrays: jnp.stack(arrays), *pad(tensors))
 
@@ -31,14 +32,15 @@ def stack(tensors: Sequence[SpqrTensor]) -> SpqrTensor:
 def pad(tensors: Sequence[SpqrTensor]) -> list[SpqrTensor]:
     """Gives every matrix room for the same number of outliers, as `stack` does, without stacking them.
 
-    What is compiled for one of them then serves all.
+    A program that is compiled for one of them then serves all.
 
     Raises:
       SpqrError: the matrices differ in format.
 
     Example:
-      >>> {tensor.outliers.capacity for tensor in pad(tensors)}
-      {451723}
+      >>> larger = replace(packed, outliers=packed.outliers.pad(packed.outliers.capacity + 9))
+      >>> len({tensor.outliers.capacity for tensor in pad([packed, larger])})
+      1
     """
     if len({jax.tree.structure(tensor) for tensor in tensors}) > 1:
         raise SpqrError("matrices of different formats cannot be stacked")
@@ -55,6 +57,7 @@ def element(stacked: SpqrTensor, index: int) -> SpqrTensor:
     """One matrix of a stack, without the padding of its outliers.
 
     Example:
-      >>> element(stack(tensors), 2)  # tensors[2]
+      >>> bool((element(stack([packed, packed]), 1).codes == packed.codes).all())
+      True
     """
     return trim(jax.tree.map(lambda array: array[index], stacked))

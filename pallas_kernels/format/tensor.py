@@ -1,12 +1,13 @@
-"""The packed matrix as a pytree: what it stores, how it is made, how many bits it takes."""
+"""The packed matrix as a pytree: its arrays, packing, and its size in bits."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Integer, UInt8, UInt16, UInt32
 
 from pallas_kernels.errors import SpqrError
@@ -19,9 +20,9 @@ MAX_COLUMNS = 65536
 
 
 class QuantizedStatistics(NamedTuple):
-    """Scales (or zeros) of all groups, themselves quantized: value = scale · (codes − zero).
+    """Quantized scales (or zeros) of all groups: value = scale · (codes − zero).
 
-    `scale` and `zero` serve the rows of one statistics group each.
+    Each row of `scale` and `zero` belongs to the rows of one statistics group.
     """
 
     codes: UInt8[Array | np.ndarray, "out groups"]
@@ -35,14 +36,15 @@ Statistics = Float[Array, "out groups"] | QuantizedStatistics
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class SpqrTensor:
-    """A weight `[out, in]` in SpQR's packed format; every array is what a checkpoint stores, nothing is unpacked.
+    """A weight `[out, in]` in SpQR's packed format, with the arrays that a checkpoint stores.
 
     In quantization order, ŵ = scale · (code − zero) plus the outliers' residuals. Column k of that order is input
-    feature `permutation[k]`. Statistics are either 16-bit (`scale`, `zero`) or quantized (`scale_codes`, …).
+    feature `permutation[k]`. Statistics are either floating-point (`scale`, `zero`) or quantized (`scale_codes`, …).
+    Their type is the `stats_dtype` of `pack`: float16, or float32 to compare with other solvers.
 
     Attributes:
       codes: weight codes, see `bit_layout.pack_codes`.
-      scale, zero: statistics of each group, where they are not quantized.
+      scale, zero: statistics of each group where they are not quantized, else None.
       scale_codes, zero_codes: codes of the statistics, see `bit_layout.pack_planes`.
       scale_scale, scale_zero, zero_scale, zero_zero: second-level statistics, one per statistics group and group.
       outliers: residuals w − ŵ of single weights; None for a matrix quantized without outliers.
@@ -81,7 +83,12 @@ class SpqrTensor:
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
 
     def arrays(self) -> dict[str, Array | np.ndarray]:
-        """The arrays that are present, by their names in a checkpoint."""
+        """The arrays that are present, by their names in a checkpoint.
+
+        Example:
+          >>> list(packed.arrays())[:2]
+          ['codes', 'scale_codes']
+        """
         found = {name: getattr(self, name) for name in ARRAY_FIELDS}
         if self.outliers is not None:
             found |= self.outliers.arrays()
@@ -105,12 +112,25 @@ ARRAY_FIELDS = tuple(f.name for f in fields(SpqrTensor) if f.name != "outliers" 
 
 
 def bits_per_weight(tensor: SpqrTensor) -> float:
-    """8 · bytes of all arrays / number of weights: codes, both levels of statistics, outliers, offsets, permutation."""
+    """8 · bytes of all arrays / number of weights.
+
+    The arrays are codes, both levels of statistics, outliers with their offsets, and the permutation.
+
+    Example:
+      >>> statistics = jnp.ones((32, 4))
+      >>> bits_per_weight(pack(jnp.zeros((32, 64), jnp.uint8), statistics, statistics, bits=3, group_size=16))
+      5.0
+    """
     return 8 * tensor.nbytes / _weights(tensor)
 
 
 def outlier_share(tensor: SpqrTensor) -> Float[Array, ""]:
-    """Number of outliers / number of weights."""
+    """Number of outliers / number of weights.
+
+    Example:
+      >>> float(outlier_share(packed)) < 0.05
+      True
+    """
     return jnp.zeros(()) if tensor.outliers is None else jnp.sum(tensor.outliers.count) / _weights(tensor)
 
 
@@ -125,24 +145,31 @@ def pack(
     zero_bits: int | None = None,
     outliers: tuple[Bool[Array | np.ndarray, "out in"], Float[Array | np.ndarray, "out in"]] | None = None,
     permutation: Integer[Array | np.ndarray, " in"] | None = None,
-    stats_dtype: Any = jnp.float16,
+    stats_dtype: DTypeLike = jnp.float16,
 ) -> SpqrTensor:
     """Packs a quantized matrix, given in quantization order.
 
-    Can be traced: the outlier arrays then have room for every weight, and `trim` cuts them to what is used.
+    Can be traced. The outlier arrays have room for every weight; `trim` cuts them to the number of outliers.
 
     Args:
       codes: weight codes, each below 2^bits.
       scale, zero: `[out, groups]`, or `QuantizedStatistics` with codes below 2^scale_bits and 2^zero_bits.
-      outliers: which weights are outliers, and the residuals w − ŵ (read only at outliers).
+      bits: width of a weight code.
+      group_size: consecutive columns that share a scale and a zero.
+      scale_bits, zero_bits: width of the codes of quantized statistics.
+      outliers: mask of the outliers, and the residuals w − ŵ (read only at outliers).
       permutation: quantization order → input feature.
-      stats_dtype: type in which unquantized and second-level statistics are held.
+      stats_dtype: type in which unquantized and second-level statistics are stored.
 
     Raises:
-      SpqrError: the format does not support these sizes; the message says which.
+      SpqrError: the format does not support these sizes; the message names the size and what is supported.
 
     Example:
-      >>> packed = trim(pack(codes, scale, zero, bits=3, group_size=16, outliers=(mask, residual)))
+      >>> codes = jnp.full((32, 64), 5, jnp.uint8)
+      >>> scale, zero = jnp.full((32, 4), 0.5), jnp.full((32, 4), 3.0)
+      >>> w = trim(pack(codes, scale, zero, bits=3, group_size=16))
+      >>> w.shape, float(spqr_dequantize(w)[0, 0])
+      ((32, 64), 1.0)
     """
     out, columns = codes.shape
     check_format(out, columns, bits=bits, group_size=group_size, scale_bits=scale_bits, zero_bits=zero_bits)
@@ -158,7 +185,7 @@ def pack(
 
 
 def trim(tensor: SpqrTensor) -> SpqrTensor:
-    """Cuts the padding off the outlier arrays. Needs concrete arrays, so it cannot be traced."""
+    """The matrix with outlier arrays without padding. Needs concrete arrays, so it cannot be traced."""
     return tensor if tensor.outliers is None else replace(tensor, outliers=tensor.outliers.trim())
 
 
@@ -172,7 +199,23 @@ def check_format(
     zero_bits: int | None,
     stats_group_size: int = BLOCK,
 ) -> None:
-    """Raises a SpqrError with the numbers in it where a matrix or its settings do not fit the packed format."""
+    """Checks that a matrix and its settings fit the packed format.
+
+    Args:
+      out, columns: rows and columns of the matrix.
+      bits: width of a weight code.
+      group_size: consecutive columns that share a scale and a zero.
+      scale_bits, zero_bits: width of statistics codes; None for unquantized statistics.
+      stats_group_size: consecutive rows whose statistics are quantized together.
+
+    Raises:
+      SpqrError: the format does not support a setting.
+
+    Example:
+      >>> check_format(64, 100, bits=3, group_size=16, scale_bits=3, zero_bits=3)
+      Traceback (most recent call last):
+      pallas_kernels.errors.SpqrError: 100 input features do not divide into groups of 16
+    """
     if bits not in BITS:
         raise SpqrError(f"bits is {bits}, but must be one of {BITS}")
     if group_size not in GROUP_SIZES:
@@ -193,12 +236,12 @@ def check_format(
 
 
 def _statistics(
-    name: str, statistics: Statistics | Float[np.ndarray, "out groups"], bits: int | None, dtype: Any
+    name: str, statistics: Statistics | Float[np.ndarray, "out groups"], bits: int | None, dtype: DTypeLike
 ) -> dict[str, Array | np.ndarray | None]:
-    """The four fields of `SpqrTensor` that hold the scales, or the zeros."""
+    """The four fields of an `SpqrTensor` for its scales, or for its zeros."""
     if isinstance(statistics, QuantizedStatistics):
         if bits is None:
-            raise SpqrError(f"quantized {name}s need {name}_bits")
+            raise SpqrError(f"quantized {name}s need {name}_bits, the width of their codes")
         return {
             name: None,
             f"{name}_codes": pack_planes(statistics.codes, bits),

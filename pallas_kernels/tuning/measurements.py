@@ -159,9 +159,9 @@ def best_tile(regime: Regime, w: SpqrTensor, tokens: int, device_kind: str) -> T
 
 
 def most_tokens(first: Regime, second: Regime, device_kind: str) -> int | None:
-    """The most tokens for which the first kernel is measured to be no slower than the second.
+    """The largest number of tokens for which the first kernel was no slower than the second.
 
-    Both must have been measured with the same numbers of tokens, on the same matrices; None where they have not.
+    None unless both were measured with equal numbers of tokens on equal matrices.
     """
     best: dict[Setting, float] = {}
     for trial in known(device_kind):

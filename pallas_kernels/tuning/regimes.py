@@ -1,4 +1,4 @@
-"""Which kernel multiplies how many tokens."""
+"""The kernel for each number of tokens."""
 
 import itertools
 
@@ -15,16 +15,15 @@ MOST_TOKENS: dict[str, dict[Regime, int]] = {
     # Tensor cores would round float32 activations.
     "float32": {"fma": 8},
 }
-"""For each type of activations the regimes in order, each with the most tokens it is used for; more are dequantized.
+"""For each type of activations the regimes in order, each with its largest number of tokens; more are dequantized.
 
-Predicted, not measured (`python -m pallas_kernels.aot`): a second token doubles the first kernel's 2.7 instructions per
-weight, and the tensor core kernel has 4.0 for up to 16 tokens. It unpacks the weight again for every 64; how many times
-is worth while depends on how busy the tensor cores are, which the prediction does not know.
+Predicted, not measured (`python -m pallas_kernels.aot`): a second token doubles the first kernel's 3.4 instructions per
+weight, and the tensor core kernel has 5.0 for up to 16 tokens. It unpacks the weight again for every 64 tokens.
 """
 
 
 def regime(tokens: int, dtype: DTypeLike, device_kind: str = "") -> Regime:
-    """The regime of so many tokens: as measured on this kind of GPU, or by the table.
+    """The regime of a number of tokens, by the crossovers measured on this kind of GPU, or else by `MOST_TOKENS`.
 
     Raises:
       SpqrError: there are no kernels for activations of this type.

@@ -1,22 +1,22 @@
-"""How much of a matrix one program of a kernel treats, and which sizes are worth trying."""
+"""The tile that one program of a kernel treats, and the candidates for tuning."""
 
 from dataclasses import dataclass
 from typing import Literal
 
 Regime = Literal["fma", "mma", "dequantize"]
-"""The kernels, by how they treat a weight: see `regimes`."""
+"""The kernels, selected by the number of tokens: see `regimes`."""
 
 
 @dataclass(frozen=True)
 class Tile:
-    """What one program treats.
+    """The part of a matrix that one program treats.
 
     Attributes:
       sets: sets of neighbouring rows; a thread holds the codes of its statistics for all rows of a set.
       rows: rows of a set, within the sixteen that share the words of a statistics plane.
       columns: code words of each row at once.
-      steps: how often the columns are as many again; 1 where a kernel does not say otherwise.
-      warps: 32 threads each.
+      steps: iterations over `columns` code words each; more than 1 for the tensor cores only.
+      warps: groups of 32 threads.
     """
 
     sets: int
@@ -26,7 +26,7 @@ class Tile:
     warps: int = 1
 
     def blocks(self, rows: int) -> int:
-        """Programs that it takes for so many rows."""
+        """Number of programs for a number of rows."""
         return -(-rows // (self.sets * self.rows))
 
 
@@ -35,14 +35,18 @@ DEFAULT: dict[Regime, Tile] = {
     "mma": Tile(sets=16, rows=1, columns=16, steps=2),
     "dequantize": Tile(sets=64, rows=1, columns=8, warps=4),
 }
-"""For GPUs that have not been measured; of some that were on an H100 those that are fast for all shapes of LLaMA-7B."""
+"""Tiles for GPUs without measurements: fast for all shapes of LLaMA-7B on an H100."""
 
 
 def candidates(regime: Regime) -> tuple[Tile, ...]:
     """Tiles that fit the kernel, the default first.
 
-    For one token a thread reads two neighbouring words, else four: 32 · 4 words take one warp, or half of one in the
-    tensor core kernel, where a thread holds two rows of four words.
+    For one token a thread reads two neighbouring words of a row, otherwise four. In the tensor core kernel it holds two
+    rows of four words.
+
+    Example:
+      >>> len(candidates("dequantize")), candidates("dequantize")[0]
+      (18, Tile(sets=64, rows=1, columns=8, steps=1, warps=4))
     """
     match regime:
         case "fma":

@@ -1,4 +1,4 @@
-"""Activations as the kernels meet them: read through the permutation, by blocks, scaled for float16 arithmetic."""
+"""Activations prepared for the kernels: in quantization order, by blocks, scaled for float16 arithmetic."""
 
 import functools
 from collections.abc import Callable
@@ -20,22 +20,20 @@ from pallas_kernels.format.tensor import SpqrTensor
 
 LARGEST = 15
 """Activations in float16 are scaled to lie below 2^LARGEST."""
-
-
 COLUMNS = 8
-"""Code words that a program arranges where it is free to choose: few, for then there are many programs."""
+"""Code words of a program without tensor cores: few, so that there are many programs."""
 FEATURES = 64
-"""Features that a program brings into order for outliers; several tokens at a time, which are neighbours there."""
+"""Features of a program that orders x for outliers, for several tokens, which are neighbours in the result."""
 
 
 class Arranged(NamedTuple):
     """x, scaled by a power of two f; columns are code words, padded with zeros to whole tiles.
 
     Attributes:
-      ordered: x itself, in quantization order, for outliers alone; None where the matrix has none.
-      values: x · f · 2^(−p) for code j, which the kernel holds as q · 2^(p − UNIT); in float32, or as pairs of float16
-        of the blocks in the low and in the high half of the code words. For the tensor cores, all tokens of the
-        columns that they take at once are neighbours.
+      ordered: x itself in quantization order, for outliers; None where the matrix has none.
+      values: x · f · 2^(−p) for code j, which the kernel holds as q · 2^(p − UNIT). Either float32, or pairs of float16
+        for the blocks in the low and in the high half of the code words. For the tensor cores, the tokens of the
+        columns of one product are neighbours.
       sums: Σ x · f · 2^(−UNIT) over the codes of a group in each block of either half.
       factors: 2^UNIT / f.
     """
@@ -59,13 +57,16 @@ def arrange(
     together: int | None = None,
     interpret: bool,
 ) -> Arranged:
-    """Reads x through the permutation.
+    """Reads x through the permutation, scales it, and sums it over each group.
 
     Args:
+      x: activations.
+      w: the packed weight.
       columns: code words in a tile.
-      pairs: values in float16, with f such that the largest of a block, or of a tile, is just below 2^LARGEST;
-        otherwise in float32, with f = 2^UNIT.
-      together: code words that the tensor cores take at once, None without them; there is one f for a tile then.
+      pairs: True for values in float16, with f such that the largest value of a block, or of a tile, is just below
+        2^LARGEST. False for float32, with f = 2^UNIT.
+      together: code words in one product of the tensor cores; None without them. With them, a tile has one f.
+      interpret: True to run the kernel as XLA operations.
     """
     tokens, padded = x.shape[0], pl.cdiv(w.codes.shape[2], columns) * columns
     if together is None:
@@ -100,7 +101,7 @@ def arrange(
 
 
 def tokens_at_once(tokens: int) -> int:
-    """Tokens that a program treats: one alone, or what the tensor cores take, or a multiple."""
+    """Tokens of a program: 1, or the 16 of a tensor core product, or a multiple of these."""
     return 1 if tokens == 1 else 16 if tokens <= 16 else 32 if tokens <= 32 else 64
 
 
@@ -123,14 +124,14 @@ def _kernel(x: Any, permutation: Any, *results: Any, w: SpqrTensor, programs: in
 
 
 def _order(ordered: Any, read: Callable[..., Array], number: Array) -> None:
-    """Brings features of several tokens into quantization order."""
+    """Writes features of several tokens in quantization order."""
     features, tokens = ordered.shape
     at_once = tokens_at_once(tokens)
     blocks = pl.cdiv(tokens, at_once)
     place = (number // blocks * FEATURES + jnp.arange(FEATURES))[:, None]
     token = (number % blocks * at_once + jnp.arange(at_once))[None]
     real = (place < features) & (token < tokens)
-    # Interpreted, a masked store writes what it has read: beside the array, where nothing else is written.
+    # Interpreted, a masked store writes back what it read. Point it outside the array, where no program writes.
     plgpu.store(ordered.at[jnp.minimum(place, features), token], read(place, token, real), mask=real)
 
 
@@ -181,9 +182,9 @@ def _arrange_tile(
 
 
 def _scale_below(size: Float[Array, " columns"]) -> Float[Array, " columns"]:
-    """The power of two that brings sizes just below 2^LARGEST."""
+    """The power of two that scales sizes to just below 2^LARGEST."""
     exponent = (jax.lax.bitcast_convert_type(size, jnp.int32) >> 23) - 126
-    # 2^UNIT divided by it must be finite too.
+    # 2^UNIT / scale must be finite too.
     return _power(jnp.clip(LARGEST - exponent, UNIT - 127, 127))
 
 

@@ -1,8 +1,8 @@
 """Codes as pairs of float16 numbers, without conversions.
 
-A code word holds codes of two blocks, sixteen bits apart. Where a code's lowest bit stands at bit p of its half, and
-the others are masked off, the half is a float16 number: the subnormal q · 2^(p − 24). Two codes cost one operation,
-and there is no offset to take off again; the power of two goes into what the code is multiplied by.
+A uint32 holds codes of two blocks, sixteen bits apart. Let the lowest bit of a code q be bit p of its half. With all
+other codes masked off, the half is the subnormal float16 number q · 2^(p − 24). Two codes cost one operation, and there
+is no offset to subtract. The power of two goes into the factor of the code.
 """
 
 import functools
@@ -25,7 +25,7 @@ def positions(bits: int) -> list[int]:
 
 
 def code_pairs(words: Sequence[UInt32[Array, "*tile"]]) -> Callable[[int], Pair]:
-    """q · 2^(p − UNIT) of code j of the block in the low half and of that in the high half of code words, by j."""
+    """q · 2^(p − UNIT) of code j of the blocks in both halves of code words, as a function of j."""
     bits = len(words)
     shifted = functools.cache(lambda k, by: words[k] >> by if by else words[k])
 
@@ -45,7 +45,7 @@ def planes_pair(planes: Sequence[UInt32[Array, "*tile"]], position: int) -> Pair
 
 
 def _place(bits: int, j: int) -> tuple[int, int, int]:
-    """The word of code j, how far it is shifted right, and p; the word after the last is what is left over."""
+    """Word of code j, its right shift, and p. The code in the leftover bits has the word after the last."""
     per_word, unshifted = 16 // bits, MANTISSA // bits
     shift = bits * unshifted
     if j == BLOCK - 1 and BLOCK % bits:

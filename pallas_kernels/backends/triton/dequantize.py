@@ -1,4 +1,4 @@
-"""Many tokens: the weight is written out once, for a matrix product that is not ours."""
+"""Many tokens: a kernel writes the dense weight once, and XLA multiplies."""
 
 import functools
 from collections.abc import Sequence
@@ -26,8 +26,8 @@ def dequantize_matrix(
 ) -> Float[Array, "in out"]:
     """ŵᵀ, its rows in the order of the input features.
 
-    So the permutation costs nothing: it is where rows are written, each of which, as far as a program has it, fills
-    what memory moves at once. To bring many activations into quantization order would take nearly as long as this.
+    The permutation costs nothing: it is the address of a row, and a program writes whole memory transactions of it.
+    Permuting many activations instead would take nearly as long as this kernel.
     """
     dense: Any = pl.pallas_call(
         functools.partial(_kernel, tile=tile, interpret=interpret),
@@ -41,7 +41,7 @@ def dequantize_matrix(
 
 
 def launch(w: SpqrTensor, tokens: int, tile: Tile) -> Launch:
-    """No loops, whatever the number of tokens."""
+    """The launch, which has no loops for any number of tokens."""
     return Launch()
 
 
@@ -58,7 +58,7 @@ def _kernel(w: Any, out_ref: Any, *, tile: Tile, interpret: bool) -> None:
             known = (column < words) & (place < w.in_features)
             if w.permutation is not None:
                 place = plgpu.load(w.permutation.at[place], mask=known, other=0).astype(jnp.int32)
-            # Interpreted, a masked store writes what it has read: beside the matrix, where nothing else is written.
+            # Interpreted, a masked store writes back what it read. Point it outside the matrix, where none writes.
             place = jnp.where(known, place, w.in_features)[None, :, None]
             mask = known[None, :, None] & (row < out)
             plgpu.store(out_ref.at[place, row], weights[half][j], mask=mask)
@@ -67,7 +67,7 @@ def _kernel(w: Any, out_ref: Any, *, tile: Tile, interpret: bool) -> None:
 def _weights(
     w: Any, first: Array, column: Array, *, tile: Tile, dtype: Any, interpret: bool
 ) -> list[list[Float[Array, "sets columns rows"]]]:
-    """The weights at each code of the blocks in the low, and in the high half of these words."""
+    """The weights at each code of the blocks in the low and in the high half of these words."""
     bits, out, words = w.codes.shape
     columns = inside(column, words, tile.sets, tile.columns)
     groups = statistics(
@@ -89,7 +89,7 @@ def _weights(
 
 
 def _neighbours(parts: Sequence[Float[Array, "sets columns"]]) -> Float[Array, "sets columns rows"]:
-    """The rows of each set next to each other; the compiler joins only two at a time."""
+    """The rows of each set interleaved, in pairs, because the compiler joins only two arrays at a time."""
     if len(parts) == 1:
         return parts[0][:, :, None]
     pair = jnp.stack([_neighbours(parts[0::2]), _neighbours(parts[1::2])], axis=-1)

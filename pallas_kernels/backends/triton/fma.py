@@ -1,7 +1,7 @@
 """One token: every thread multiplies and adds on its own.
 
-A thread loads four neighbouring words of codes at once, and keeps the activations and the codes of the statistics in
-registers from row to row of a set. What is left to add up, one number per row and tile of columns, is left to XLA.
+A thread loads neighbouring words of codes at once. It keeps the activations and the codes of the statistics in
+registers from row to row of a set. XLA adds the partial sums, one per row and tile of columns.
 """
 
 import functools
@@ -39,10 +39,10 @@ AT_ONCE = 1
 def fma_matmul(
     x: Float[Array, "tokens in"], w: SpqrTensor, *, tile: Tile = DEFAULT["fma"], interpret: bool
 ) -> Float[Array, "tokens out"]:
-    """y = x ŵᵀ; more tokens than one are treated one by one.
+    """y = x ŵᵀ, where each program treats one token.
 
-    Of bfloat16 x, the products of half a group are added up in float16, as exactly as x itself is; of others, and all
-    further sums, in float32.
+    With bfloat16 x, the products of half a group are summed in float16, which is as exact as x. Other products and all
+    further sums are in float32.
     """
     arranged = arrange(x, w, columns=tile.columns, pairs=x.dtype == jnp.bfloat16, interpret=interpret)
     tokens, out = x.shape[0], w.shape[0]
@@ -81,16 +81,16 @@ def _dense_part(
     first = (program // tiles * sets + jnp.arange(sets)) * count
     column = number * tile.columns + jnp.arange(tile.columns)
     columns = inside(column, words, sets, tile.columns)
-    # First of all, for they come from far away.
+    # Issue these loads first: global memory has the longest latency.
     words_of_rows = []
     for r in range(count):
         rows = first + r
         mask = real(columns, rows, out, sets * count)
-        # Codes need no zeros where there are none: the activations there are zero.
+        # Masked-off codes may be anything, because their activations are zero.
         words_of_rows.append([plgpu.load(w.codes.at[k, rows[:, None], column[None]], mask=mask) for k in range(bits)])
 
     def of_x(array: Any, *place: int) -> Array:
-        # One address per thread, although the sets share them: then they lie as the codes do.
+        # Broadcast the addresses to all sets, so that values have the layout of the codes.
         of_all_sets = jnp.broadcast_to(column[None], (sets, tile.columns))
         return plgpu.load(array.at[(token, *map(jnp.int32, place), of_all_sets)])
 
@@ -127,7 +127,7 @@ def _dense_part(
 def _products_in_float16(
     code: Callable[[int], Pair], places: range, start: Halves, *, values: list[Pair], interpret: bool
 ) -> Halves:
-    """Σ q · x + start for the groups of either half, the products of half a group added up in float16."""
+    """Σ q · x + start for the groups of either half, the products of half a group summed in float16."""
     quarter = len(places) // 4
     sums = []
     for begin in places[::quarter]:
@@ -142,7 +142,7 @@ def _products_in_float16(
 def _products_in_float32(
     code: Callable[[int], Pair], places: range, start: Halves, *, values: list[Halves], interpret: bool
 ) -> Halves:
-    """The same with all sums in float32."""
+    """Σ q · x + start for the groups of either half, summed in float32."""
     totals = list(start)
     for j in places:
         for half, number in enumerate(halves(code(j))):

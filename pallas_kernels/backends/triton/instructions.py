@@ -1,4 +1,4 @@
-"""Instructions that the compiler would not choose by itself, with their meaning for where kernels are interpreted.
+"""Instructions that the compiler would not choose by itself, and their equivalents for interpreted kernels.
 
 A *pair* is a uint32 whose halves are two float16 numbers, the low one first.
 """
@@ -17,7 +17,7 @@ Pair = UInt32[Array, "*#tile"]
 def multiply_add(
     a: Float[Array, "*#tile"], b: Float[Array, "*#tile"], c: Float[Array, "*#tile"], *, interpret: bool
 ) -> Float[Array, "*tile"]:
-    """a · b + c in float32, rounded once; the compiler keeps products and sums apart."""
+    """a · b + c in float32, rounded once; the compiler would not fuse them."""
     if interpret:
         return a * b + c
     return _assembly("fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f", jnp.float32, a, b, c)
@@ -26,7 +26,7 @@ def multiply_add(
 def subtract_product(
     c: Float[Array, "*#tile"], a: Float[Array, "*#tile"], b: Float[Array, "*#tile"], *, interpret: bool
 ) -> Float[Array, "*tile"]:
-    """c − a · b in float32, rounded once; a change of sign by the compiler is an instruction of its own."""
+    """c − a · b in float32, rounded once; the compiler would negate in an instruction of its own."""
     if interpret:
         return c - a * b
     negated = "{ .reg .f32 n; neg.f32 n, $1; fma.rn.f32 $0, n, $2, $3; }"
@@ -74,14 +74,14 @@ def twice(number: float) -> int:
 
 
 def _by_halves(operation: Callable[..., Array], *pairs: Pair) -> Pair:
-    # A product of two float16 numbers is exact in float32.
+    # Float32 holds the product of two float16 numbers exactly, so that the result is rounded once.
     parts = (jax.lax.bitcast_convert_type(jnp.asarray(pair, jnp.uint32), jnp.float16) for pair in pairs)
     result = operation(*(part.astype(jnp.float32) for part in parts))
     return jax.lax.bitcast_convert_type(result.astype(jnp.float16), jnp.uint32)
 
 
 def _pair_assembly(instruction: str, constraints: str, *args: Pair) -> Pair:
-    # Results must be signed here.
+    # Triton's inline assembly returns signed integers only.
     return jax.lax.bitcast_convert_type(_assembly(instruction, constraints, jnp.int32, *args), jnp.uint32)
 
 

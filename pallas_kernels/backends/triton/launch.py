@@ -1,4 +1,4 @@
-"""How often the loops of a kernel run; from it and the compiled program follow its instructions per weight."""
+"""Iterations of a kernel's loops, from which the report derives its instructions per weight."""
 
 from dataclasses import dataclass
 
@@ -8,9 +8,9 @@ class Launch:
     """The loops of one kernel launch.
 
     Attributes:
-      steps: how often a program runs through its main loop; 1 where it has none, and all of it counts.
-      sparse_programs: how many of the programs multiply outliers, and no codes.
-      outlier_steps: how often those run through their loop if outliers are spread evenly, rounded up.
+      steps: iterations of a program's main loop; 1 where it has none.
+      sparse_programs: number of programs that multiply outliers, and no codes.
+      outlier_steps: iterations of their loop if outliers are spread evenly, rounded up.
     """
 
     steps: int = 1

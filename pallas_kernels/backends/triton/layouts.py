@@ -1,4 +1,4 @@
-"""How the compiler spreads a tile over threads."""
+"""Control over how the compiler distributes a tile over threads."""
 
 import jax
 import jax.numpy as jnp
@@ -6,10 +6,10 @@ from jaxtyping import Array, Int
 
 
 def by_fours(index: Int[Array, "*tile"]) -> Int[Array, "*tile"]:
-    """The same index, of which the compiler sees no more than four neighbours in a row.
+    """The index itself, in a form that shows the compiler runs of four neighbours at most.
 
-    Threads read four neighbouring words of codes at once, 16 bytes. Where it sees more neighbours of 16-bit numbers,
-    the compiler has threads read eight of them, and spreads all that is computed together with them accordingly.
+    Threads read up to four neighbouring words of codes, 16 bytes. For longer runs of 16-bit numbers the compiler reads
+    eight per thread and gives everything computed with them that layout: 6.4 instead of 4.0 instructions per weight.
     """
     four = jnp.int32(4)
     return jax.lax.div(index, four) * four + jax.lax.rem(index, four)

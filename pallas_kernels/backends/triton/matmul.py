@@ -1,4 +1,4 @@
-"""x ŵᵀ by the kernel for so many tokens."""
+"""x ŵᵀ by the kernel for the number of tokens."""
 
 import math
 from collections.abc import Callable
@@ -29,8 +29,8 @@ def matmul(x: Float[Array, "*batch in"], w: SpqrTensor, *, interpret: bool) -> F
 def dequantize_and_matmul(
     x: Float[Array, "tokens in"], w: SpqrTensor, *, tile: Tile, interpret: bool
 ) -> Float[Array, "tokens out"]:
-    """y = x ŵᵀ by XLA, of the weight that the kernel writes."""
-    # On GPUs sums are in float32 whatever the type of the result, whose rounding would be a pass of its own.
+    """y = x ŵᵀ by XLA, with the weight that the kernel writes."""
+    # GPUs accumulate in float32 for any result type; asking for float32 results would add a pass to round them.
     return jnp.matmul(x, dequantize_matrix(w, x.dtype, tile=tile, interpret=interpret))
 
 
@@ -39,4 +39,4 @@ MATMULS: dict[Regime, Callable[..., Float[Array, "tokens out"]]] = {
     "mma": mma_matmul,
     "dequantize": dequantize_and_matmul,
 }
-"""The product in each regime: of x `[tokens, in]` and a packed matrix, with `tile` and `interpret`."""
+"""The product of each regime: takes x `[tokens, in]`, a packed matrix, `tile` and `interpret`."""

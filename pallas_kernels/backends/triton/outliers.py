@@ -22,10 +22,10 @@ ADDED_AT_ONCE = 128
 
 
 class SparseTile(NamedTuple):
-    """What one program multiplies of the outliers.
+    """The outliers of one program.
 
     Attributes:
-      shares: programs that share out the outliers of a row evenly, each with sums of its own.
+      shares: programs that divide the outliers of a row evenly, each with sums of its own.
       rows: neighbouring rows.
       lanes: outliers of each row at once.
     """
@@ -36,14 +36,14 @@ class SparseTile(NamedTuple):
 
 
 def sparse_tile(at_once: int) -> SparseTile:
-    """The fastest of some that were tried on an H100, for so many tokens at once."""
+    """The fastest of those tried on an H100, for a number of tokens at once."""
     if at_once == 1:
         return SparseTile(shares=4, rows=16, lanes=32)
     return SparseTile(shares=2, rows=8, lanes=256 // at_once)
 
 
 def shares(w: SpqrTensor, at_once: int) -> int:
-    """Sums of the sparse part for each row, beside those of the dense part; none where there are no outliers."""
+    """Partial sums of the sparse part for each row; 0 without outliers."""
     return 0 if w.outliers is None else sparse_tile(at_once).shares
 
 
@@ -57,11 +57,11 @@ def sparse_part(
 ) -> None:
     """Σ residual · x over a share of the outliers of some rows, for a block of tokens.
 
-    Programs of their own do this, because each waits for memory three times: for where the outliers of its rows are,
-    for their columns, and for the activations there. Meanwhile others multiply the dense part. They come last, where
-    otherwise processors would have nothing to do.
+    Programs of their own do this, because each waits for memory three times: for the offsets of its rows, for the
+    columns, and for the activations. Meanwhile other programs multiply the dense part. The sparse ones come last, when
+    processors would otherwise be idle.
 
-    x is in quantization order: memory serves one place after the other, and the permutation would take as long again.
+    x is in quantization order, because scattered reads are the bottleneck and the permutation would double them.
     """
     out, tokens, tile = w.outliers.offsets.shape[0] - 1, x_ref.shape[1], sparse_tile(at_once)
     share, row = number % tile.shares, number // tile.shares * tile.rows + jnp.arange(tile.rows)
@@ -99,7 +99,8 @@ def sparse_launch(w: SpqrTensor, tokens: int, at_once: int) -> Launch:
 def add_outliers(dense: Float[Array, "in out"], w: SpqrTensor, *, interpret: bool) -> Float[Array, "in out"]:
     """Adds the residuals to the dense part ŵᵀ, in place.
 
-    A kernel of its own: so there can be as many programs as rows, and none waits for the dense part of another.
+    A kernel of its own, with a program for each row. In the programs that write a tile it took longer: at 2048 tokens
+    85 µs, against 44 + 32 (H200).
     """
     sparse = w.outliers, w.permutation
     return pl.pallas_call(
@@ -122,7 +123,7 @@ def _add_kernel(_: Any, sparse: tuple[Any, Any], out_ref: Any) -> None:
         place = start + i * ADDED_AT_ONCE + lane
         real = place < stop
         residual, column = _outlier(outliers, place, real)
-        # Interpreted, a masked store writes what it has read: beside the matrix, where nothing else is written.
+        # Interpreted, a masked store writes back what it read. Point it outside the matrix, where no program writes.
         at = out_ref.at[jnp.where(real, _feature(permutation, column), out_ref.shape[0]), row]
         beneath = plgpu.load(at, mask=real, other=0).astype(jnp.float32)
         plgpu.store(at, (beneath + residual).astype(out_ref.dtype), mask=real)
@@ -131,7 +132,7 @@ def _add_kernel(_: Any, sparse: tuple[Any, Any], out_ref: Any) -> None:
 
 
 def _outlier(outliers: Any, place: Array, real: Array) -> tuple[Array, Array]:
-    """Residual and column, in quantization order, of outliers; those that are not real are zero."""
+    """Residual and column, in quantization order, of outliers; zero where `real` is false."""
     column = plgpu.load(outliers.columns.at[place], mask=real, other=0).astype(jnp.int32)
     return plgpu.load(outliers.values.at[place], mask=real, other=0).astype(jnp.float32), column
 
@@ -141,5 +142,5 @@ def _feature(permutation: Any, column: Array) -> Array:
 
 
 def _ceil(a: Array, b: int) -> Array:
-    """⌈a / b⌉ of numbers that are not negative; to allow for others takes more instructions."""
+    """⌈a / b⌉ of nonnegative numbers; signs would take more instructions."""
     return jax.lax.div(a + (b - 1), jnp.int32(b))

@@ -1,4 +1,4 @@
-"""Programs of one launch that do different things."""
+"""Launches whose programs have different tasks."""
 
 from collections.abc import Callable
 
@@ -7,13 +7,13 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array
 
 Part = Callable[[Array], None]
-"""What programs do, given the number of a program among those of the part."""
+"""The task of some programs, as a function of a program's number within the part."""
 
 
 def first_and_rest(count: int, first: Part, rest: Part | None) -> None:
-    """The first `count` programs of the grid's first axis run one part, those after them, if any, the other.
+    """Runs one part in the first `count` programs of the grid's first axis, and the other in the rest.
 
-    What else a part needs of `pl.program_id` is to be asked before: interpreted, branches cannot.
+    Call `pl.program_id` for other axes before: interpreted kernels cannot call it in branches.
     """
     number = pl.program_id(0)
     if rest is None:

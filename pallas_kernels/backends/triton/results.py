@@ -1,4 +1,4 @@
-"""Shapes of what a kernel writes."""
+"""Shapes of the results of kernels."""
 
 from typing import Any
 
@@ -8,6 +8,6 @@ from jax.typing import DTypeLike
 
 
 def result(shape: tuple[int, ...], dtype: DTypeLike, inputs: Any) -> jax.ShapeDtypeStruct:
-    """A result that differs between the devices of a `shard_map` wherever an input does."""
+    """The shape of a result that varies over the axes of a `shard_map` over which an input varies."""
     axes = [jax.typeof(leaf).manual_axis_type.varying for leaf in jax.tree.leaves(inputs)]
     return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=ManualAxisType(varying=frozenset().union(*axes)))

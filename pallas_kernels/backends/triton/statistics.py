@@ -1,4 +1,4 @@
-"""Scales and zeros of the rows that a thread treats, for the groups in the low and in the high half of code words."""
+"""Scales and zeros of the rows of a thread, for the groups in the low and in the high half of code words."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import triton as plgpu
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from pallas_kernels.backends.triton.code_pairs import MANTISSA, UNIT, planes_pair
 from pallas_kernels.backends.triton.instructions import halves, multiply_add, pair_multiply, subtract_product, twice
@@ -15,7 +15,7 @@ from pallas_kernels.backends.triton.layouts import by_fours
 from pallas_kernels.format.bit_layout import BLOCK
 
 Halves = list[Float[Array, "sets columns"]]
-"""Something of the block in the low half, and of that in the high half."""
+"""A number of the block in the low half, and one of the block in the high half."""
 
 Statistic = Callable[[int], Halves]
 """A statistic of row `rows + r` in the group of either half, as a function of r."""
@@ -33,13 +33,17 @@ def statistics(
     zero_term: float = 0.0,
     interpret: bool,
 ) -> list[tuple[Statistic, Statistic]]:
-    """factor · scale, and factor · zero + term, for each group that is in a block of these code words.
+    """factor · scale and factor · zero + term of each group within a block of these code words.
 
     Args:
+      w: an `SpqrTensor` of references to its arrays.
       column: the code words.
       rows: first row of each set of `count` rows; a set lies within the sixteen rows that share words of planes.
-      columns: which of the code words exist; None if all do.
-      zero_factors: one for each group of a block.
+      count: rows of a set.
+      columns: mask of the code words that exist; None if all do.
+      scale_factor: factor of every scale.
+      zero_factors: factors of the zeros, one for each group of a block.
+      zero_term: added to every zero.
     """
     words, out = w.codes.shape[2], w.codes.shape[1]
     result = []
@@ -55,14 +59,14 @@ def statistics(
 
 
 def groups_per_block(group_size: int) -> int:
-    """Groups that begin and end within a block; 1 where a group is a block or more."""
+    """Groups within a block; 1 where a group is a block or more."""
     return max(1, BLOCK // group_size)
 
 
 def inside(column: Int[Array, " columns"], words: int, sets: int, tile: int) -> Bool[Array, "sets columns"] | None:
-    """Which of these columns exist, of which a program treats `tile` in all.
+    """Mask of the columns that exist, in programs of `tile` columns.
 
-    None if all do, because a mask costs instructions even if it is true everywhere.
+    None if all exist, because a mask costs instructions even where it is true everywhere.
     """
     if words % tile == 0:
         return None
@@ -72,7 +76,7 @@ def inside(column: Int[Array, " columns"], words: int, sets: int, tile: int) -> 
 def real(
     columns: Bool[Array, "sets columns"] | None, row: Int[Array, " sets"], out: int, rows_per_program: int
 ) -> Bool[Array, "sets #columns"] | None:
-    """Which words of codes exist: those of existing columns and of rows below `out`; None if all do."""
+    """Mask of the code words that exist: existing columns, rows below `out`; None if all do."""
     if out % rows_per_program == 0:
         return columns
     rows = (row < out)[:, None]
@@ -94,7 +98,10 @@ def _statistic(
     out: int,
     interpret: bool,
 ) -> Statistic:
-    """factor · scale (or zero) + term, from its fields in an `SpqrTensor`; `groups` has one for each half."""
+    """factor · statistic + term, from references to the fields of scale or zero in an `SpqrTensor`.
+
+    `groups` has one entry for each half.
+    """
     factors: Any = factor if isinstance(factor, list) else [factor, factor]
     mask = real(columns, rows, out, rows.shape[0] * count)
     if mask is not None:
@@ -128,15 +135,21 @@ def _statistic(
     for k in range(bits):
         low, high = read(planes, jnp.int32(k), (rows // BLOCK)[:, None])
         words.append((low.astype(jnp.uint32) | high.astype(jnp.uint32) << 16) >> shift)
-    at_once = MANTISSA + 1 - bits
-    """Rows whose codes lie within the mantissa."""
+    return _quantized(words, slopes, intercepts, interpret=interpret)
+
+
+def _quantized(
+    words: Sequence[UInt32[Array, "sets columns"]], slopes: Halves, intercepts: Halves, *, interpret: bool
+) -> Statistic:
+    """2^(−UNIT) · slope · code + intercept, from bit planes of codes whose lowest bit is that of a set's first row."""
+    rows_in_mantissa = MANTISSA + 1 - len(words)
 
     @functools.cache
     def shifted(base: int) -> list[Array]:
         return [word >> (base - k) if base > k else word << (k - base) for k, word in enumerate(words)]
 
     def quantized(r: int) -> Halves:
-        position = r % at_once
+        position = r % rows_in_mantissa
         codes = planes_pair(shifted(r - position), position)
         if position:
             codes = pair_multiply(codes, jnp.uint32(twice(2.0**-position)), interpret=interpret)
@@ -149,12 +162,12 @@ def _statistic(
 
 
 def group_of(block: Int[Array, " columns"], split: int, w: Any) -> Int[Array, " columns"]:
-    """Group of a block of codes, or of one of its splits where it has several groups."""
+    """Group of a block of codes, or of one of its splits where a block has several groups."""
     if w.group_size < BLOCK:
         group = block * (BLOCK // w.group_size) + split
     else:
         group = by_fours(jax.lax.div(block, jnp.int32(w.group_size // BLOCK)))
     if w.in_features == 2 * w.codes.shape[2] * BLOCK:
         return group
-    # Where the last block is not there, or not whole: what lies beside the statistics could be NaN, and NaN · 0 too.
+    # Clamp where the last block is missing or incomplete: memory beside the statistics can hold NaN, also times 0.
     return jnp.minimum(group, w.in_features // w.group_size - 1)
