@@ -1,6 +1,7 @@
 """How the packages are laid out: imports go one way, functions are short, each package declares what it needs."""
 
 import ast
+import importlib
 import re
 import subprocess
 import sys
@@ -148,6 +149,35 @@ def definitions(tree: ast.AST) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDe
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Module):
             yield node
+
+
+def test_functions_are_short() -> None:
+    long = {
+        f"{name}.{node.name}": lines
+        for name in MODULES
+        for node in definitions(syntax(name))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        if (lines := node.end_lineno - node.lineno + 1) > MAX_LINES  # type: ignore[operator]
+    }
+    assert long == {}
+
+
+def test_docstrings_say_the_thing() -> None:
+    vague = [
+        f"{name}.{getattr(node, 'name', '')}: {docstring[:60]}"
+        for name in MODULES
+        for node in definitions(syntax(name))
+        if (docstring := ast.get_docstring(node) or "").startswith(("What ", "The same"))
+    ]
+    assert vague == []
+
+
+@pytest.mark.parametrize("package", ROOMS)
+def test_the_readme_lists_the_public_names(package: str) -> None:
+    readme = (ROOT / package / "README.md").read_text()
+    public = importlib.import_module(package).__all__
+    assert sorted(public) == sorted(set(public))
+    assert [name for name in public if not re.search(rf"`(?:{package}\.)?{name}\b", readme)] == []
 
 
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
