@@ -286,4 +286,4 @@ def test_errors_say_what_to_do(rng):
     with pytest.raises(ValueError, match="implementation is 'triton', but must be"):
         choose("triton")
     with pytest.raises(ValueError, match="takes activations in bfloat16, float16, float32, not int32"):
-        spqr_matmul(x.astype(jnp.int32), packed, implementation="interpret")
+        choose("interpret", jnp.int32)
