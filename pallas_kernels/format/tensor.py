@@ -89,9 +89,10 @@ class SpqrTensor:
           >>> list(packed.arrays())[:2]
           ['codes', 'scale_codes']
         """
-        found = {name: getattr(self, name) for name in ARRAY_FIELDS}
-        if self.outliers is not None:
-            found |= self.outliers.arrays()
+        found: dict[str, Array | np.ndarray | None] = {}
+        for name in FIELDS:
+            value = getattr(self, name)
+            found |= value.arrays() if isinstance(value, Outliers) else {name: value}
         return {name: array for name, array in found.items() if array is not None}
 
     @classmethod
@@ -100,15 +101,15 @@ class SpqrTensor:
     ) -> "SpqrTensor":
         """Inverse of `arrays`."""
         return cls(
-            **{name: arrays.get(name) for name in ARRAY_FIELDS},  # type: ignore[arg-type]
+            **{name: arrays.get(name) for name in FIELDS if name != "outliers"},  # type: ignore[arg-type]
             outliers=Outliers.from_arrays(arrays),
             in_features=in_features,
             group_size=group_size,
         )
 
 
-ARRAY_FIELDS = tuple(f.name for f in fields(SpqrTensor) if f.name != "outliers" and not f.metadata.get("static"))
-"""Fields that are one array each."""
+FIELDS = tuple(f.name for f in fields(SpqrTensor) if not f.metadata.get("static"))
+"""Fields that hold arrays: one each, but for `outliers`."""
 
 
 def bits_per_weight(tensor: SpqrTensor) -> float:

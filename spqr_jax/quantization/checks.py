@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Float, Int, PyTree, Shaped
 
 from pallas_kernels import SplitTensor, SpqrTensor, check_format
 from pallas_kernels.errors import SpqrError
@@ -60,7 +60,7 @@ def check_matrix(name: str, weight: Float[Array | np.ndarray, "..."], config: Sp
         )
 
 
-def check_finite(name: str, array: Float[Array | np.ndarray, "..."]) -> None:
+def check_finite(name: str, array: Shaped[Array | np.ndarray, "..."]) -> None:
     """Raises a SpqrError that names an array with NaN or infinite values; traced arrays pass."""
     if is_traced(array):
         return
@@ -117,5 +117,5 @@ def _largest(array: Float[Array, "..."]) -> Float[Array, ""]:
 
 
 @jax.jit
-def _count_finite(array: Float[Array, "..."]) -> Int[Array, ""]:
+def _count_finite(array: Shaped[Array, "..."]) -> Int[Array, ""]:
     return jnp.isfinite(array).sum()

@@ -133,12 +133,22 @@ def _expand(entry: object) -> Iterator[Cell]:
         chosen = dict(zip(entry, values, strict=True))
         for name, value in chosen.items():
             if not _is_of_type(value, _TYPES[name]):
-                raise SpqrError(f"the grid's entry {dict(entry)} has {name} {value!r}, which is of another type")
+                raise SpqrError(f"the grid's entry {dict(entry)} has {name} {value!r}: give {_allowed(_TYPES[name])}")
         method = Method(chosen.pop("method"))
         if "stats_bits" in chosen:
             chosen["scale_bits"] = chosen["zero_bits"] = chosen.pop("stats_bits")
         whole_rows = chosen.pop("whole_rows", False)
         yield Cell(method, method.config(SpqrConfig(**chosen)), whole_rows)
+
+
+def _allowed(annotation: Any) -> str:
+    """The values of a setting, or their types, for a message."""
+    if annotation is Method:
+        return " or ".join(Method)
+    if get_origin(annotation) is Literal:
+        return " or ".join(get_args(annotation))
+    types = get_args(annotation) or (annotation,)
+    return " or ".join("null" if kind is type(None) else kind.__name__ for kind in types)
 
 
 def _is_of_type(value: object, annotation: Any) -> bool:

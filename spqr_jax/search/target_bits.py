@@ -127,7 +127,7 @@ def threshold_for(curve: Curve, target_bits: float, measured: tuple[float, float
       >>> round(threshold_for(curve, target_bits=4.14), 3)
       0.316
       >>> round(threshold_for(curve, target_bits=4.14, measured=(0.316, 4.16)), 3)
-      0.339
+      0.333
     """
     # The logarithm of 0 is infinite; a share below one outlier in a billion weights counts as that.
     log_shares = np.log(np.maximum(curve.shares, 1e-9))

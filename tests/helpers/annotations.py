@@ -16,6 +16,11 @@ PYTREES = ("SpqrTensor", "Outliers", "SplitTensor", "State", "Context", "KVCache
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
+def _is_value(leaf: Any) -> bool:
+    """Whether a leaf is an array, and not the gradient of integers, which JAX gives the type float0."""
+    return isinstance(leaf, jax.Array | np.ndarray) and leaf.dtype != jax.dtypes.float0
+
+
 def check_packages() -> None:
     """Instruments every module of the packages that is imported from now on."""
     install_import_hook(PACKAGES, "helpers.annotations.check")
@@ -31,7 +36,7 @@ def check(function: Function) -> Function:
     @wraps(function)
     def check_arrays(self: Any, *args: Any, **kwargs: Any) -> Any:
         leaves = [leaf for leaf in jax.tree.leaves((args, kwargs)) if not isinstance(leaf, int)]
-        if leaves and all(isinstance(leaf, jax.Array | np.ndarray) for leaf in leaves):
+        if leaves and all(_is_value(leaf) for leaf in leaves):
             checked(self, *args, **kwargs)
 
     return check_arrays  # type: ignore[return-value]

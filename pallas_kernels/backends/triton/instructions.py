@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas import triton as plgpu
-from jaxtyping import Array, Float, UInt32
+from jaxtyping import Array, Float, Shaped, UInt32
 
 Pair = UInt32[Array, "*#tile"]
 
@@ -80,7 +80,7 @@ def _by_halves(operation: Callable[..., Array], *pairs: Pair) -> Pair:
     return jax.lax.bitcast_convert_type(result.astype(jnp.float16), jnp.uint32)
 
 
-def _pair_assembly(instruction: str, constraints: str, *args: Pair) -> Pair:
+def _pair_assembly(instruction: str, constraints: str, *args: Shaped[Array, "*#tile"]) -> Pair:
     # Triton's inline assembly returns signed integers only.
     return jax.lax.bitcast_convert_type(_assembly(instruction, constraints, jnp.int32, *args), jnp.uint32)
 

@@ -102,7 +102,10 @@ def test_one_permutation_serves_all_rows() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"columns": 128}, r"matrices that differ in input features \(64, 128\) cannot be rows of one"),
+        (
+            {"columns": 128, "permutation": np.arange(128)},
+            r"matrices that differ in input features \(64, 128\) cannot be rows of one",
+        ),
         ({"bits": 4}, r"matrices that differ in bits \(3, 4\)"),
         ({"group_size": 32}, r"matrices that differ in group size \(16, 32\)"),
         ({"stats_bits": 4}, r"differ in scales \(3 bits by 16 rows in float16, 4 bits by 16 rows in float16\)"),

@@ -166,7 +166,7 @@ def test_patterns_of_heads_are_found_along_their_axis(axis):
 
 
 def test_levels_are_logarithms_and_zeros_the_lowest():
-    np.testing.assert_allclose(line_levels(np.array([[1, 3], [0, 0], [8, 0]])), np.log([2, 2, 4]))
+    np.testing.assert_allclose(line_levels(np.array([[1.0, 3], [0, 0], [8, 0]])), np.log([2, 2, 4]))
     np.testing.assert_array_equal(line_levels(np.zeros((2, 3))), [0, 0])
 
 

@@ -25,7 +25,7 @@ from spqr_jax.cli import console, progress
 from spqr_jax.cli.app import COMMANDS
 from spqr_jax.config import SMALL
 from spqr_jax.models import Llama, LlamaConfig, RotaryConfig
-from spqr_jax.storage import disk_to_disk
+from spqr_jax.storage import partial_run
 from spqr_jax.storage.record import BlockReport, read_record
 
 CONFIG = LlamaConfig(257, 64, 128, 2, 4, 2, 16, RotaryConfig())
@@ -99,10 +99,10 @@ def test_on_a_terminal_progress_is_a_bar(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_a_stopped_command_goes_on_where_it_was(plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = ("quantize", plain, tmp_path / "out", "--sequences", 4, "--sequence-length", 64)
     with monkeypatch.context() as patch:
-        patch.setattr(disk_to_disk, "finish", mock.Mock(side_effect=OSError("No space left on device")))
+        patch.setattr(partial_run, "publish", mock.Mock(side_effect=OSError("No space left on device")))
         done = spqr(*arguments)
     assert done.returncode == 1
-    assert "2 blocks are finished: make room, and the same command goes on" in done.stderr
+    assert "2 blocks are finished: make room and repeat the command to resume" in done.stderr
     refused = spqr(*arguments, "--bits", 3)
     assert refused.returncode == 1
     assert "unfinished run with config.bits 4, not 3" in refused.stderr

@@ -183,7 +183,7 @@ def test_blocks_are_fused_alike(change: str) -> None:
 
 
 def test_a_fused_model_is_not_quantized_again(model: Decoder, params: Any) -> None:
-    with pytest.raises(ValueError, match=r"layers_0\..* is quantized already; start from the original weights"):
+    with pytest.raises(ValueError, match=r"layers_0\..* is quantized already: start from the original weights"):
         quantize(fuse_projections(params, model), TOKENS, model=model, config=SpqrConfig())
 
 

@@ -161,7 +161,9 @@ def test_fused_parameters_are_not_split() -> None:
 
 def test_split_parameters_are_not_saved_exported_or_quantized(spread: tuple[Decoder, Any], tmp_path: Path) -> None:
     model, sharded = spread
-    with pytest.raises(CheckpointError, match="split over devices cannot be saved; save those they were made from"):
+    with pytest.raises(
+        CheckpointError, match="split over devices cannot be saved: save the parameters given to shard_params"
+    ):
         save(tmp_path / "saved", model, sharded)
     exports: list[Callable[..., None]] = [export_huggingface, export_hf_spqr]
     for export in exports:

@@ -104,7 +104,7 @@ def run_block(
     params: dict[str, Any], hidden: jax.Array
 ) -> tuple[jax.Array, dict[str, jax.Array], dict[str, jax.Array]]:
     """A block's output, the input of each of its matrices, and the hidden states to which two of these add."""
-    context, _ = make_context(jnp.ones((1, TOKENS.shape[1]), bool))
+    context, _ = make_context(jnp.ones(hidden.shape[:2], bool))
     state, inputs, added_to = {"hidden": hidden}, {}, {}
     for stage in BLOCK.stages:
         state = BLOCK.apply({"params": params}, state, context, method=stage.method)
@@ -327,7 +327,7 @@ def test_outputs_that_overflow_are_named():
     for layer in ("layers_0", "layers_1"):
         for matrix in ("gate_proj", "up_proj", "down_proj"):
             size = params[layer][matrix]["kernel"].shape[1]
-            params[layer][matrix]["bias"] = jnp.full(size, 3e38 if matrix == "down_proj" else 0)
+            params[layer][matrix]["bias"] = jnp.full(size, 3e38 if matrix == "down_proj" else 0.0)
     with pytest.raises(ValueError, match="layers_1: its output has values that are NaN or infinite"):
         quantize(params, TOKENS, model=model, config=PLAIN)
 

@@ -40,7 +40,7 @@ def test_threshold_is_that_of_the_curve_at_its_points() -> None:
 
 @pytest.mark.parametrize("target", [3.5, 3.62, 14.0])
 def test_a_size_that_outliers_cannot_give_is_told(target: float) -> None:
-    with pytest.raises(ValueError, match=r"from 3\.63 to 13\.20 bits"):
+    with pytest.raises(ValueError, match=r"only 3\.63 to 13\.20"):
         threshold_for(CURVE, target)
 
 

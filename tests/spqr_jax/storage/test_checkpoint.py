@@ -181,8 +181,8 @@ np.save(sys.argv[2], jax.jit(model.apply)({"params": params}, tokens))
 def test_padding_is_not_saved(tmp_path, quantized):
     trimmed = packed_of_random_bytes(np.random.default_rng(0), 32, 48)
     padded = dataclasses.replace(trimmed, outliers=trimmed.outliers.pad(trimmed.outliers.capacity + 500))
-    save(tmp_path / "untrimmed", MODEL, {"kernel": padded})
-    assert_identical(load(tmp_path / "untrimmed").params, {"kernel": trimmed})
+    save(tmp_path / "untrimmed", MODEL, {"matrix": {"kernel": padded}})
+    assert_identical(load(tmp_path / "untrimmed").params, {"matrix": {"kernel": trimmed}})
     save(tmp_path / "stacked", MODEL, stack_blocks(quantized))
     assert_identical(load(tmp_path / "stacked").params, quantized)
 
@@ -421,7 +421,7 @@ def test_what_is_no_checkpoint_is_refused(tmp_path, saved):
     [
         ({"family": "gpt2"}, "is a model of family 'gpt2', but supported are llama, falcon"),
         (
-            {"config": {"vocab_size": 3, "window": 4}},
+            {"config": dataclasses.asdict(CONFIG) | {"window": 4}},
             "does not fit LlamaConfig: .*unexpected keyword argument 'window'",
         ),
     ],
