@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 from helpers.byte_tokenizer import byte_tokenizer
+from helpers.random_packed import random_packed
 from helpers.tiny_falcon import STYLES, falcon_config, falcon_tensors
 from helpers.tiny_models import mistral_config, random_tensors, tiny_config, write_checkpoint
 from safetensors.numpy import load_file
@@ -20,6 +21,7 @@ from safetensors.numpy import load_file
 from converters import ConversionError, Pretrained, export, export_hf_spqr, export_huggingface, from_pretrained
 from pallas_kernels import SpqrTensor, spqr_dequantize
 from spqr_jax import SpqrConfig, perplexity, quantize
+from spqr_jax.models import Decoder, layer_name
 
 TOKENS = np.random.default_rng(1).integers(0, 96, (8, 64)).astype(np.int32)
 DEQUANTIZE = jax.jit(spqr_dequantize)
@@ -251,22 +253,32 @@ def test_large_models_are_written_in_shards(
     jax.tree.map(np.testing.assert_array_equal, leaves(params), leaves(quantized.params))
 
 
+def randomly_packed(model: Decoder, params: dict[str, Any], **settings: Any) -> dict[str, Any]:
+    """The parameters with random packed matrices of another format in the place of all kernels of the blocks."""
+    rng = np.random.default_rng(0)
+    packed = dict(params)
+    for index in range(model.config.num_layers):
+        block = dict(params[layer_name(index)])
+        for name in model.new_block().matrices():
+            columns, out = block[name]["kernel"].shape
+            block[name] = block[name] | {"kernel": random_packed(rng, out, columns, outliers="none", **settings)}
+        packed[layer_name(index)] = block
+    return packed
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
         ({"bits": 4}, ["4", "3"]),
         ({"group_size": 32}, ["32", "16"]),
-        ({"scale_bits": 4}, ["4", "3"]),
-        ({"scale_bits": None, "zero_bits": None}, ["statistics"]),
+        ({"stats_bits": 4}, ["4", "3"]),
+        ({"stats_bits": None}, ["statistics"]),
         ({"stats_group_size": 32}, ["32", "16"]),
     ],
 )
 def test_other_formats_are_refused(plain: Pretrained, settings: dict, words: list[str], tmp_path: Path) -> None:
-    model, params, _ = plain
-    config = SpqrConfig(outlier_threshold=None, **settings)
-    quantized, _ = quantize(params, None, model=model, config=config)
     with pytest.raises(ConversionError) as error:
-        export_hf_spqr(tmp_path / "out", model, quantized)
+        export_hf_spqr(tmp_path / "out", plain.model, randomly_packed(plain.model, plain.params, **settings))
     for word in ["self_attn.q_proj", *words]:
         assert word in str(error.value)
     assert not list(tmp_path.iterdir())
@@ -275,9 +287,8 @@ def test_other_formats_are_refused(plain: Pretrained, settings: dict, words: lis
 def test_biases_are_refused(tmp_path: Path) -> None:
     config = falcon_config(**STYLES["RW"])
     model, params, _ = from_pretrained(write_checkpoint(tmp_path / "in", config, falcon_tensors(config)))
-    quantized, _ = quantize(params, None, model=model, config=SpqrConfig(outlier_threshold=None))
     with pytest.raises(ConversionError, match=r"query_key_value has a bias"):
-        export_hf_spqr(tmp_path / "out", model, quantized)
+        export_hf_spqr(tmp_path / "out", model, randomly_packed(model, params))
 
 
 def test_a_dense_model_is_refused(plain: Pretrained, tmp_path: Path) -> None:

@@ -8,7 +8,8 @@ import numpy as np
 
 from pallas_kernels import QuantizedStatistics, SpqrTensor, pack, trim
 
-PACK = jax.jit(pack, static_argnames=("bits", "group_size"))
+# In one program: op by op, JAX compiles each operation for each shape.
+PACK = jax.jit(pack, static_argnames=("bits", "group_size", "scale_bits", "zero_bits"))
 
 Outliers = Literal["none", "one row", "first column", "everywhere"]
 
@@ -45,7 +46,7 @@ def random_packed(
     elif outliers == "everywhere":
         mask = rng.random(mask.shape) < 0.05
     residual = 0.05 * rng.standard_normal(mask.shape, np.float32)
-    packed = pack(
+    packed = PACK(
         jnp.asarray(rng.integers(0, 2**bits, mask.shape).astype(np.uint8)),
         statistics(0.01, 0.03),
         statistics(2**bits * 0.3, 2**bits * 0.7),

@@ -49,6 +49,7 @@ def test_inspect_shows_the_name(quantized: Path) -> None:
     assert "family: mistral" in spqr("inspect", quantized.parent / "original").stdout
 
 
+@pytest.mark.slow
 def test_transformers_runs_the_export_as_mistral(quantized: Path, tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")

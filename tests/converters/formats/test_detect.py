@@ -76,7 +76,7 @@ def test_views_in_other_orders_and_signs(tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
     tensors = random_tensors(CONFIG)
     expected = from_pretrained(write_checkpoint(tmp_path / "safetensors", CONFIG, tensors))
-    state = {name: torch.from_numpy(tensor.T.copy()).T for name, tensor in tensors.items()}
+    state = {name: torch.from_numpy(tensor.T.copy()).t() for name, tensor in tensors.items()}
     state["model.norm.weight"] = torch._neg_view(-state["model.norm.weight"])
     write_pytorch(tmp_path / "bin", tensors)
     torch.save(state, tmp_path / "bin" / "pytorch_model.bin")

@@ -188,6 +188,7 @@ def test_a_quantized_model_is_refused():
         next(sensitivities(source_of(MODEL, packed), np.zeros((4, 40), int), PLAIN))
 
 
+@pytest.mark.slow
 def test_a_falcon_is_followed_too():
     model = Falcon(FalconConfig(61, 32, 64, 2, 4, 2, "parallel", RotaryConfig()))
     params = model.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]

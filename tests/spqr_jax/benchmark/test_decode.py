@@ -61,6 +61,7 @@ def test_a_step_block_by_block_gives_the_logits_of_the_stack(form):
     np.testing.assert_allclose(results[0], results[1], rtol=1e-4, atol=1e-4 * np.abs(results[1]).max())
 
 
+@pytest.mark.slow
 def test_command(monkeypatch, tmp_path):
     monkeypatch.setattr(command, "measured_rows", functools.partial(decode.measured_rows, batches=(2,), prefixes=(0,)))
     path = tmp_path / "decode.json"

@@ -133,6 +133,7 @@ def test_windows_of_eval_may_overlap(plain: Path, tmp_path: Path) -> None:
     assert found["tokens"] == 225
 
 
+@pytest.mark.slow
 def test_compare_finds_a_model_equal_to_itself(plain: Path, quantized: Path) -> None:
     sizes = ("--window", 64, "--windows", 3, "--prompts", 2, "--prompt-tokens", 16, "--new-tokens", 8)
     same, other = (result("compare", plain, path, *sizes) for path in (plain, quantized))
@@ -168,6 +169,7 @@ def test_analyze_writes_measures_and_pictures(plain: Path, tmp_path: Path) -> No
     assert drawn == {"layers_0.q_proj", "layers_1.down_proj", "patterns", "errors"}
 
 
+@pytest.mark.slow
 def test_analyze_shows_the_means_of_each_kind(plain: Path, tmp_path: Path) -> None:
     done = spqr("analyze", plain, tmp_path / "out", "--sequences", 4, "--sequence-length", 64, "--bits", 4)
     assert done.returncode == 0, done.stderr
@@ -329,6 +331,7 @@ def test_wrong_usage_is_exit_status_2() -> None:
     assert spqr("eval", "somewhere", "--no-such-option").returncode == 2
 
 
+@pytest.mark.slow
 def test_sweep_writes_a_table_and_a_figure(plain: Path, tmp_path: Path) -> None:
     grid = tmp_path / "grid.json"
     grid.write_text('[{"method": "spqr", "bits": [3, 4]}, {"method": "rtn"}]')

@@ -185,6 +185,7 @@ def test_scores_do_not_depend_on_the_batch(plain: Path, tasks: Path, found: dict
     assert_same(evaluated(SpqrLM(str(plain), batch_size=1), tasks), found)
 
 
+@pytest.mark.slow
 def test_a_packed_model_scores_as_its_dequantized_weights(packed: Path, tasks: Path, found: dict[str, Any]) -> None:
     dense = packed.parent / "dense"
     result("export", packed, dense, "--format", "hf", "--dtype", "float32")

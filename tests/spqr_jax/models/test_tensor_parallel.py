@@ -249,6 +249,7 @@ def run(*arguments: str) -> None:
     subprocess.run([sys.executable, __file__, *arguments], env=environment(8), check=True)
 
 
+@pytest.mark.slow
 def test_products_on_eight_devices() -> None:
     run("check_products", "xla")
 
@@ -258,11 +259,13 @@ def test_products_of_kernels_on_eight_devices() -> None:
     run("check_products", "interpret")
 
 
+@pytest.mark.slow
 def test_memory_of_eight_devices() -> None:
     run("check_memory")
 
 
-@pytest.mark.parametrize("name", ["llama", pytest.param("falcon, multi-query", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama", "falcon, multi-query"])
 def test_eight_devices_compute_what_one_does(name: str) -> None:
     run("check_model", name, "8")
 

@@ -50,7 +50,8 @@ TOKENS = np.random.default_rng(0).integers(0, 256, (32, 64)).astype(np.int32)
 
 
 @pytest.mark.skipif(jax.device_count() == DEVICES, reason="is what runs the others")
-@pytest.mark.parametrize("speed", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("speed", ["not slow", "slow"])
 def test_on_eight_devices(speed: str) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", speed, __file__]
     result = subprocess.run(

@@ -222,7 +222,8 @@ def test_spqr_is_the_front_from_3_3_to_4_8_bits(smollm2: list[dict[str, Any]]) -
 LADDER = [SpqrConfig(bits=bits) for bits in (2, 8)]
 
 
-@pytest.mark.parametrize(("limit", "expected"), [(1e-4, None), pytest.param(1e9, 0, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("limit", "expected"), [(1e-4, None), (1e9, 0)])
+@pytest.mark.slow
 def test_search_ends_at_what_is_within_the_limit(
     limit: float, expected: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -56,6 +56,7 @@ def test_a_matrix_has_as_many_outliers_as_are_counted() -> None:
         assert int(packed.outliers.offsets[-1]) == int(count)
 
 
+@pytest.mark.slow
 def test_bits_without_outliers_are_those_of_the_packed_arrays() -> None:
     curve = outlier_curve(SOURCE, TOKENS, SpqrConfig())
     quantized, _ = quantize(PARAMS, TOKENS, model=MODEL, config=SpqrConfig())
