@@ -294,7 +294,7 @@ def test_instructions_for_one_token(reports, form, most, shape):
 
 
 def packed_bytes(form: str, shape: tuple[int, int]) -> int:
-    return sum(array.size * array.dtype.itemsize for array in Format.parse(form).tensor(shape).arrays().values())
+    return Format.parse(form).tensor(shape).nbytes
 
 
 @needs_compiler

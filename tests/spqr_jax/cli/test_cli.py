@@ -361,7 +361,7 @@ def test_size_is_met(plain: Path, tmp_path: Path) -> None:
     assert read_record(tmp_path / "out").config.bits == 3  # type: ignore[union-attr]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert "exists already" in spqr("quantize", plain, tmp_path / "out", "--target-bits", 4.4, *options).stderr
-    assert "from 3.80 to" in spqr("quantize", plain, tmp_path / "small", "--target-bits", 3, *options).stderr
+    assert "only 3.80 to" in spqr("quantize", plain, tmp_path / "small", "--target-bits", 3, *options).stderr
 
 
 @pytest.mark.slow
