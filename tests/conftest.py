@@ -1,4 +1,5 @@
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +18,15 @@ MOST_REGIONS = 16_000
 
 # Processes that tests start find this checkout and the tests' helpers.
 os.environ["PYTHONPATH"] = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
+# Compiling takes most of the tests' time: without optimization, and by XLA's former fusion emitters, it takes a third.
+# On a GPU the same options would slow down the kernels.
+if shutil.which("nvidia-smi") is None:
+    options = (
+        "--xla_backend_optimization_level=0",
+        "--xla_cpu_parallel_codegen_split_count=1",
+        "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters",
+    )
+    os.environ.setdefault("XLA_FLAGS", " ".join(options))
 # Tiles that were tuned on this machine do not change what tests compile.
 os.environ["SPQR_JAX_CACHE_DIR"] = str(ROOT / ".cache" / "spqr-jax")
 
