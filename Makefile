@@ -9,8 +9,8 @@ TORCH := torch==2.13.0 accelerate
 CUDA := $(addsuffix ==13.5.37,nvidia-cuda-nvcc nvidia-nvvm nvidia-cuda-runtime nvidia-cuda-crt nvidia-cuda-nvdisasm)
 
 # Each worker compiles for itself, mostly on one core, and takes up to 3 GB. A file stays in one worker, so that none of
-# its fixtures is made twice.
-IN_PARALLEL := -n auto --maxprocesses 4 --dist loadfile
+# its fixtures is made twice; files run in the order of tests/conftest.py.
+IN_PARALLEL := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test check gpu aot-env lint types clean
 

@@ -16,10 +16,10 @@ from converters.families.table import FAMILIES, GGUF_FAMILIES
 from converters.formats.detect import open_source
 from converters.formats.gguf.file import GgufFile
 from converters.formats.gguf.tokenizer import build_tokenizer
-from converters.formats.json_files import read_json
 from converters.formats.source import Source
 from converters.layout import Params, part_readers
 from spqr_jax.models import Decoder
+from spqr_jax.storage.json_files import read_json
 from spqr_jax.storage.model_source import ModelSource
 
 # Files that may stand beside a `tokenizer.json`.
@@ -119,7 +119,7 @@ def _tokenizer(source: Source) -> PreTrainedTokenizerFast | None:
         return None
     options = [name for name in TOKENIZER_OPTIONS if (directory / name).is_file()]
     for name in options:
-        read_json(directory / name)
+        read_json(directory / name, ConversionError)
     try:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(directory, local_files_only=True)
         # Some contradictions show only in use.

@@ -39,6 +39,12 @@ settings.register_profile("spqr", deadline=None, derandomize="CI" in os.environ)
 settings.load_profile("spqr")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first: what runs last beside nothing else is then short."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(autouse=True, scope="module")
 def release_compiled_programs() -> Iterator[None]:
     """A process may map 65,530 regions of memory, and the compiled programs of all tests together take more.

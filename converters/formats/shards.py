@@ -5,8 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from converters.errors import ConversionError
-from converters.formats.json_files import read_json
 from converters.layout import StoredTensor
+from spqr_jax.storage.json_files import read_json
 
 
 def index_of(single: str) -> str:
@@ -42,7 +42,7 @@ def open_shards(
     index = directory / index_of(single)
     if not index.is_file():
         raise ConversionError(f"{directory} holds neither {single} nor {index.name}")
-    weight_map = read_json(index).get("weight_map")
+    weight_map = read_json(index, ConversionError).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
         raise ConversionError(f"{index} has no weight_map from tensor names to file names")
     shards = {shard: open_file(_beside(index, shard)) for shard in sorted(set(weight_map.values()))}

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from converters.formats.json_files import read_json
+from converters.errors import ConversionError
 from converters.formats.options import Options
 from converters.layout import StoredTensor
+from spqr_jax.storage.json_files import read_json
 
 CONFIG = "config.json"
 
@@ -65,5 +66,5 @@ def huggingface_source(form: str, directory: Path, open_tensors: Callable[[Path]
     Raises:
       ConversionError: a file is missing or damaged.
     """
-    metadata = read_json(directory / CONFIG)
+    metadata = read_json(directory / CONFIG, ConversionError)
     return Source(form, directory, directory / CONFIG, metadata, open_tensors(directory))

@@ -93,9 +93,9 @@ def compile_program(function: jax.stages.Wrapped, *args: PyTree, gpu: Gpu) -> Pr
     args = jax.tree.map(lambda arg: jax.ShapeDtypeStruct(arg.shape, arg.dtype, sharding=sharding), args)
     with tempfile.TemporaryDirectory() as directory:
         # Without a filter JAX 0.11 dumps every compiler pass, 50 MB for one kernel.
-        options: dict[str, str | bool | int] = {"xla_dump_to": directory, "xla_dump_emitter_re": "ptx"}
+        options: dict[str, str | bool] = {"xla_dump_to": directory, "xla_dump_emitter_re": "ptx"}
         # As a GPU runs it, whatever XLA_FLAGS says for this machine.
-        options["xla_backend_optimization_level"] = 3
+        options["xla_backend_optimization_level"] = "3"
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), jax.default_device(topology.devices[0]):
             compiled = function.lower(*args).compile(compiler_options=options)
         hlo = compiled.as_text() or ""

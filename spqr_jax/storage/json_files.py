@@ -5,24 +5,26 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pallas_kernels import SpqrError
 from spqr_jax.storage.errors import CheckpointError
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, error: type[SpqrError] = CheckpointError) -> dict[str, Any]:
     """Reads a JSON object.
 
     Raises:
-      CheckpointError: the file cannot be read, or its content is not a JSON object.
+      `error`: the file cannot be read, or its content is not a JSON object.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON: {error}") from error
+    except OSError as cause:
+        raise error(f"{path} cannot be read: {cause.strerror}") from cause
+    # Nested too deeply for the parser, it is a RecursionError.
+    except (ValueError, RecursionError) as cause:
+        raise error(f"{path} is not JSON: {cause}") from cause
     if isinstance(content, dict):
         return content
-    raise CheckpointError(f"{path} is not a JSON object, but {type(content).__name__}")
+    raise error(f"{path} is not a JSON object, but {type(content).__name__}")
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

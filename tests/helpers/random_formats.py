@@ -1,79 +1,40 @@
-"""Random packed matrices in every format."""
+"""Small random packed matrices in every format."""
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import numpy as np
+from helpers.random_packed import Order, Outliers, random_packed
 from hypothesis import strategies as st
 
-from pallas_kernels import (
-    QuantizedStatistics,
-    SpqrTensor,
-    pack,
-    spqr_dequantize,
-    trim,
-)
+from pallas_kernels import SpqrTensor, spqr_dequantize
 from pallas_kernels.format.tensor import BITS
 
-OUTLIERS = ("none", "empty", "some", "one row")
-
-
-PACK = jax.jit(pack, static_argnames=("bits", "group_size", "scale_bits", "zero_bits", "stats_dtype"))
-
-
+OUTLIERS = get_args(Outliers)
 DEQUANTIZE = jax.jit(spqr_dequantize)
 
 
-def random_packed(
+def small_matrix(
     seed: int,
     *,
     out: int = 32,
     columns: int = 64,
-    bits: int = 3,
-    group_size: int = 16,
-    stats_bits: int | None = 3,
-    stats_group_size: int = 16,
-    outliers: str = "some",
-    permutation: Any = None,
+    permutation: Order = None,
     padding: int = 0,
-    **options: Any,
+    **form: Any,
 ) -> SpqrTensor:
+    """`random_packed` of a seed; `padding` places for outliers are left over."""
     rng = np.random.default_rng(seed)
-    groups = columns // group_size
-
-    def statistics() -> Any:
-        if stats_bits is None:
-            return rng.uniform(0.1, 4, (out, groups)).astype(np.float32)
-        scale, zero = rng.uniform(0.1, 4, (2, out // stats_group_size, groups)).astype(np.float32)
-        return QuantizedStatistics(rng.integers(0, 2**stats_bits, (out, groups), np.uint8), scale, zero)
-
-    mask = rng.random((out, columns)) < (0.05 if outliers == "some" else 0)
-    if outliers == "one row":
-        mask[rng.integers(out)] = True
-    residuals = rng.standard_normal((out, columns), np.float32)
-    packed = trim(
-        PACK(
-            rng.integers(0, 2**bits, (out, columns), np.uint8),
-            statistics(),
-            statistics(),
-            bits=bits,
-            group_size=group_size,
-            scale_bits=stats_bits,
-            zero_bits=stats_bits,
-            outliers=None if outliers == "none" else (mask, residuals),
-            permutation=permutation,
-            **options,
-        )
-    )
-    if outliers == "none":
+    packed = random_packed(rng, out, columns, permutation=permutation, **form)
+    if packed.outliers is None:
         return packed
     return replace(packed, outliers=packed.outliers.pad(packed.outliers.capacity + padding))
 
 
 @st.composite
 def formats(draw: st.DrawFn) -> dict[str, Any]:
-    """Options of `random_packed` that matrices of one format share."""
+    """Options of `small_matrix` that matrices of one format share."""
     group_size = draw(st.sampled_from((8, 16, 32)))
     columns = 3 * group_size
     seed = draw(st.integers(0, 2**32 - 1))

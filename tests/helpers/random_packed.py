@@ -9,9 +9,10 @@ import numpy as np
 from pallas_kernels import QuantizedStatistics, SpqrTensor, pack, trim
 
 # In one program: op by op, JAX compiles each operation for each shape.
-PACK = jax.jit(pack, static_argnames=("bits", "group_size", "scale_bits", "zero_bits"))
+PACK = jax.jit(pack, static_argnames=("bits", "group_size", "scale_bits", "zero_bits", "stats_dtype"))
 
-Outliers = Literal["none", "one row", "first column", "everywhere"]
+Outliers = Literal["none", "empty", "one row", "first column", "everywhere"]
+Order = np.ndarray | Literal["random"] | None
 
 
 def random_packed(
@@ -23,9 +24,11 @@ def random_packed(
     group_size: int = 16,
     stats_bits: int | None = 3,
     stats_group_size: int = 16,
+    stats_dtype: str = "float16",
     outliers: Outliers = "everywhere",
-    permuted: bool = True,
+    permutation: Order = "random",
 ) -> SpqrTensor:
+    """A matrix `[out, in_features]`; where a few of its weights are outliers, they are 5 %."""
     groups = in_features // group_size
 
     def statistics(low: float, high: float):
@@ -55,7 +58,8 @@ def random_packed(
         scale_bits=stats_bits,
         zero_bits=stats_bits,
         outliers=None if outliers == "none" else (jnp.asarray(mask), jnp.asarray(residual)),
-        permutation=rng.permutation(in_features) if permuted else None,
+        permutation=_order(rng, in_features, permutation),
+        stats_dtype=stats_dtype,
     )
     return trim(packed)
 
@@ -67,14 +71,17 @@ def packed_of_three_bits(
     *,
     share: float | None,
     largest: float = 0.1,
-    permutation: np.ndarray | Literal["random"] | None = "random",
+    permutation: Order = "random",
 ) -> SpqrTensor:
     """A matrix with 16-bit statistics, scales up to `largest`; `share` of its weights are outliers, None: without."""
     scale = rng.uniform(largest / 2, largest, (out, columns // 16)).astype(np.float32)
     outliers = rng.random((out, columns)) < (share or 0), rng.standard_normal((out, columns), np.float32)
     codes = rng.integers(0, 8, (out, columns), np.uint8)
-    if isinstance(permutation, str):
-        permutation = rng.permutation(columns)
+    permutation = _order(rng, columns, permutation)
     zero = np.full(scale.shape, 3.5, np.float32)
     outliers = None if share is None else outliers
     return trim(PACK(codes, scale, zero, bits=3, group_size=16, outliers=outliers, permutation=permutation))
+
+
+def _order(rng: np.random.Generator, columns: int, permutation: Order) -> np.ndarray | None:
+    return rng.permutation(columns) if isinstance(permutation, str) else permutation

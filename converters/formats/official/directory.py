@@ -18,7 +18,6 @@ from jaxtyping import Shaped, UInt8
 
 from converters.errors import ConversionError
 from converters.formats import hub
-from converters.formats.json_files import read_json
 from converters.formats.official.quantized_matrix import (
     Statistics,
     StoredOutliers,
@@ -34,6 +33,7 @@ from converters.layout import PACKED, StoredTensor
 from pallas_kernels import SpqrTensor, check_format
 from pallas_kernels.errors import SpqrError
 from pallas_kernels.format.tensor import BITS
+from spqr_jax.storage.json_files import read_json
 
 _ARGUMENTS = "args.pt"
 _UNQUANTIZED = "not_quantized_weights.pt"
@@ -248,7 +248,7 @@ def _outliers(matrix: Any, shape: tuple[int, int], path: Path) -> StoredOutliers
 def _open_source(directory: Path) -> Source:
     tensors, model = open_official_directory(directory)
     description = _directory_of(model, directory) / CONFIG
-    return Source(FORM.name, directory, description, read_json(description), tensors)
+    return Source(FORM.name, directory, description, read_json(description, ConversionError), tensors)
 
 
 def _directory_of(model: str, directory: Path) -> Path:

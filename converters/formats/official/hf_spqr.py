@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 
 from converters.errors import ConversionError
-from converters.formats.json_files import read_json
 from converters.formats.official.outliers import ROWS
 from converters.formats.official.tiles import BITS, TILE, TYPES, decode_tensor
 from converters.formats.options import Options, require_neutral
@@ -20,6 +19,7 @@ from converters.formats.source import CONFIG, Form, Source
 from converters.layout import PACKED, StoredTensor
 from pallas_kernels import SpqrTensor
 from pallas_kernels.format.tensor import MAX_COLUMNS
+from spqr_jax.storage.json_files import read_json
 
 _NEUTRAL = {
     "quant_method": ("spqr",),
@@ -149,7 +149,7 @@ def _dense_form(directory: Path) -> Form | None:
 def _detect(directory: Path) -> bool:
     if _dense_form(directory) is None:
         return False
-    quantization = read_json(directory / CONFIG).get("quantization_config")
+    quantization = read_json(directory / CONFIG, ConversionError).get("quantization_config")
     return isinstance(quantization, dict) and quantization.get("quant_method") == "spqr"
 
 

@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers.interpreted import run_interpreted
 from helpers.random_packed import random_packed
 from jax.sharding import AxisType, PartitionSpec
 
@@ -50,7 +49,7 @@ def formats():
             "stats_bits": STATS_BITS[i % len(STATS_BITS)],
             "stats_group_size": 32 if bits % 2 else 16,
             "outliers": OUTLIERS[i % len(OUTLIERS)],
-            "permuted": i % 4 < 2,
+            "permutation": "random" if i % 4 < 2 else None,
         }
         slow = () if (bits, group_size) in FAST else pytest.mark.slow
         yield pytest.param(settings, marks=slow, id="-".join(f"{value}" for value in settings.values()))
@@ -70,7 +69,7 @@ def rng() -> np.random.Generator:
 def run(implementation: str, function: Callable[..., Any], *args: Any) -> Any:
     """Compiled, with NaN in the memory that results will get: where kernels are interpreted, JAX does that."""
     if implementation == "interpret":
-        return run_interpreted(function, *args)
+        return jax.jit(function)(*args)
     if jax.default_backend() != "gpu":
         pytest.skip("no GPU")
     compiled = jax.jit(function).lower(*args).compile()

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.packed_models import LOGITS, random_params
-from helpers.random_formats import DEQUANTIZE, OUTLIERS, formats, random_packed
+from helpers.random_formats import DEQUANTIZE, OUTLIERS, formats, small_matrix
 from helpers.virtual_devices import environment
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -66,7 +66,7 @@ def contents(tensor: SpqrTensor) -> dict[str, np.ndarray]:
 @settings(max_examples=6)
 @given(formats(), st.integers(0, 2**32 - 1), st.sampled_from(OUTLIERS), st.sampled_from((1, 3)))
 def test_split_columns_are_the_columns_that_were(options: dict[str, Any], seed: int, outliers: str, parts: int) -> None:
-    tensor = random_packed(seed, outliers=outliers, **options)
+    tensor = small_matrix(seed, outliers=outliers, **options)
     out, columns = tensor.shape
     split, features = split_columns(tensor, parts)
     assert all(len(array) == parts for array in split.arrays().values())
@@ -91,18 +91,18 @@ def test_split_columns_are_the_columns_that_were(options: dict[str, Any], seed: 
 )
 def test_columns_that_do_not_divide(columns: int, parts: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        split_columns(random_packed(0, columns=columns), parts)
+        split_columns(small_matrix(0, columns=columns), parts)
 
 
 def test_a_stack_is_not_split_by_columns() -> None:
-    tensor = random_packed(0)
+    tensor = small_matrix(0)
     with pytest.raises(ValueError, match="a stack of 2 matrices cannot be split by columns"):
         split_columns(stack([tensor, tensor]), 2)
 
 
 def test_stacks_are_padded_alike() -> None:
     stacks = [
-        split_rows(random_packed(seed, outliers=outliers), 2) for seed, outliers in enumerate(("one row", "some"))
+        split_rows(small_matrix(seed, outliers=outliers), 2) for seed, outliers in enumerate(("one row", "everywhere"))
     ]
     padded = pad(stacks)
     assert padded[0].outliers.values.shape == padded[1].outliers.values.shape
@@ -191,7 +191,7 @@ def check_products(implementation: Any) -> None:
     for axis_type, permutation in ((AxisType.Explicit, rng.permutation(256)), (AxisType.Auto, None)):
         mesh = jax.make_mesh((8,), ("model",), axis_types=(axis_type,))
         over = NamedSharding(mesh, P("model"))
-        w = random_packed(0, out=128, columns=256, permutation=permutation)
+        w = small_matrix(0, out=128, columns=256, permutation=permutation)
         by_rows = SplitTensor(jax.device_put(split_rows(w, 8), over), None, by="rows", mesh=mesh)
         by_columns = SplitTensor(*jax.device_put(split_columns(w, 8), over), by="columns", mesh=mesh)
         expected = jax.jit(spqr_matmul)(x, w)

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers.random_formats import random_packed
+from helpers.random_formats import small_matrix
 
 from pallas_kernels import SpqrTensor, bits_per_weight, split_rows
 from pallas_kernels.format.stacks import stack
@@ -18,7 +18,7 @@ def described(packed: SpqrTensor) -> dict[str, Any]:
 
 
 def test_totals_over_matrices_with_and_without_outliers() -> None:
-    some, none = random_packed(0, out=64), random_packed(1, columns=128, outliers="none")
+    some, none = small_matrix(0, out=64), small_matrix(1, columns=128, outliers="none")
     params = {"a": {"kernel": some}, "b": {"kernel": none, "bias": np.ones(32)}, "norm": np.ones(64)}
     totals = summarize(params)
     assert totals.weights == 64 * 64 + 32 * 128
@@ -30,7 +30,7 @@ def test_totals_over_matrices_with_and_without_outliers() -> None:
 
 
 def test_stacks_count_as_their_matrices() -> None:
-    matrices = [random_packed(seed, out=64) for seed in range(3)]
+    matrices = [small_matrix(seed, out=64) for seed in range(3)]
     apart = summarize(matrices)
     for stacked in (stack(matrices), [split_rows(matrix, 2) for matrix in matrices]):
         totals = summarize(stacked)
