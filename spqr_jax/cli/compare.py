@@ -7,13 +7,13 @@ import typer
 
 from pallas_kernels.errors import SpqrError
 from spqr_jax.cli import console
-from spqr_jax.cli.options import Json, Model, PaperText, TextFile, Window, Windows
+from spqr_jax.cli.options import Json, Model, PaperText, Texts, Window, Windows
 
 
 def compare(
     original: Model,
     quantized: Annotated[str, typer.Argument(help="Another checkpoint of the same model.")],
-    text: TextFile = None,
+    text: Texts = None,
     protocol: PaperText = None,
     window: Window = 1024,
     windows: Windows = None,

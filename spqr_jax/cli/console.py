@@ -19,7 +19,14 @@ T = TypeVar("T")
 TRACEBACK = "SPQR_TRACEBACK"
 """Environment variable: with the value 1, every error prints its traceback."""
 
-EXTRAS = {"datasets": "datasets", "lm_eval": "lm-eval", "matplotlib": "plots", "torch": "torch", "tqdm": "lm-eval"}
+EXTRAS = {
+    "datasets": "datasets",
+    "lm_eval": "lm-eval",
+    "matplotlib": "plots",
+    "pyarrow": "datasets",
+    "torch": "torch",
+    "tqdm": "lm-eval",
+}
 """Extras of optional packages; all other packages belong to the extra `models`."""
 
 LOG_WIDTH = 120

@@ -6,12 +6,12 @@ from typing import Annotated, Any
 import typer
 
 from spqr_jax.cli import console
-from spqr_jax.cli.options import Json, Model, PaperText, TextFile, Window, Windows
+from spqr_jax.cli.options import Json, Model, PaperText, Texts, Window, Windows
 
 
 def evaluate(
     source: Model,
-    text: TextFile = None,
+    text: Texts = None,
     protocol: PaperText = None,
     window: Window = 1024,
     stride: Annotated[int | None, typer.Option(help="Tokens between the starts of windows that overlap.")] = None,

@@ -1,10 +1,10 @@
-"""Models, texts and devices as the commands take them."""
+"""Models, prompts and devices as the commands take them."""
 
 import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,11 +14,11 @@ from transformers import PreTrainedTokenizerFast
 from converters import open_pretrained
 from pallas_kernels import SpqrTensor
 from pallas_kernels.errors import SpqrError
+from spqr_jax.cli.text_files import read_text
 from spqr_jax.generation import chat_prompt
 from spqr_jax.models.decoder import Decoder, Params
 from spqr_jax.storage import checkpoint
 from spqr_jax.storage.model_source import ModelSource
-from spqr_jax.texts import wikitext2
 
 
 def load_model(source: str, dtype: str) -> tuple[Decoder, Params, PreTrainedTokenizerFast | None]:
@@ -116,31 +116,6 @@ def chat_ids(tokenizer: PreTrainedTokenizerFast, message: str) -> list[int]:
         return chat_prompt(tokenizer, message)
     except TemplateError as error:
         raise SpqrError(f"the tokenizer's chat template cannot be used ({error}): use --no-chat") from None
-
-
-def encode_text(
-    tokenizer: PreTrainedTokenizerFast | None, file: Path | None, split: Literal["valid", "test"]
-) -> list[int]:
-    """Token ids of a text file, or of a split of the package's WikiText-2, without special tokens.
-
-    Raises:
-      SpqrError: the file is not UTF-8, or the checkpoint came without a tokenizer.
-    """
-    return encode(tokenizer, wikitext2(split) if file is None else read_text(file))
-
-
-def read_text(file: Path) -> str:
-    """The content of a text file in UTF-8.
-
-    Raises:
-      SpqrError: the file is not UTF-8.
-    """
-    try:
-        return file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise SpqrError(
-            f"{file} is not a text in UTF-8: byte {error.object[error.start]:#04x} at offset {error.start}"
-        ) from None
 
 
 def read_grid(file: Path) -> list[Any]:

@@ -1,6 +1,5 @@
 """Arguments and options that several commands share."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -17,13 +16,24 @@ Model = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 Calibration = Annotated[
-    Path | None, typer.Option(help="Text file, or token ids in a .npy file; default: WikiText-2's validation text.")
+    list[str] | None,
+    typer.Option(
+        help="A text file in UTF-8; rows with a text or messages in a .jsonl, .json or .parquet file; token ids in a "
+        ".npy file; or a public set: wikitext2, c4, pajama, refinedweb, pile-10k, ultrachat. Repeat it for several; "
+        "default: WikiText-2's validation text."
+    ),
 ]
 Sequences = Annotated[int, typer.Option(help="Number of calibration sequences.")]
 SequenceLength = Annotated[int, typer.Option(help="Tokens per calibration sequence.")]
 Seed = Annotated[int, typer.Option(help="Seed of the random places where calibration sequences are cut.")]
 
-TextFile = Annotated[Path | None, typer.Option(help="Text file; default: the start of WikiText-2's test text.")]
+Texts = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Files or public sets, as --calibration of spqr quantize; repeat it for several; default: the start of "
+        "WikiText-2's test text."
+    ),
+]
 PaperText = Annotated[
     Protocol | None, typer.Option(help="A text as the papers cut it; needs the package datasets, and a network.")
 ]

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from spqr_jax.cli import console
-from spqr_jax.cli.options import Calibration, Json, Model, Seed, SequenceLength, Sequences, TextFile, Window
+from spqr_jax.cli.options import Calibration, Json, Model, Seed, SequenceLength, Sequences, Texts, Window
 
 
 def sweep(
@@ -17,7 +17,7 @@ def sweep(
     sequences: Sequences = 32,
     sequence_length: SequenceLength = 512,
     seed: Seed = 0,
-    text: TextFile = None,
+    text: Texts = None,
     window: Window = 1024,
     windows: Annotated[int | None, typer.Option(help="Number of windows to use, from the start.")] = 20,
     as_json: Json = False,
@@ -30,7 +30,8 @@ def sweep(
     Example: spqr sweep HuggingFaceTB/SmolLM2-135M-Instruct results
     """
     from spqr_jax.cli.calibration import calibration_tokens
-    from spqr_jax.cli.models import encode_text, mesh_of_all_devices, open_model, read_grid
+    from spqr_jax.cli.models import mesh_of_all_devices, open_model, read_grid
+    from spqr_jax.cli.texts import evaluation_tokens
     from spqr_jax.figures.sensitivity_maps import new_figure
     from spqr_jax.figures.sweep_figures import ablation_table, perplexity_figure, table
     from spqr_jax.measure.perplexity import cut_windows
@@ -40,7 +41,7 @@ def sweep(
     chosen = cells(DEFAULT_GRID if grid is None else read_grid(grid))
     opened = open_model(source, "float16")
     tokens = calibration_tokens(opened.tokenizer, calibration, sequences, sequence_length, seed)
-    parts = cut_windows(encode_text(opened.tokenizer, text, "test"), window=window, max_windows=windows)
+    parts = cut_windows(evaluation_tokens(opened.tokenizer, text, None, window), window=window, max_windows=windows)
     steps = sweep(opened, directory, chosen, tokens, parts, mesh=mesh_of_all_devices())
     results = list(console.track(steps, len(chosen) + 1, "cells"))
     (directory / "table.md").write_text(table(results))

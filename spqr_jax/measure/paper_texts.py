@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Int
 
 from pallas_kernels.errors import SpqrError
+from spqr_jax.measure.hub import hub_dataset
 
 
 class Protocol(StrEnum):
@@ -112,11 +113,5 @@ def _c4() -> Sequence[str]:
 
 def _column(path: str, column: str, **options: Any) -> Sequence[str]:
     """Reads one column of a data set of the Hugging Face hub."""
-    try:
-        from datasets import load_dataset
-    except ModuleNotFoundError:
-        raise SpqrError("this text is read by datasets, which is not installed: pip install datasets") from None
-    try:
-        return load_dataset(path, **options)[column]
-    except Exception as error:  # of many types: of the network, of the hub, and of files in its cache
-        raise SpqrError(f"{path} cannot be read by datasets: {type(error).__name__}: {error}") from error
+    with hub_dataset(path, **options) as rows:
+        return rows[column]

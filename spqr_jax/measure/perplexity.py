@@ -17,6 +17,7 @@ from pallas_kernels.errors import SpqrError
 from spqr_jax.models.decoder import Decoder, Params
 from spqr_jax.models.stacked_blocks import stack_blocks
 from spqr_jax.models.token_ids import check_vocabulary
+from spqr_jax.texts import token_ids
 
 HEAD_POSITIONS = 256
 """Positions whose logits are in memory at once: those of a whole window may take hundreds of megabytes."""
@@ -43,7 +44,7 @@ def perplexity(
     Args:
       model: the language model.
       params: its parameters, dense or packed.
-      tokens: ids of the text, one-dimensional.
+      tokens: ids of the text: `[tokens]`, `[1, tokens]`, or lists of ids, which are joined.
       window: tokens per window.
       stride: tokens from the start of one window to the start of the next; None for adjacent windows.
       max_windows: use at most this number of windows.
@@ -76,19 +77,20 @@ def cut_windows(
     """Cuts a text into adjacent windows; an incomplete window at its end is dropped.
 
     Args:
-      tokens: ids of the text, one-dimensional.
+      tokens: ids of the text: `[tokens]`, `[1, tokens]`, or lists of ids, which are joined.
       window: tokens per window.
       max_windows: use at most this number of windows.
 
     Raises:
-      SpqrError: `window` or `max_windows` is out of its range, or the text is shorter than one window.
+      SpqrError: the ids are not integers, `window` or `max_windows` is out of its range, or the text is shorter than
+        one window.
 
     Example:
       >>> cut_windows([5, 6, 7, 8, 9], window=2)
       array([[5, 6],
              [7, 8]], dtype=int32)
     """
-    tokens = np.asarray(tokens)
+    tokens = token_ids(tokens)
     if window < 2:
         raise SpqrError(f"window is {window}, but must be at least 2, because the first token has no loss")
     if max_windows is not None and max_windows < 1:
@@ -96,7 +98,7 @@ def cut_windows(
     if len(tokens) < window:
         raise SpqrError(f"the text has {len(tokens)} tokens, fewer than one window of {window}: give a longer text")
     count = len(tokens) // window
-    return tokens[: count * window].reshape(count, window)[:max_windows].astype(np.int32)
+    return tokens[: count * window].reshape(count, window)[:max_windows]
 
 
 def counted_windows(
@@ -105,7 +107,7 @@ def counted_windows(
     """Windows of a text, and the number of losses that count at the end of each.
 
     Args:
-      tokens: ids of the text, one-dimensional.
+      tokens: ids of the text: `[tokens]`, `[1, tokens]`, or lists of ids, which are joined.
       window: tokens per window.
       stride: tokens from one start to the next, with the last window at the end of the text; None gives `cut_windows`.
       max_windows: use at most this number of windows.
@@ -126,7 +128,7 @@ def counted_windows(
         return windows, [window - 1] * len(windows)
     if not 1 <= stride < window:
         raise SpqrError(f"stride is {stride}, but must be between 1 and {window - 1}, so that windows overlap")
-    tokens = np.asarray(tokens, np.int32)
+    tokens = token_ids(tokens)
     last = len(tokens) - window
     starts = [*range(0, last, stride), last][:max_windows]
     counted = [window - 1, *(after - before for before, after in itertools.pairwise(starts))]

@@ -14,6 +14,7 @@ from spqr_jax.models.decoder import Decoder, Params, layer_name
 from spqr_jax.models.token_ids import check_vocabulary
 from spqr_jax.runtime.placement import Placement
 from spqr_jax.runtime.tracing import is_traced
+from spqr_jax.texts import integer_ids
 
 LARGEST_WEIGHT = 2.0**14
 """A quarter of float16's range: room for residuals and for the corrections of other columns' errors."""
@@ -68,15 +69,16 @@ def check_finite(name: str, array: Shaped[Array | np.ndarray, "..."]) -> None:
         raise SpqrError(f"{name} has {bad} values that are NaN or infinite")
 
 
-def check_tokens(calibration_tokens: Int[ArrayLike, "..."], block: Params, model: Decoder) -> None:
-    """Raises a SpqrError where calibration tokens are too few, too long or outside the vocabulary.
+def check_tokens(calibration_tokens: ArrayLike, block: Params, model: Decoder) -> None:
+    """Raises a SpqrError where calibration tokens are no integers, too few, too long or outside the vocabulary.
 
     Args:
       calibration_tokens: the tokens.
       block: parameters of one block; the input features of its matrices set the least number of tokens.
       model: the Flax module.
     """
-    tokens = jnp.asarray(calibration_tokens)
+    # Checked before they are an array of JAX, which wraps ids of more than 32 bits.
+    tokens = calibration_tokens if is_traced(calibration_tokens) else integer_ids(calibration_tokens)
     if tokens.ndim != 2:
         raise SpqrError(f"calibration tokens must have shape [sequences, tokens], not {tokens.shape}")
     # A Hessian of n tokens has rank n at most; below an eighth of the features, damping is most of it.

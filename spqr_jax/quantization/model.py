@@ -6,10 +6,9 @@ Source: Dettmers et al. 2023 (arXiv 2306.03078), section 4; the order inside a b
 
 from collections.abc import Iterator
 
-import jax.numpy as jnp
 from jax.sharding import Mesh
-from jax.typing import ArrayLike
-from jaxtyping import Int
+from numpy.typing import ArrayLike
+from transformers import PreTrainedTokenizerBase
 
 from pallas_kernels.errors import SpqrError
 from spqr_jax.config import SpqrConfig
@@ -21,15 +20,17 @@ from spqr_jax.quantization.hidden_states import embed, start
 from spqr_jax.quantization.report import MatrixReport
 from spqr_jax.runtime.placement import Placement
 from spqr_jax.runtime.tracing import is_traced
+from spqr_jax.texts import calibration_sequences
 
 
 def quantize(
     params: Params,
-    calibration_tokens: Int[ArrayLike, "..."] | None,
+    calibration_tokens: ArrayLike | None,
     *,
     model: Decoder,
     config: SpqrConfig,
     mesh: Mesh | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> tuple[Params, dict[str, MatrixReport]]:
     """Quantizes every matrix of the decoder blocks; embedding, norms, biases and head stay as they are.
 
@@ -38,11 +39,13 @@ def quantize(
 
     Args:
       params: parameter tree of `model`, dense.
-      calibration_tokens: token ids `[sequences, tokens]`, sequences of equal length; None rounds to nearest.
+      calibration_tokens: token ids `[sequences, tokens]`; None rounds to nearest. Strings, or lists of ids of unequal
+        length, are packed into sequences, see `texts.calibration_sequences`.
       model: the Flax module. Calibration runs in its type, or in bfloat16 for float16, see `hidden_states.embed`.
       config: what to quantize to.
       mesh: devices that share the work, all axes as one. Each takes its share of the calibration sequences, and of the
         rows of each matrix. H and its factor are whole on every device. Not under `jax.jit`.
+      tokenizer: of calibration texts that are strings.
 
     Returns:
       The tree with an `SpqrTensor` in the place of each quantized kernel.
@@ -63,7 +66,9 @@ def quantize(
     """
     quantized = dict(unstack_blocks(params))
     report: dict[str, MatrixReport] = {}
-    for block in quantize_blocks(params, calibration_tokens, model=model, config=config, mesh=mesh):
+    for block in quantize_blocks(
+        params, calibration_tokens, model=model, config=config, mesh=mesh, tokenizer=tokenizer
+    ):
         quantized[block.name] = block.params
         report |= block.report
     return quantized, report
@@ -71,11 +76,12 @@ def quantize(
 
 def quantize_blocks(
     params: Params,
-    calibration_tokens: Int[ArrayLike, "..."] | None,
+    calibration_tokens: ArrayLike | None,
     *,
     model: Decoder,
     config: SpqrConfig,
     mesh: Mesh | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Iterator[QuantizedBlock]:
     """Yields a model's blocks as `quantize` finishes them, to show progress or to write each one.
 
@@ -95,9 +101,10 @@ def quantize_blocks(
     check_weights(params, model, config)
     streams = None
     if calibration_tokens is not None:
-        check_tokens(calibration_tokens, params[layer_name(0)], model)
-        check_shares(len(jnp.asarray(calibration_tokens)), placement)
-        streams = start(embed(model, params, calibration_tokens), config)
+        tokens = calibration_sequences(calibration_tokens, model.config.max_positions, tokenizer)
+        check_tokens(tokens, params[layer_name(0)], model)
+        check_shares(len(tokens), placement)
+        streams = start(embed(model, params, tokens), config)
     for index in range(model.config.num_layers):
         name = layer_name(index)
         finished, streams = quantize_block(block, name, params[name], streams, config, placement)

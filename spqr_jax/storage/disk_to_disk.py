@@ -14,8 +14,8 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from jax.typing import ArrayLike
 from jaxtyping import Int
+from numpy.typing import ArrayLike
 
 from spqr_jax.config import SpqrConfig
 from spqr_jax.models.decoder import Params, layer_name
@@ -33,6 +33,7 @@ from spqr_jax.storage.model_source import ModelSource
 from spqr_jax.storage.partial_run import PartialRun
 from spqr_jax.storage.record import BlockReport, new_record
 from spqr_jax.storage.run_state import RunState
+from spqr_jax.texts import calibration_sequences
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class _Job:
 def quantize_checkpoint(
     source: ModelSource,
     destination: str | PathLike[str],
-    calibration_tokens: Int[ArrayLike, "sequences tokens"] | None,
+    calibration_tokens: ArrayLike | None,
     *,
     config: SpqrConfig,
     mesh: Mesh | None = None,
@@ -75,7 +76,8 @@ def quantize_checkpoint(
     Args:
       source: the model, see `converters.open_pretrained` and `open_checkpoint`.
       destination: directory of the checkpoint, see `load`.
-      calibration_tokens: token ids of sequences of equal length; None gives round-to-nearest.
+      calibration_tokens: token ids `[sequences, tokens]`, or texts to be packed, see `quantize`; the source's tokenizer
+        encodes strings. None gives round-to-nearest.
       config: the settings.
       mesh: devices that share the work, see `quantize`.
       hidden_on_disk: keep the hidden states of the calibration sequences in mapped files, not in memory.
@@ -93,7 +95,10 @@ def quantize_checkpoint(
       >>> reports = quantize_checkpoint(source, "compact-spqr", calibration, config=COMPACT)
       >>> model, quantized, tokenizer = load("compact-spqr")
     """
-    tokens = None if calibration_tokens is None else np.asarray(calibration_tokens)
+    tokens = None
+    if calibration_tokens is not None:
+        positions = source.model.config.max_positions
+        tokens = np.asarray(calibration_sequences(calibration_tokens, positions, source.tokenizer))
     destination = Path(destination).resolve()
     run = PartialRun.of(destination)
     job = _Job(source, tokens, config, Placement(mesh, run.allocate) if hidden_on_disk else Placement(mesh))

@@ -41,8 +41,14 @@ def write_files(root: Path) -> None:
     (root / "empty.npy").write_bytes(b"")
     np.save(root / "pickled.npy", np.array([{}]), allow_pickle=True)
     np.save(root / "floats.npy", np.zeros((4, 64)))
+    np.save(root / "fractions.npy", np.full((4, 64), 0.7, np.float16))
+    np.save(root / "booleans.npy", np.ones((4, 64), bool))
+    np.save(root / "times.npy", np.ones((4, 64), "m8[s]"))
+    np.save(root / "negative.npy", np.full((4, 64), -1))
     np.save(root / "line.npy", np.zeros(256, int))
     np.save(root / "huge.npy", np.full((4, 64), 2**32))
+    (root / "rows.jsonl").write_text('{"url": "a"}')
+    (root / "chat.jsonl").write_text('{"messages": [{"role": "user", "content": "a"}]}')
     (root / "damaged.json").write_text('[{"method": ')
     (root / "object.json").write_text('{"method": "spqr"}')
     (root / "string.json").write_text('["spqr"]')
@@ -58,8 +64,17 @@ def write_files(root: Path) -> None:
         (("quantize", "plain", "new", "--calibration", "empty.npy"), "empty.npy is not an array of NumPy"),
         (("quantize", "plain", "new", "--calibration", "pickled.npy"), "pickled.npy is not an array of NumPy"),
         (("quantize", "plain", "new", "--calibration", "floats.npy"), "floats.npy has float64 of shape [4, 64]"),
+        (("quantize", "plain", "new", "--calibration", "fractions.npy"), "fractions.npy has float16 of shape [4, 64]"),
+        (("quantize", "plain", "new", "--calibration", "booleans.npy"), "booleans.npy has bool of shape [4, 64]"),
+        (("quantize", "plain", "new", "--calibration", "times.npy"), "times.npy has timedelta64[s] of shape [4, 64]"),
         (("quantize", "plain", "new", "--calibration", "line.npy"), "line.npy has int64 of shape [256]"),
-        (("quantize", "plain", "new", "--calibration", "huge.npy"), "2147483647"),
+        (("quantize", "plain", "new", "--calibration", "huge.npy"), "huge.npy: token id 4294967296 exceeds 32 bits"),
+        (("quantize", "plain", "new", "--calibration", "negative.npy"), "token id -1 is outside the vocabulary"),
+        (("quantize", "plain", "new", "--calibration", "rows.jsonl"), "rows.jsonl, row 1 has the columns url"),
+        (("quantize", "plain", "new", "--calibration", "chat.jsonl"), "rendered by the chat template: no system role"),
+        (("quantize", "plain", "new", "--calibration", "nowhere.txt"), "nowhere.txt is neither a file nor one of"),
+        (("eval", "plain", "--text", "fractions.npy"), "fractions.npy has float16"),
+        (("compare", "plain", "plain", "--text", "rows.jsonl"), "rows.jsonl, row 1 has the columns url"),
         (("quantize", "plain", "new", "--sequences", 0), "sequences is 0, but must be at least 1"),
         (("quantize", "plain", "new", "--sequence-length", -1), "sequence length is -1, but must be at least 1"),
         (("quantize", "plain", "new", "--seed", -1), "seed is -1, but must be at least 0"),
@@ -97,7 +112,7 @@ def test_a_users_fault_is_one_line(
 def test_token_ids_are_read_as_they_are(tmp_path: Path) -> None:
     ids = np.arange(256, dtype=np.uint16).reshape(4, 64)
     np.save(tmp_path / "ids.npy", ids)
-    tokens = calibration_tokens(None, tmp_path / "ids.npy", 99, 99, 99)
+    tokens = calibration_tokens(None, [str(tmp_path / "ids.npy")], 99, 99, 99)
     np.testing.assert_array_equal(tokens, ids)
     assert tokens.dtype == np.int32
 

@@ -7,6 +7,7 @@ from helpers.tiny_llama import CONFIG, MODEL, log_probabilities, tiny_params
 
 from spqr_jax.measure.perplexity import counted_windows, cut_windows, perplexity, window_losses
 from spqr_jax.models.stacked_blocks import stack_blocks
+from spqr_jax.models.token_ids import check_vocabulary
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +96,23 @@ def test_error_of_an_id_outside_the_vocabulary(params, tokens, outside):
     tokens = np.where(np.arange(1000) == 17, outside, tokens)
     with pytest.raises(ValueError, match=f"token id {outside} is outside the vocabulary of 61 tokens"):
         window_losses(MODEL, params, cut_windows(tokens, window=10))
+
+
+@pytest.mark.parametrize(
+    "ids", [np.full(40, 1.5), np.ones(40, bool), [[1, 2.5], [3] * 40]], ids=["half", "bool", "list"]
+)
+def test_ids_that_are_no_integers(params, ids):
+    with pytest.raises(ValueError, match="token ids are integers, but these have type"):
+        perplexity(MODEL, params, ids, window=10)
+    with pytest.raises(ValueError, match="token ids are integers, but these have type"):
+        check_vocabulary(ids[0] if isinstance(ids, list) else ids, CONFIG.vocab_size)
+
+
+def test_forms_of_a_text(params, tokens):
+    expected = perplexity(MODEL, params, tokens[:40], window=40)
+    for same in (tokens[None, :40], tokens[:40].tolist(), [tokens[:3].tolist(), tokens[3:40].tolist()]):
+        assert perplexity(MODEL, params, same, window=40) == expected
+        assert perplexity(MODEL, params, same, window=40, stride=10) == expected
 
 
 def test_error_of_a_loss_that_is_not_finite(params):

@@ -276,6 +276,11 @@ def kernel_of(matrix: str) -> jax.Array:
         (TOKENS[:1, :11], "11 calibration tokens are too few for matrices with 96 input features"),
         (TOKENS.reshape(1, -1), "sequences have 128 tokens, but the model takes 64"),
         (TOKENS[0], r"shape \[sequences, tokens\], not \(32,\)"),
+        (TOKENS + 0.7, "token ids are integers, but these have type float64"),
+        (TOKENS > 9, "token ids are integers, but these have type bool"),
+        (TOKENS.astype(np.int64) + 2**32, "exceeds 32 bits"),
+        ([[1, 2.5], [3]], "token ids are integers, but these have type float64"),
+        (["The sky"], "a text is given, but no tokenizer"),
     ],
 )
 def test_unusable_tokens(tokens, message):
