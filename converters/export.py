@@ -1,10 +1,10 @@
 """Writes models as directories that other programs read: ordinary Hugging Face, and official SpQR."""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from os import PathLike
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
@@ -16,16 +16,23 @@ from transformers import PreTrainedTokenizerFast
 
 from converters.errors import ConversionError
 from converters.families.table import family_of
+from converters.formats.generation_config import FILE as GENERATION
+from converters.formats.generation_config import SPECIAL
 from converters.formats.official.hf_spqr import ADDED
 from converters.formats.official.quantized_matrix import weight_in_order
 from converters.formats.official.tiles import encode_tensor
 from converters.formats.safetensors import INDEX, SINGLE
+from converters.formats.source import CONFIG
+from converters.formats.tokenizer_files import write_tokenizer
 from pallas_kernels import SpqrTensor
 from spqr_jax.models import Decoder
 from spqr_jax.models.decoder import Params
+from spqr_jax.models.generation_options import END
 from spqr_jax.models.layers import mesh_of
 from spqr_jax.models.stacked_blocks import unstack_blocks
+from spqr_jax.prompts import end_tokens
 from spqr_jax.storage.directories import existing_parent, new_directory
+from spqr_jax.storage.json_files import write_json
 
 SHARD_BYTES = 5_000_000_000
 
@@ -38,7 +45,7 @@ def export_huggingface(
     params: Params,
     *,
     tokenizer: PreTrainedTokenizerFast | None = None,
-    dtype: Literal["float16", "bfloat16", "float32"] = "float16",
+    dtype: Literal["float16", "bfloat16", "float32"] | None = None,
 ) -> None:
     """Writes an ordinary Hugging Face checkpoint, packed matrices dequantized: ŵ = scale · (code − zero) + residual.
 
@@ -47,7 +54,7 @@ def export_huggingface(
       model: the Flax module.
       params: its parameters, dense, packed or partly so.
       tokenizer: written too, if given.
-      dtype: type of all weights.
+      dtype: type of all weights; None for the model's own.
 
     Raises:
       ConversionError: the directory exists, writing failed, projections are fused, matrices are split over devices, or
@@ -59,9 +66,10 @@ def export_huggingface(
       >>> from_pretrained("dequantized").model == model
       True
     """
-    config = family_of(model).to_huggingface(model.config) | {"torch_dtype": dtype}
-    tensors = ((name, _dense(name, leaf, dtype)) for name, leaf in _weights(model, params))
-    _write(Path(directory), config, tensors, tokenizer)
+    kind = jnp.dtype(dtype or model.dtype).name
+    config = family_of(model).to_huggingface(model.config) | {"torch_dtype": kind}
+    tensors = ((name, _dense(name, leaf, kind)) for name, leaf in _weights(model, params))
+    _write(Path(directory), model, config, tensors, tokenizer)
 
 
 def export_hf_spqr(
@@ -117,7 +125,7 @@ def export_hf_spqr(
     config = family_of(model).to_huggingface(model.config)
     config |= {"torch_dtype": "float16", "quantization_config": quantization}
     tensors = ((name, _dense(name, leaf, jnp.float16)) for name, leaf in dense.items())
-    _write(Path(directory), config, [*arrays.items(), *tensors], tokenizer)
+    _write(Path(directory), model, config, [*arrays.items(), *tensors], tokenizer)
 
 
 def _weights(model: Decoder, params: Params) -> Iterator[Named]:
@@ -151,29 +159,40 @@ def _dequantized(tensor: SpqrTensor) -> Float32[np.ndarray, "out in"]:
 
 def _write(
     directory: Path,
+    model: Decoder,
     config: dict[str, object],
     tensors: Iterable[tuple[str, np.ndarray]],
     tokenizer: PreTrainedTokenizerFast | None,
 ) -> None:
-    """Writes a complete directory or none: config.json, the tensors in one file or in shards, the tokenizer's files."""
+    """Writes a complete directory or none: two configurations, the tensors in one file or in shards, the tokenizer."""
     destination = directory.resolve()
     if destination.exists():
         raise ConversionError(f"{destination} exists already; choose another path")
     try:
         with new_directory(destination) as incomplete:
             if tokenizer is not None:
-                tokenizer.save_pretrained(incomplete)
-                # Without these, transformers would end a text at the family's default tokens.
-                config = config | {
-                    key: getattr(tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")
-                }
-            (incomplete / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+                write_tokenizer(incomplete, tokenizer)
+            options = model.generation.ending_with(end_tokens(model, tokenizer)).content
+            if model.generation.content:
+                write_json(incomplete / GENERATION, options)
+            write_json(incomplete / CONFIG, config | _special_tokens(options, tokenizer))
             _write_shards(incomplete, tensors)
     except ConversionError:
         raise
     except Exception as error:  # on a full disk: OSError, or errors of the Rust libraries
         parent = existing_parent(destination)
         raise ConversionError(f"{destination} could not be written: {error}; look at the space in {parent}") from error
+
+
+def _special_tokens(options: Mapping[str, Any], tokenizer: PreTrainedTokenizerFast | None) -> dict[str, Any]:
+    """Entries of `config.json`, without which transformers would end a text at the family's default tokens."""
+    special = {name: options[name] for name in SPECIAL if name in options}
+    if tokenizer is not None:
+        for name in ("bos_token_id", "pad_token_id"):
+            found = getattr(tokenizer, name)
+            special[name] = special.get(name) if found is None else found
+        special.setdefault(END, None)
+    return special
 
 
 def _write_shards(directory: Path, tensors: Iterable[tuple[str, np.ndarray]]) -> None:

@@ -7,7 +7,7 @@ import typer
 
 from pallas_kernels.errors import SpqrError
 from spqr_jax.cli import console
-from spqr_jax.cli.options import Json, Model, PaperText, Texts, Window, Windows
+from spqr_jax.cli.options import ComputingType, Json, Model, PaperText, Texts, Window, Windows
 
 
 def compare(
@@ -17,6 +17,7 @@ def compare(
     protocol: PaperText = None,
     window: Window = 1024,
     windows: Windows = None,
+    dtype: ComputingType = None,
     prompts: Annotated[int, typer.Option(help="Number of prompts: the starts of the first windows.")] = 16,
     prompt_tokens: Annotated[int, typer.Option(help="Tokens of each prompt.")] = 32,
     new_tokens: Annotated[int, typer.Option(help="Tokens that each model generates after a prompt.")] = 64,
@@ -37,8 +38,8 @@ def compare(
     for option, value in (("--prompts", prompts), ("--prompt-tokens", prompt_tokens)):
         if value < 1:
             raise SpqrError(f"{option} is {value}, but must be at least 1")
-    model, before, tokenizer = load_model(original, "float32")
-    other, after, _ = load_model(quantized, "float32")
+    model, before, tokenizer = load_model(original, dtype)
+    other, after, _ = load_model(quantized, dtype)
     if model.config != other.config:
         raise SpqrError(f"{original} and {quantized} are not the same model: {model.config} and {other.config}")
     started = time.perf_counter()

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from spqr_jax.cli import console
-from spqr_jax.cli.options import Calibration, Json, Model, Seed, SequenceLength, Sequences, Texts, Window
+from spqr_jax.cli.options import Calibration, Json, Model, Seed, SequenceLength, Sequences, StoredType, Texts, Window
 
 
 def sweep(
@@ -20,6 +20,7 @@ def sweep(
     text: Texts = None,
     window: Window = 1024,
     windows: Annotated[int | None, typer.Option(help="Number of windows to use, from the start.")] = 20,
+    dtype: StoredType = None,
     as_json: Json = False,
 ) -> None:
     """Quantize and measure a model with many settings: a table, a figure, and an ablation.
@@ -39,7 +40,7 @@ def sweep(
 
     new_figure((1, 1))  # reports a missing matplotlib before long work
     chosen = cells(DEFAULT_GRID if grid is None else read_grid(grid))
-    opened = open_model(source, "float16")
+    opened = open_model(source, dtype)
     tokens = calibration_tokens(opened.tokenizer, calibration, sequences, sequence_length, seed)
     parts = cut_windows(evaluation_tokens(opened.tokenizer, text, None, window), window=window, max_windows=windows)
     steps = sweep(opened, directory, chosen, tokens, parts, mesh=mesh_of_all_devices())

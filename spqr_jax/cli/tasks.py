@@ -11,7 +11,7 @@ import typer
 
 from pallas_kernels.errors import SpqrError
 from spqr_jax.cli import console
-from spqr_jax.cli.options import Json, Model
+from spqr_jax.cli.options import ComputingType, Json, Model
 
 PAPER_TASKS = "winogrande,piqa,hellaswag,arc_easy,arc_challenge"
 """The tasks of the SpQR paper."""
@@ -33,6 +33,7 @@ def tasks(
     ] = None,
     batch: Annotated[int, typer.Option(help="Requests that run together.")] = 8,
     include_path: Annotated[Path | None, typer.Option(help="Directory of more tasks, as YAML files.")] = None,
+    dtype: ComputingType = None,
     as_json: Json = False,
 ) -> None:
     """Measure accuracy on tasks of EleutherAI's lm-eval, which downloads their data.
@@ -50,7 +51,7 @@ def tasks(
 
     from spqr_jax.cli.harness import SpqrLM
 
-    model = SpqrLM(source, batch_size=batch)
+    model = SpqrLM(source, batch_size=batch, dtype=dtype)
     started = time.perf_counter()
     try:
         found: dict[str, Any] = lm_eval.simple_evaluate(
