@@ -22,6 +22,7 @@ from spqr_jax.quantization.group_fit import decode, encode, fit_group
 from spqr_jax.quantization.thresholds import outlier_threshold
 from spqr_jax.quantization.walk import walk_original
 from spqr_jax.runtime.lapack import in_one_thread
+from spqr_jax.runtime.x64 import in_32_bits, steps_in_32_bits
 from spqr_jax.storage.model_source import ModelSource
 
 
@@ -67,6 +68,7 @@ class Matrix(NamedTuple):
         return f"{layer_name(self.depth)}.{self.kind}"
 
 
+@in_32_bits
 def sensitivity(
     weight: Float[Array | np.ndarray, "out in"], hessian: Float[Array | np.ndarray, "in in"], config: SpqrConfig
 ) -> Sensitivity:
@@ -94,6 +96,7 @@ def sensitivity(
     return _of_factored(weight, _factor("weight", hessian, config), config)
 
 
+@steps_in_32_bits
 def sensitivities(
     source: ModelSource, calibration_tokens: Int[ArrayLike, "sequences tokens"], config: SpqrConfig
 ) -> Iterator[Matrix]:

@@ -6,7 +6,7 @@ takes one forward pass per block, and each matrix is quantized for the inputs th
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -17,7 +17,6 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, DTypeLike, Float, Int, Integer
 
-from spqr_jax.models.generation_options import GenerationOptions
 from spqr_jax.models.layers import Linear, linear, mesh_of
 from spqr_jax.models.model_config import ModelConfig
 
@@ -142,8 +141,6 @@ class Decoder(nn.Module):
       config: sizes and options.
       dtype: type of the activations.
       alias: name under which the model was published, where it is not the family's: exports have it again.
-      generation: what its authors generate with, and the tokens that end its texts. Models that differ in nothing else
-        are equal.
 
     Example:
       >>> tokens = jnp.array([[72, 105]])
@@ -158,7 +155,6 @@ class Decoder(nn.Module):
     config: ModelConfig
     dtype: DTypeLike = jnp.float32
     alias: str | None = None
-    generation: GenerationOptions = field(default=GenerationOptions(), compare=False)
     block: ClassVar[type[Block]]
 
     def norm_module(self) -> nn.Module:
@@ -266,7 +262,7 @@ def make_context(
     if cache is None:
         valid, offset, seen = jnp.asarray(mask), jnp.zeros((), jnp.int32), jnp.zeros((batch, 1), jnp.int32)
     else:
-        valid = jax.lax.dynamic_update_slice(cache.valid, mask, (0, cache.length))
+        valid = jax.lax.dynamic_update_slice(cache.valid, mask, (jnp.int32(0), cache.length))
         offset, seen = cache.length, cache.valid.sum(axis=1, keepdims=True)
     positions = jnp.maximum(seen + jnp.cumsum(mask, axis=1) - 1, 0)
     causal = jnp.arange(valid.shape[1]) <= (offset + jnp.arange(tokens))[:, None]

@@ -153,8 +153,9 @@ def extend_cache(
     keys, values = keys.transpose(0, 2, 1, 3), values.transpose(0, 2, 3, 1)
     if "keys" not in state:
         return state, keys, values
-    keys = jax.lax.dynamic_update_slice(state["keys"], keys, (0, 0, offset, 0))
-    values = jax.lax.dynamic_update_slice(state["values"], values, (0, 0, 0, offset))
+    zero = jnp.int32(0)  # of the offset's type, with `JAX_ENABLE_X64` too
+    keys = jax.lax.dynamic_update_slice(state["keys"], keys, (zero, zero, offset, zero))
+    values = jax.lax.dynamic_update_slice(state["values"], values, (zero, zero, zero, offset))
     return {**state, "keys": keys, "values": values}, keys, values
 
 

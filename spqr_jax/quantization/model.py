@@ -20,9 +20,11 @@ from spqr_jax.quantization.hidden_states import embed, start
 from spqr_jax.quantization.report import MatrixReport
 from spqr_jax.runtime.placement import Placement
 from spqr_jax.runtime.tracing import is_traced
+from spqr_jax.runtime.x64 import in_32_bits, steps_in_32_bits
 from spqr_jax.texts import calibration_sequences
 
 
+@in_32_bits
 def quantize(
     params: Params,
     calibration_tokens: ArrayLike | None,
@@ -74,6 +76,7 @@ def quantize(
     return quantized, report
 
 
+@steps_in_32_bits
 def quantize_blocks(
     params: Params,
     calibration_tokens: ArrayLike | None,

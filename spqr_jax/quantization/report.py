@@ -45,9 +45,11 @@ def relative_errors(
 def relative_error(
     weight: Float[Array, "out in"], approximation: Float[Array, "out in"], hessian: Float[Array, "in in"]
 ) -> Float[Array, ""]:
-    """‖(W − Ŵ) X‖² / ‖W X‖², from H = X Xᵀ."""
+    """‖(W − Ŵ) X‖² / ‖W X‖², from H = X Xᵀ; 0 for a matrix of zeros, or inputs of zeros, without an error."""
 
     def energy(w: Array) -> Array:
         return jnp.vdot(w, jnp.matmul(w, hessian, precision="highest"))
 
-    return energy(weight - approximation) / energy(weight)
+    error = energy(weight - approximation)
+    # A block of zeros, as in expanded models, would give 0 / 0.
+    return jnp.where(error == 0, 0.0, error / energy(weight))

@@ -22,8 +22,10 @@ from spqr_jax.quantization.packing import dense_weight, pack_solution, rows_of
 from spqr_jax.quantization.thresholds import threshold_of_rows, thresholds
 from spqr_jax.runtime.lapack import in_one_thread
 from spqr_jax.runtime.placement import ONE_DEVICE, Placement
+from spqr_jax.runtime.x64 import in_32_bits
 
 
+@in_32_bits
 def quantize_matrix(
     weight: Float[Array | np.ndarray, "out in"],
     hessian: Float[Array | np.ndarray, "in in"] | None,
