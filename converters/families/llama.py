@@ -172,8 +172,7 @@ def _halves_from_pairs(rows: Float[np.ndarray, "out *in"], head_dim: int) -> Flo
 
 LLAMA = Family(
     name="llama",
-    # The second is the spelling before transformers 4.28.
-    architectures=("LlamaForCausalLM", "LLaMAForCausalLM"),
+    architectures=("LlamaForCausalLM",),
     model=Llama,
     read=read,
     write=write,
@@ -183,6 +182,7 @@ LLAMA = Family(
     neutral={
         **base.HUGGINGFACE_NEUTRAL,
         "hidden_act": ("silu", "swish"),
+        "pretraining_tp": (None, 1),
         "rope_interleaved": (None, False),
     },
 )

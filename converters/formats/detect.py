@@ -1,7 +1,6 @@
 """Detects the form of checkpoints of other projects."""
 
 from os import PathLike
-from pathlib import Path
 
 from converters.errors import ConversionError
 from converters.formats import hub, pytorch, safetensors
@@ -9,6 +8,7 @@ from converters.formats.gguf import file as gguf
 from converters.formats.official import directory, hf_spqr
 from converters.formats.source import CONFIG, Form, Source
 from spqr_jax.storage.checkpoint import is_checkpoint
+from spqr_jax.storage.paths import absolute
 
 FORMS: tuple[Form, ...] = (
     gguf.FORM,
@@ -35,7 +35,8 @@ def open_source(path_or_hub_id: str | PathLike[str]) -> Source:
       >>> open_source("HuggingFaceTB/SmolLM2-135M").form
       'Hugging Face directory, safetensors'
     """
-    path = Path(path_or_hub_id)
+    # Absolute, because tensors are read later, perhaps in another working directory.
+    path = absolute(path_or_hub_id)
     if not path.exists():
         path = hub.download_checkpoint(str(path_or_hub_id))
     for form in FORMS:

@@ -21,6 +21,7 @@ from spqr_jax.figures.report_plots import bars, lines
 from spqr_jax.quantization.report import MatrixReport
 from spqr_jax.storage.description import Description, describe
 from spqr_jax.storage.directories import bytes_on_disk, write_text
+from spqr_jax.storage.paths import absolute
 from spqr_jax.storage.record import Record, read_record
 
 TEMPLATE = "report.html.jinja"
@@ -74,9 +75,9 @@ def write_report(directory: str | PathLike[str], output: str | PathLike[str] | N
       >>> write_report("tiny-spqr")
       PosixPath('.../tiny-spqr.html')
     """
-    root = Path(os.path.abspath(directory))
+    root = Path(os.path.abspath(absolute(directory)))
     page = report_page(root)
-    path = root.with_name(f"{root.name}.html") if output is None else Path(os.path.abspath(output))
+    path = root.with_name(f"{root.name}.html") if output is None else Path(os.path.abspath(absolute(output)))
     if path.is_dir():
         raise SpqrError(f"{path} is a directory: give the name of a file")
     if not path.parent.is_dir():
@@ -94,7 +95,7 @@ def report_page(directory: str | PathLike[str]) -> str:
       CheckpointError: there is no checkpoint, or its description or record is damaged.
       SpqrError: it has no packed matrix, or matplotlib is not installed.
     """
-    root = Path(os.path.abspath(directory))
+    root = Path(os.path.abspath(absolute(directory)))
     header, record = describe(root), read_record(root)
     matrices = _matrices(header, record)
     if not matrices:

@@ -7,7 +7,7 @@ ablation of SpQR's parts.
 import dataclasses
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -21,7 +21,6 @@ from pallas_kernels.errors import SpqrError
 from spqr_jax.config import Method, SpqrConfig
 from spqr_jax.measure.perplexity import counted_perplexity, token_losses
 from spqr_jax.models.decoder import Decoder, Params, layer_name
-from spqr_jax.models.precision import for_computing
 from spqr_jax.quantization.checks import check_weights
 from spqr_jax.storage.checkpoint import is_checkpoint, load
 from spqr_jax.storage.description import describe_model
@@ -31,6 +30,7 @@ from spqr_jax.storage.disk_to_disk import quantize_checkpoint
 from spqr_jax.storage.json_files import read_json
 from spqr_jax.storage.model_source import ModelSource
 from spqr_jax.storage.partial_run import PartialRun
+from spqr_jax.storage.paths import resolved
 from spqr_jax.storage.record import Record, new_record, read_record
 from spqr_jax.storage.totals import summarize
 
@@ -139,7 +139,11 @@ def _expand(entry: object) -> Iterator[Cell]:
         if "stats_bits" in chosen:
             chosen["scale_bits"] = chosen["zero_bits"] = chosen.pop("stats_bits")
         whole_rows = chosen.pop("whole_rows", False)
-        yield Cell(method, method.config(SpqrConfig(**chosen)), whole_rows)
+        try:
+            config = SpqrConfig(**chosen)
+        except SpqrError as error:
+            raise SpqrError(f"the grid's entry {dict(entry)}: {error}") from None
+        yield Cell(method, method.config(config), whole_rows)
 
 
 def _allowed(annotation: Any) -> str:
@@ -207,7 +211,23 @@ def sweep(
         "text": {"shape": list(windows.shape), "tokens": digest(windows)},
     }
     _check_cells(source, grid)
-    directory = directory.resolve()
+    # Now, because the steps may be taken in another working directory.
+    directory = resolved(directory)
+
+    def measure(cell: Cell | None, shares: Mapping[str, float]) -> dict[str, Any]:
+        name = "original" if cell is None else cell.name
+        return _result(source, directory / name, cell, shares, calibration_tokens, windows, mesh)
+
+    return _steps(directory, description, grid, measure)
+
+
+def _steps(
+    directory: Path,
+    description: Mapping[str, Any],
+    grid: Sequence[Cell],
+    measure: Callable[[Cell | None, Mapping[str, float]], dict[str, Any]],
+) -> Iterator[dict[str, Any]]:
+    """Yields the result of the model itself and of every cell, each measured unless its file is there."""
     directory.parent.mkdir(parents=True, exist_ok=True)
     with PartialRun(directory).claim(description):
         shares: dict[str, float] = {}
@@ -217,7 +237,7 @@ def sweep(
             if path.is_file():
                 result = read_json(path)
             else:
-                result = _result(source, directory / name, cell, shares, calibration_tokens, windows, mesh)
+                result = measure(cell, shares)
                 write_text(path, json.dumps(result, indent=1) + "\n")
                 if cell is not None:
                     _release(directory / name)
@@ -285,9 +305,7 @@ def _circumstances(record: Record) -> dict[str, Any]:
 
 
 def _perplexity(model: Decoder, params: Params, windows: Int[np.ndarray, "windows window"]) -> float:
-    return counted_perplexity(
-        token_losses(for_computing(model), params, windows), [windows.shape[1] - 1] * len(windows)
-    )
+    return counted_perplexity(token_losses(model, params, windows), [windows.shape[1] - 1] * len(windows))
 
 
 def front(results: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

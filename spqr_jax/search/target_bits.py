@@ -29,12 +29,14 @@ from spqr_jax.quantization.solver import quantize_matrix
 from spqr_jax.quantization.thresholds import outlier_threshold
 from spqr_jax.quantization.walk import walk_original
 from spqr_jax.runtime.lapack import in_one_thread
+from spqr_jax.runtime.x64 import in_32_bits
 from spqr_jax.storage.checkpoint import check_destination, describe
 from spqr_jax.storage.digests import digest
 from spqr_jax.storage.directories import write_text
 from spqr_jax.storage.disk_to_disk import quantize_checkpoint
 from spqr_jax.storage.json_files import read_json
 from spqr_jax.storage.model_source import ModelSource
+from spqr_jax.storage.paths import resolved
 from spqr_jax.storage.record import BlockReport
 from spqr_jax.storage.totals import summarize_described
 
@@ -73,6 +75,7 @@ class Curve(NamedTuple):
     shares: tuple[float, ...]
 
 
+@in_32_bits
 def outlier_curve(
     source: ModelSource,
     calibration_tokens: Int[np.ndarray, "sequences tokens"],
@@ -149,6 +152,7 @@ def threshold_for(curve: Curve, target_bits: float, measured: tuple[float, float
     return math.exp(min(interpolate.solve(wanted, extrapolate=False), key=abs))
 
 
+@in_32_bits
 def settings_for(source: ModelSource, target_bits: float) -> SpqrConfig:
     """The last of `SETTINGS` whose size without outliers is at most the target, or the smallest if none is.
 
@@ -211,6 +215,7 @@ def quantize_to_bits(
     Raises:
       SpqrError: no threshold gives that size, or four tried ones did not; or as for `quantize_checkpoint`.
     """
+    destination = resolved(destination)
     notes = destination.with_name(f"{destination.name}.budget.json")
     calibration = digest(calibration_tokens)
     search = {"config": dataclasses.asdict(config), "target_bits": target_bits, "calibration": calibration}

@@ -35,6 +35,8 @@ from spqr_jax.storage.layout import TOKENIZER, is_checkpoint
 from spqr_jax.storage.manifest import verify_all, write_manifest
 from spqr_jax.storage.model_source import ModelSource
 from spqr_jax.storage.parts import host_leaves, part_names, read_part, write_part
+from spqr_jax.storage.paths import resolved
+from spqr_jax.storage.tokenizer_files import write_tokenizer
 
 __all__ = [
     "Checkpoint",
@@ -85,7 +87,7 @@ def save(
       >>> sorted(path.name for path in Path("copy").iterdir())
       ['manifest.json', 'params', 'spqr.json', 'tokenizer']
     """
-    destination = Path(directory).resolve()
+    destination = resolved(directory)
     check_destination(destination, overwrite=overwrite)
     family_name(model)
     if mesh_of(params) is not None:
@@ -105,11 +107,16 @@ def save(
 
 
 def complete(root: Path, model: Decoder, entries: Iterable[Entries], tokenizer: PreTrainedTokenizerFast | None) -> None:
-    """Writes the tokenizer, `spqr.json` and, last, the manifest into a directory that has all its parts."""
+    """Writes the tokenizer, `spqr.json` and, last, the manifest into a directory that has all its parts.
+
+    Then reads everything as `load` does, so that nothing gets a name that cannot be loaded.
+    """
     if tokenizer is not None:
-        tokenizer.save_pretrained(root / TOKENIZER)
+        write_tokenizer(root / TOKENIZER, tokenizer)
     write_description(root, model, entries, tokenizer=tokenizer is not None)
     write_manifest(root)
+    for read in open_checkpoint(root).parts.values():
+        read()
 
 
 def load(directory: str | PathLike[str]) -> Checkpoint:
@@ -140,7 +147,7 @@ def open_checkpoint(directory: str | PathLike[str]) -> ModelSource:
       >>> block["q_proj"]["kernel"].shape
       (64, 64)
     """
-    root = Path(directory).resolve()
+    root = resolved(directory)
     description = describe(root)
     verify_all(root)
     model = described_model(description, root)

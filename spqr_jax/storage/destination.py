@@ -2,11 +2,11 @@
 
 import os
 from os import PathLike
-from pathlib import Path
 
 from spqr_jax.storage import layout
 from spqr_jax.storage.directories import existing_parent
 from spqr_jax.storage.errors import CheckpointError
+from spqr_jax.storage.paths import resolved
 
 
 def check_destination(directory: str | PathLike[str], *, overwrite: bool = False) -> None:
@@ -20,7 +20,7 @@ def check_destination(directory: str | PathLike[str], *, overwrite: bool = False
         ...
       spqr_jax.storage.errors.CheckpointError: ...tiny-spqr exists already: choose another path or set overwrite ...
     """
-    destination = Path(directory).resolve()
+    destination = resolved(directory)
     if not destination.exists():
         parent = existing_parent(destination)
         if not (parent.is_dir() and os.access(parent, os.W_OK)):
@@ -37,3 +37,20 @@ def check_destination(directory: str | PathLike[str], *, overwrite: bool = False
             f"{destination} holds {min(foreign)}, which is not part of a checkpoint, so it is not overwritten: "
             "choose another path"
         )
+
+
+def check_outside(destination: str | PathLike[str], source: str | PathLike[str]) -> None:
+    """Raises a CheckpointError for a destination that is the source, or in its directory.
+
+    A hub id is no directory, so it passes.
+
+    Example:
+      >>> check_outside("tiny-dense/out", "tiny-dense")
+      Traceback (most recent call last):
+        ...
+      spqr_jax.storage.errors.CheckpointError: ...tiny-dense/out is in the source ...: choose a ...
+    """
+    inside, outside = resolved(destination), resolved(source)
+    if outside.exists() and inside.is_relative_to(outside):
+        place = "the source itself" if inside == outside else f"in the source {outside}"
+        raise CheckpointError(f"{inside} is {place}: choose a destination outside of it")

@@ -1,4 +1,4 @@
-"""Checksums of arrays, which tell models, calibration tokens and texts apart."""
+"""Checksums and comparisons of arrays, which tell models, calibration tokens and texts apart."""
 
 import hashlib
 
@@ -19,3 +19,16 @@ def digest(tree: PyTree[Shaped[np.ndarray | jax.Array, "..."]]) -> str:
         digest.update(f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape}".encode())
         digest.update(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8).data)
     return f"BLAKE2b {digest.hexdigest()}"
+
+
+def identical(first: Shaped[np.ndarray, "..."], second: Shaped[np.ndarray, "..."]) -> bool:
+    """Whether two arrays have the same type, shape and bits.
+
+    Example:
+      >>> identical(np.array([0.0]), np.array([-0.0])), identical(np.array([np.nan]), np.array([np.nan]))
+      (False, True)
+    """
+    if (first.dtype, first.shape) != (second.dtype, second.shape):
+        return False
+    bits = (np.ascontiguousarray(array).reshape(-1).view(np.uint8) for array in (first, second))
+    return np.array_equal(*bits)

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from spqr_jax.storage.layout import DESCRIPTION, MANIFEST
+
 # Of linux/fcntl.h and linux/fs.h, for renameat2(2).
 AT_FDCWD = -100
 RENAME_EXCHANGE = 2
@@ -90,11 +92,47 @@ def existing_parent(path: Path) -> Path:
 
 def publish(complete: Path, destination: Path) -> None:
     """Gives a complete directory its name; an existing destination gets the other name, to be deleted."""
-    if destination.exists():
+    if _is_working_directory(destination):
+        _fill(complete, destination)
+    elif destination.exists():
         _exchange(complete, destination)
     else:
         complete.rename(destination)
     synchronize(destination.parent)
+
+
+def _is_working_directory(path: Path) -> bool:
+    try:
+        return path.samefile(os.curdir)
+    except FileNotFoundError:  # one of them does not exist: a shell may stand in a directory that is deleted
+        return False
+
+
+def _fill(complete: Path, destination: Path) -> None:
+    """Replaces the content of the working directory, where an exchange would leave the user's shell in the old one.
+
+    The complete directory keeps its content, so that a run that is killed here can repeat this.
+    """
+    replaced = _sibling(destination, "replaced")
+    replaced.mkdir()
+    for path in destination.iterdir():
+        path.rename(replaced / path.name)
+    # A directory with a description can be overwritten, and one with a manifest counts as published.
+    for path in sorted(complete.iterdir(), key=lambda path: (path.name == MANIFEST, path.name != DESCRIPTION)):
+        if path.is_dir():
+            shutil.copytree(path, destination / path.name, copy_function=_link)
+        else:
+            _link(path, destination / path.name)
+    synchronize_all(destination)
+    shutil.rmtree(replaced)
+
+
+def _link(source: str | Path, destination: str | Path) -> None:
+    """Gives a file a second name, or copies it where the file system has no such links."""
+    try:
+        os.link(source, destination)
+    except OSError:
+        shutil.copyfile(source, destination)
 
 
 def _exchange(first: Path, second: Path) -> None:

@@ -24,6 +24,7 @@ from spqr_jax.quantization.checks import check_shares, check_tokens, check_weigh
 from spqr_jax.quantization.hidden_states import embed, start
 from spqr_jax.runtime.placement import Placement
 from spqr_jax.runtime.processes import agree, is_first
+from spqr_jax.runtime.x64 import in_32_bits
 from spqr_jax.storage.description import Entries, describe_model
 from spqr_jax.storage.destination import check_destination
 from spqr_jax.storage.digests import digest
@@ -31,6 +32,7 @@ from spqr_jax.storage.directories import existing_parent
 from spqr_jax.storage.errors import CheckpointError
 from spqr_jax.storage.model_source import ModelSource
 from spqr_jax.storage.partial_run import PartialRun
+from spqr_jax.storage.paths import resolved
 from spqr_jax.storage.record import BlockReport, new_record
 from spqr_jax.storage.run_state import RunState
 from spqr_jax.texts import calibration_sequences
@@ -56,6 +58,7 @@ class _Job:
         return sorted(self.source.parts.keys() - set(self.blocks))
 
 
+@in_32_bits
 def quantize_checkpoint(
     source: ModelSource,
     destination: str | PathLike[str],
@@ -99,7 +102,7 @@ def quantize_checkpoint(
     if calibration_tokens is not None:
         positions = source.model.config.max_positions
         tokens = np.asarray(calibration_sequences(calibration_tokens, positions, source.tokenizer))
-    destination = Path(destination).resolve()
+    destination = resolved(destination)
     run = PartialRun.of(destination)
     job = _Job(source, tokens, config, Placement(mesh, run.allocate) if hidden_on_disk else Placement(mesh))
     published = run.is_published(destination)

@@ -1,6 +1,7 @@
 """JSON objects in files."""
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,20 @@ def read_json(path: Path, error: type[SpqrError] = CheckpointError) -> dict[str,
     if isinstance(content, dict):
         return content
     raise error(f"{path} is not a JSON object, but {type(content).__name__}")
+
+
+def finite(value: Any) -> Any:
+    """The value with null in the place of NaN and of infinities, which JSON lacks.
+
+    Example:
+      >>> finite({"error": math.nan, "sizes": (1.5, math.inf)})
+      {'error': None, 'sizes': [1.5, None]}
+    """
+    if isinstance(value, Mapping):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

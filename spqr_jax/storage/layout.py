@@ -1,7 +1,8 @@
 """Names of the files and directories in a checkpoint."""
 
 from os import PathLike
-from pathlib import Path
+
+from spqr_jax.storage.paths import absolute
 
 DESCRIPTION = "spqr.json"
 MANIFEST = "manifest.json"
@@ -19,4 +20,4 @@ def is_checkpoint(path: str | PathLike[str]) -> bool:
       >>> is_checkpoint("tiny-spqr"), is_checkpoint("HuggingFaceTB/SmolLM2-135M")
       (True, False)
     """
-    return (Path(path) / DESCRIPTION).is_file()
+    return (absolute(path) / DESCRIPTION).is_file()

@@ -1,11 +1,14 @@
 """Named arrays on the disk, in Orbax's format."""
 
 import logging
+import os
+import re
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +16,29 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from spqr_jax.storage.digests import identical
+from spqr_jax.storage.errors import CheckpointError
+
 _LOCK = threading.Lock()
+
+_SPECIAL = re.compile(r"[][*?\\]")
+_DESCRIPTORS = Path("/proc/self/fd")
 
 
 def write_arrays(directory: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Writes non-empty arrays into a new directory, and returns when all are written.
+    """Writes non-empty arrays into a new directory, reads them back and compares their bits.
 
     Raises:
+      CheckpointError: the arrays on the disk are not those that were written.
       Exception: writing failed, as on a full disk: an OSError, or from TensorStore a ValueError.
     """
-    _quietly(_checkpointer().save, directory, dict(arrays))
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with _without_special_characters(directory) as path:
+        _quietly(_checkpointer().save, path, dict(arrays))
+    stored = read_arrays(directory)
+    for name, array in arrays.items():
+        if name not in stored or not identical(stored[name], array):
+            raise CheckpointError(f"{directory} does not have the {name} that was written to it: choose another disk")
 
 
 def read_arrays(directory: Path) -> dict[str, np.ndarray]:
@@ -33,7 +49,27 @@ def read_arrays(directory: Path) -> dict[str, np.ndarray]:
       >>> read_arrays(Path("arrays").resolve())
       {'a': array([0, 1, 2])}
     """
-    return _quietly(_checkpointer().restore, directory)
+    with _without_special_characters(directory) as path:
+        return _quietly(_checkpointer().restore, path)
+
+
+@contextmanager
+def _without_special_characters(directory: Path) -> Iterator[Path]:
+    """Yields a path of the directory that Orbax takes literally; the directory above must exist.
+
+    Orbax takes its directory as a pattern of `glob`. With `[v2]` in its path it finds none of the arrays that it has
+    written. TensorStore takes a backslash as a slash, and writes into another directory.
+    """
+    if not _SPECIAL.search(str(directory.parent)):
+        yield directory
+        return
+    if not _DESCRIPTORS.is_dir():
+        raise CheckpointError(f"{directory} has one of the characters *?[]\\ in its path: choose a path without them")
+    parent = os.open(directory.parent, os.O_RDONLY)
+    try:
+        yield _DESCRIPTORS / str(parent) / directory.name
+    finally:
+        os.close(parent)
 
 
 def _checkpointer() -> ocp.Checkpointer:

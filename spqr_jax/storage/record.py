@@ -5,6 +5,7 @@ date and the times.
 """
 
 import dataclasses
+import math
 import platform
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -19,9 +20,10 @@ from jax.sharding import Mesh
 from spqr_jax.config import SpqrConfig
 from spqr_jax.quantization.report import MatrixReport
 from spqr_jax.storage.errors import CheckpointError
-from spqr_jax.storage.json_files import read_json, write_json
+from spqr_jax.storage.json_files import finite, read_json, write_json
 from spqr_jax.storage.layout import RECORD
 from spqr_jax.storage.manifest import read_manifest, verify
+from spqr_jax.storage.paths import resolved
 
 
 class BlockReport(NamedTuple):
@@ -85,7 +87,7 @@ def write_record(root: Path, record: Record) -> None:
         "config": dataclasses.asdict(record.config),
         "blocks": blocks_to_json(record.blocks),
     }
-    write_json(root / RECORD, content)
+    write_json(root / RECORD, finite(content))
 
 
 def read_record(directory: str | PathLike[str]) -> Record | None:
@@ -98,7 +100,7 @@ def read_record(directory: str | PathLike[str]) -> Record | None:
       >>> read_record("tiny-spqr").calibration
       (4, 64)
     """
-    root = Path(directory).resolve()
+    root = resolved(directory)
     manifest = read_manifest(root)
     if RECORD not in manifest:
         return None
@@ -129,9 +131,14 @@ def blocks_to_json(blocks: Sequence[BlockReport]) -> list[dict[str, Any]]:
 def blocks_from_json(content: Sequence[dict[str, Any]]) -> list[BlockReport]:
     """Inverse of `blocks_to_json`."""
     return [
-        BlockReport(**block | {"matrices": {name: MatrixReport(**m) for name, m in block["matrices"].items()}})
+        BlockReport(**block | {"matrices": {name: _report(m) for name, m in block["matrices"].items()}})
         for block in content
     ]
+
+
+def _report(content: dict[str, float | None]) -> MatrixReport:
+    """A report from JSON, which has null in the place of NaN."""
+    return MatrixReport(**{name: math.nan if value is None else value for name, value in content.items()})
 
 
 def _versions() -> dict[str, str]:

@@ -1,8 +1,11 @@
 """A directory is there as it was or as it will be, whatever happens in between."""
 
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -95,3 +98,31 @@ def test_a_refused_replacement_leaves_the_old_content(tmp_path, monkeypatch):
         write(tmp_path / "results", "new")
     assert names(tmp_path) == ["results"]
     assert (tmp_path / "results" / "version").read_text() == "old"
+
+
+@pytest.mark.parametrize("before", [{}, {"version": "old", "gone": ""}])
+@pytest.mark.parametrize("linked", [True, False])
+def test_the_working_directory_is_filled(before, linked, tmp_path, monkeypatch):
+    destination = tmp_path / "results"
+    destination.mkdir()
+    for name, text in before.items():
+        (destination / name).write_text(text)
+    monkeypatch.chdir(destination)
+    if not linked:
+        monkeypatch.setattr(directories.os, "link", mock.Mock(side_effect=OSError("no links here")))
+    with new_directory(destination) as directory:
+        (directory / "version").write_text("new")
+        (directory / "folder").mkdir()
+        (directory / "folder" / "file").write_text("new")
+    # As a shell that stands in it sees it: by its place, not by its name.
+    assert sorted(os.listdir(".")) == ["folder", "version"]
+    assert [Path(name).read_text() for name in ("version", "folder/file")] == ["new", "new"]
+    assert names(tmp_path) == ["results"]
+
+
+def test_a_working_directory_that_is_deleted_does_not_matter(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    (tmp_path / "here").rmdir()
+    write(tmp_path / "results", "new")
+    assert (tmp_path / "results" / "version").read_text() == "new"
