@@ -1,6 +1,7 @@
 """Settings of quantization: the frozen configuration, presets, and the methods that they compare."""
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Literal, get_args
@@ -39,7 +40,8 @@ class SpqrConfig:
       stats_dtype: type of unquantized and of second-level statistics; float32 only to compare with the official code.
 
     Raises:
-      SpqrError: permutation, fit or stats_dtype is none of its values. Sizes are checked against the matrices.
+      SpqrError: permutation, fit or stats_dtype is none of its values, or a threshold, damping or shrinkage is NaN,
+        infinite or negative. Sizes are checked against the matrices.
 
     Source: Dettmers et al. 2023 (arXiv 2306.03078), Algorithm 1; `refit` and `shrinkage` are this project's.
 
@@ -70,6 +72,10 @@ class SpqrConfig:
             allowed = get_args(type(self).__annotations__[name])
             if getattr(self, name) not in allowed:
                 raise SpqrError(f"{name} is {getattr(self, name)!r}: give {' or '.join(allowed)}")
+        for name in ("outlier_threshold", "outlier_rows", "damping", "shrinkage"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < math.inf:
+                raise SpqrError(f"{name} is {value}, but must be a finite number of at least 0")
 
 
 SMALL = SpqrConfig(stats_group_size=64, outlier_threshold=0.8, fit="error")

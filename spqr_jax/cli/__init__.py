@@ -33,8 +33,12 @@ def main() -> None:
     if missing := [name for name in NEEDED if find_spec(name) is None]:
         print(f'error: spqr needs {", ".join(missing)}: pip install "spqr-jax[models]"', file=sys.stderr)
         raise SystemExit(1)
-    from spqr_jax.cli import console
-    from spqr_jax.cli.app import app
+    try:
+        from spqr_jax.cli import console
+        from spqr_jax.cli.app import app
 
-    console.quiet()
-    console.run(app)
+        console.quiet()
+        console.run(app)
+    except KeyboardInterrupt:  # while packages are imported
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None

@@ -1,14 +1,17 @@
 """The application `spqr`, and the table of its commands."""
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import wraps
 from importlib.metadata import version
 from pkgutil import resolve_name
-from typing import Annotated
+from typing import Annotated, Any
 
+import jax
 import typer
 
 import spqr_jax
+from spqr_jax.cli import console
 
 COMMANDS: Mapping[str, str] = {
     "quantize": "spqr_jax.cli.quantize:quantize",
@@ -23,6 +26,9 @@ COMMANDS: Mapping[str, str] = {
     "export": "spqr_jax.cli.export:export",
 }
 """The function of every command, in the order of `spqr --help`; the README of `spqr_jax` says how to add one."""
+
+RESUMABLE = frozenset({"quantize", "sweep"})
+"""Commands that keep their finished work, from which the same command resumes."""
 
 EPILOG = (
     "Results go to standard output, progress to standard error. Exit status: 0 done, 1 an error in one line, 2 wrong "
@@ -41,8 +47,22 @@ def build(commands: Mapping[str, str]) -> typer.Typer:
         callback=about,
     )
     for name, function in commands.items():
-        app.command(name)(resolve_name(function))
+        app.command(name)(_ending_well(resolve_name(function), resumes=name in RESUMABLE))
     return app
+
+
+def _ending_well(function: Callable[..., None], *, resumes: bool) -> Callable[..., None]:
+    """A command that alone prints to standard output, and whose interruption is told."""
+
+    @wraps(function)
+    def command(*args: Any, **options: Any) -> None:
+        try:
+            with console.only_results(), jax.enable_x64(False):
+                function(*args, **options)
+        except KeyboardInterrupt:  # before typer, which would exit without a word
+            console.interrupted(resumes=resumes)
+
+    return command
 
 
 def print_version(asked: bool) -> bool:

@@ -7,7 +7,7 @@ import typer
 
 from pallas_kernels.errors import SpqrError
 from spqr_jax.cli import console
-from spqr_jax.cli.options import ComputingType, Json, Model, PaperText, Texts, Window, Windows
+from spqr_jax.cli.options import Json, Model, PaperText, Texts, Window, Windows, at_least
 
 
 def compare(
@@ -17,10 +17,13 @@ def compare(
     protocol: PaperText = None,
     window: Window = 1024,
     windows: Windows = None,
-    dtype: ComputingType = None,
-    prompts: Annotated[int, typer.Option(help="Number of prompts: the starts of the first windows.")] = 16,
-    prompt_tokens: Annotated[int, typer.Option(help="Tokens of each prompt.")] = 32,
-    new_tokens: Annotated[int, typer.Option(help="Tokens that each model generates after a prompt.")] = 64,
+    prompts: Annotated[
+        int, typer.Option(callback=at_least(1), help="Number of prompts: the starts of the first windows.")
+    ] = 16,
+    prompt_tokens: Annotated[int, typer.Option(callback=at_least(1), help="Tokens of each prompt.")] = 32,
+    new_tokens: Annotated[
+        int, typer.Option(callback=at_least(1), help="Tokens that each model generates after a prompt.")
+    ] = 64,
     as_json: Json = False,
 ) -> None:
     """Measure how far a quantized model is from its original: by its predictions, and by the text it generates.
@@ -35,11 +38,8 @@ def compare(
     from spqr_jax.measure.divergence import mean_divergence, window_divergences
     from spqr_jax.measure.perplexity import cut_windows
 
-    for option, value in (("--prompts", prompts), ("--prompt-tokens", prompt_tokens)):
-        if value < 1:
-            raise SpqrError(f"{option} is {value}, but must be at least 1")
-    model, before, tokenizer = load_model(original, dtype)
-    other, after, _ = load_model(quantized, dtype)
+    model, before, tokenizer = load_model(original, "float32")
+    other, after, _ = load_model(quantized, "float32")
     if model.config != other.config:
         raise SpqrError(f"{original} and {quantized} are not the same model: {model.config} and {other.config}")
     started = time.perf_counter()

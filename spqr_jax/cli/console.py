@@ -1,18 +1,20 @@
 """Input and output of the commands: progress on standard error, results on standard output, errors in one line."""
 
 import json
-import logging
 import os
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
+from contextvars import ContextVar
 from typing import Any, NoReturn, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from pallas_kernels.errors import SpqrError
+from spqr_jax.storage.json_files import finite
 
 T = TypeVar("T")
 
@@ -29,10 +31,15 @@ EXTRAS = {
 }
 """Extras of optional packages; all other packages belong to the extra `models`."""
 
-LOG_WIDTH = 120
-"""Columns of a table in a file or a pipe, where nothing says how wide a line may be."""
+UNLIMITED = 100_000
+"""Columns of a table in a file or a pipe, where rows are not cut."""
 
 console = Console(stderr=True)
+
+Stream = Any
+"""A text stream: a file, or an object of Python in its place, such as a notebook's."""
+
+_RESULTS: ContextVar[Stream | None] = ContextVar("results", default=None)
 
 
 def track(items: Iterable[T], total: int, label: str) -> Iterator[T]:
@@ -45,33 +52,61 @@ def track(items: Iterable[T], total: int, label: str) -> Iterator[T]:
 def emit(result: Mapping[str, Any], as_json: bool) -> None:
     """Prints a command's result: JSON for machines, or its plain values as a table."""
     if as_json:
-        print(json.dumps(result))
+        print(json.dumps(finite(result), allow_nan=False), file=results())
         return
-    table = Table(show_header=False)
+    table = Table("", Column(overflow="fold"), show_header=False)
     for key, value in result.items():
         if not isinstance(value, dict | list):
             table.add_row(key.replace("_", " "), f"{value:,.4g}" if isinstance(value, float) else str(value))
-    Console().print(table)
+    output().print(table)
 
 
-def wide() -> Console:
-    """Standard output for a table with many columns: as wide as the terminal, or 120 columns in a file or a pipe."""
-    # Not a terminal: rich would assume 80 columns and cut names.
-    return Console(width=None if Console().is_terminal else LOG_WIDTH)
+def output() -> Console:
+    """Results as tables: rows as wide as the terminal, or uncut in a file or a pipe; names are no markup."""
+    width = None if Console(file=results()).is_terminal else UNLIMITED
+    return Console(file=results(), width=width, markup=False, emoji=False, highlight=False)
+
+
+def results() -> Stream:
+    """Standard output, for results alone; see `only_results`."""
+    return _RESULTS.get() or sys.stdout
+
+
+@contextmanager
+def only_results() -> Iterator[None]:
+    """Keeps standard output for `results`: what libraries print meanwhile, in Python or C++, goes to standard error."""
+    with _own_output() as stream, redirect_stdout(sys.stderr):
+        token = _RESULTS.set(stream)
+        try:
+            yield
+        finally:
+            _RESULTS.reset(token)
+
+
+@contextmanager
+def _own_output() -> Iterator[Stream]:
+    """A stream to the standard output of this process, whose descriptor leads to standard error meanwhile."""
+    try:
+        descriptors = sys.stdout.fileno(), sys.stderr.fileno()
+    except (AttributeError, OSError):  # closed, or replaced by an object of Python
+        yield sys.stdout
+        return
+    sys.stdout.flush()
+    encoding, errors = sys.stdout.encoding, sys.stdout.errors
+    with os.fdopen(os.dup(descriptors[0]), "w", encoding=encoding, errors=errors) as stream:
+        os.dup2(descriptors[1], descriptors[0])
+        try:
+            yield stream
+        finally:
+            os.dup2(stream.fileno(), descriptors[0])
 
 
 def quiet() -> None:
-    """Silences messages that no user of the command line can act on."""
+    """Silences messages that no user of the command line can act on, and lets no character stop an output."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    logging.getLogger("absl").setLevel(logging.ERROR)
-
-
-def reserve_output() -> None:
-    """Keeps standard output for Python's results: what C++ libraries print there goes to standard error."""
-    results = os.dup(sys.stdout.fileno())
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    sys.stdout = os.fdopen(results, "w", encoding=sys.stdout.encoding)
+    if reconfigure := getattr(sys.stdout, "reconfigure", None):
+        reconfigure(errors="replace")  # a terminal in cp1252 or ASCII cannot show every character
 
 
 def run(command: Callable[[], object]) -> None:
@@ -84,13 +119,23 @@ def run(command: Callable[[], object]) -> None:
     try:
         command()
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr, flush=True)
-        _leave(130)
+        interrupted(resumes=False)
     except Exception as error:
         if os.environ.get(TRACEBACK) == "1":
             traceback.print_exc()
         print(f"error: {describe(error)}", file=sys.stderr, flush=True)
         _leave(1)
+
+
+def interrupted(*, resumes: bool) -> NoReturn:
+    """Ends an interrupted command with exit status 130, and says whether the same command resumes its work."""
+    tell_interruption(resumes=resumes)
+    _leave(130)
+
+
+def tell_interruption(*, resumes: bool) -> None:
+    """Says on standard error that a command was interrupted, and whether the same command resumes its work."""
+    print(f"interrupted{', the same command resumes' * resumes}", file=sys.stderr, flush=True)
 
 
 def describe(error: Exception) -> str:
@@ -100,7 +145,7 @@ def describe(error: Exception) -> str:
       >>> describe(ZeroDivisionError("division by zero"))
       'internal error: ZeroDivisionError: division by zero; set SPQR_TRACEBACK=1 for the traceback, and report it'
     """
-    message = " ".join(str(error).split())
+    message = " ".join(line.strip() for line in str(error).splitlines())
     match error:
         case SpqrError() | OSError():
             return message
@@ -112,11 +157,29 @@ def describe(error: Exception) -> str:
         case RuntimeError() if "RESOURCE_EXHAUSTED" in message:
             return f"out of memory on the device: {message}"
         case RuntimeError() if message.startswith("Unable to initialize backend"):
-            return message  # JAX_PLATFORMS names a backend that is not here, and the message says so
+            return _missing_platform(message)
+        case AssertionError() if not message and _cannot_start():
+            return _missing_platform("its plugin is not installed")
         case RuntimeError() if _is_distributed():
             return f"another process failed or cannot be reached, so this one ends: {message}"
     kind = type(error).__name__
     return f"internal error: {kind}: {message}; set {TRACEBACK}=1 for the traceback, and report it"
+
+
+def _missing_platform(reason: str) -> str:
+    platforms = os.environ.get("JAX_PLATFORMS")
+    return f"JAX_PLATFORMS is {platforms}, but JAX cannot start it ({reason})" if platforms else reason
+
+
+def _cannot_start() -> bool:
+    """Whether JAX fails at what all programs begin with: it asserts where the plugin of CUDA is not installed."""
+    import jax
+
+    try:
+        jax.devices()
+    except (AssertionError, RuntimeError):
+        return True
+    return False
 
 
 def _is_own(module: str) -> bool:

@@ -6,34 +6,34 @@ from typing import Annotated
 import typer
 
 from spqr_jax.cli import console
-from spqr_jax.cli.options import ComputingType, Json, Model
+from spqr_jax.cli.options import LARGEST_SEED, Json, Model, at_least, over
 
 
 def generate(
     source: Model,
     prompt: Annotated[str, typer.Argument(help="Text to continue, or a message to the model.")],
-    max_new_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 128,
-    temperature: Annotated[float, typer.Option(help="0 for greedy decoding.")] = 0.0,
-    top_k: Annotated[int | None, typer.Option(help="Sample from the k likeliest tokens.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(callback=at_least(1), help="Most tokens to generate.")] = 128,
+    temperature: Annotated[float, typer.Option(callback=at_least(0), help="0 for greedy decoding.")] = 0.0,
+    top_k: Annotated[int | None, typer.Option(callback=at_least(1), help="Sample from the k likeliest tokens.")] = None,
     top_p: Annotated[
-        float | None, typer.Option(help="Sample from the likeliest tokens that add up to this probability.")
+        float | None,
+        typer.Option(callback=over(0, 1), help="Sample from the likeliest tokens that add up to this probability."),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of sampling.")] = 0,
+    seed: Annotated[int, typer.Option(callback=at_least(0, LARGEST_SEED), help="Seed of sampling.")] = 0,
     chat: Annotated[bool, typer.Option(help="Use the tokenizer's chat template where it has one.")] = True,
-    dtype: ComputingType = None,
     as_json: Json = False,
 ) -> None:
     """Generate text.
 
     Example: spqr generate smollm2-spqr "Why is the sky blue?" --temperature 0.7
     """
-    from spqr_jax.cli.models import decode, load_model, require
+    from spqr_jax.cli.models import chat_ids, decode, encode, load_model, require
     from spqr_jax.generation import stream
-    from spqr_jax.prompts import chat_prompt, end_tokens, text_ids
 
-    model, params, found = load_model(source, dtype)
+    model, params, found = load_model(source, "float32")
     tokenizer = require(found)
-    ids = chat_prompt(tokenizer, prompt) if chat else text_ids(tokenizer, prompt)
+    ids = chat_ids(tokenizer, prompt) if chat else encode(tokenizer, prompt)
+    stops = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
     started = time.perf_counter()
     steps = stream(
         model,
@@ -44,7 +44,7 @@ def generate(
         top_k=top_k,
         top_p=top_p,
         seed=seed,
-        stop_tokens=end_tokens(model, tokenizer),
+        stop_tokens=stops,
     )
     tokens: list[int] = []
     shown = ""
@@ -53,10 +53,10 @@ def generate(
         text = decode(tokenizer, tokens)
         # An incomplete character of several tokens decodes to the replacement character: wait for the rest.
         if not as_json and not text.endswith("\N{REPLACEMENT CHARACTER}"):
-            print(text[len(shown) :], end="", flush=True)
+            print(text[len(shown) :], end="", file=console.results(), flush=True)
             shown = text
     if not as_json:
-        print()
+        print(file=console.results())
         return
     text = decode(tokenizer, tokens)
     console.emit({"text": text, "tokens": tokens, "seconds": time.perf_counter() - started}, as_json)

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from rich.table import Column, Table
-from rich.text import Text
 
 from spqr_jax.cli import console
 from spqr_jax.cli.options import Json, Model
@@ -21,9 +20,9 @@ def inspect(source: Model, as_json: Json = False) -> None:
     if as_json:
         console.emit(content, as_json)
         return
-    output = console.wide()
+    output = console.output()
     for label in (label for label in ("form", "family", "alias") if label in content):
-        output.print(f"{label}: {content[label]}", highlight=False, markup=False)
+        output.print(f"{label}: {content[label]}")
     output.print(table)
 
 
@@ -54,7 +53,7 @@ def inspect_foreign(source: str) -> tuple[dict[str, Any], Table]:
     found = open_source(source)
     table = Table(Column("tensor", no_wrap=True), "shape", "type", box=None)
     for name, tensor in found.tensors.items():
-        table.add_row(Text(name), times(tensor.shape), tensor.kind)
+        table.add_row(name, times(tensor.shape), tensor.kind)
     tensors = {name: {"shape": tensor.shape, "kind": tensor.kind} for name, tensor in found.tensors.items()}
     return {"form": found.form, "path": str(found.path), "family": found.model_type, "tensors": tensors}, table
 

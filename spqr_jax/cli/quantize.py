@@ -1,16 +1,19 @@
 """The command `spqr quantize`."""
 
 import time
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from spqr_jax.cli import console, settings
-from spqr_jax.cli.options import Calibration, Json, Model, Seed, SequenceLength, Sequences, StoredType
+from spqr_jax.cli.options import Calibration, Json, Model, Seed, SequenceLength, Sequences
 from spqr_jax.config import COMPACT, Method
+from spqr_jax.storage.destination import check_outside
+from spqr_jax.storage.paths import resolved
 
-Destination = Annotated[Path, typer.Argument(help="Directory to write.")]
+Destination = Annotated[Path, typer.Argument(parser=resolved, help="Directory to write.")]
 HiddenOnDisk = Annotated[
     bool, typer.Option("--hidden-on-disk", help="Keep hidden states in memory-mapped files, not in memory.")
 ]
@@ -41,7 +44,6 @@ def quantize(
     hidden_on_disk: HiddenOnDisk = False,
     overwrite: Overwrite = False,
     distributed: Distributed = False,
-    dtype: StoredType = None,
     as_json: Json = False,
 ) -> None:
     """Quantize a model and save it, one block in memory at a time, on all devices.
@@ -57,13 +59,14 @@ def quantize(
         near_lossless,
     )  # fmt: skip
     chosen.check(distributed=distributed)
+    check_outside(destination, source)
 
     from spqr_jax.cli.calibration import calibration_tokens, running_text
     from spqr_jax.cli.models import mesh_of_all_devices, open_model
     from spqr_jax.cli.quantization import describe_run, run, search
     from spqr_jax.search.target_bits import settings_for
 
-    opened = open_model(source, dtype)
+    opened = open_model(source, "float16")
     default = settings_for(opened, target_bits) if target_bits is not None and chosen.by_size else COMPACT
     config = chosen.config(default)
     mesh = mesh_of_all_devices()
@@ -84,7 +87,7 @@ def quantize(
 
 def _join_processes() -> None:
     """Joins the other processes of a distributed run, before anything else of JAX."""
-    from spqr_jax.runtime.processes import join
+    from spqr_jax.runtime.processes import end_on_interrupt, join
 
-    console.reserve_output()
+    end_on_interrupt(partial(console.tell_interruption, resumes=True))
     join()

@@ -7,11 +7,14 @@ import typer
 
 from spqr_jax.cli import console
 from spqr_jax.cli.options import Json
+from spqr_jax.storage.paths import absolute
 
 
 def report(
-    directory: Annotated[Path, typer.Argument(help="A checkpoint of spqr.")],
-    output: Annotated[Path | None, typer.Option(help="File to write; default: DIRECTORY.html.")] = None,
+    directory: Annotated[Path, typer.Argument(parser=absolute, help="A checkpoint of spqr.")],
+    output: Annotated[
+        Path | None, typer.Option(parser=absolute, help="File to write; default: DIRECTORY.html.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Write an HTML page on a quantization: totals, plots, settings, versions, and the error of every matrix.

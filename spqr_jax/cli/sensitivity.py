@@ -20,6 +20,7 @@ from spqr_jax.figures import sensitivity_maps
 from spqr_jax.models.decoder import Decoder, layer_name
 from spqr_jax.storage.description import describe_model
 from spqr_jax.storage.directories import new_directory
+from spqr_jax.storage.json_files import finite
 from spqr_jax.storage.model_source import ModelSource
 
 
@@ -84,7 +85,7 @@ def write_study(
             "kept": summary.KEPT,
             "matrices": matrices,
         }
-        (directory / "sensitivity.json").write_text(json.dumps(content, indent=1))
+        (directory / "sensitivity.json").write_text(json.dumps(finite(content), indent=1), encoding="utf-8")
         described = list(matrices.values())
         by_depth = sensitivity_maps.draw_by_depth(summary.measures_by_depth(described))
         by_depth.savefig(directory / "patterns.png")

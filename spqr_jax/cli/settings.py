@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from pallas_kernels.errors import SpqrError
+from spqr_jax.cli.options import at_least
 from spqr_jax.config import COMPACT, NEAR_LOSSLESS, SMALL, Method, SpqrConfig
 
 
@@ -41,17 +42,27 @@ PresetName = Annotated[
     ),
 ]
 MethodName = Annotated[Method, typer.Option(help="gptq: no outliers; rtn: round-to-nearest.")]
-Bits = Annotated[int | None, typer.Option(help="Width of a weight code: 2, 3, 4, 5 or 8.")]
-GroupSize = Annotated[int | None, typer.Option(help="Weights that share a scale: 8, 16, 32, 64 or 128.")]
-StatsBits = Annotated[int | None, typer.Option(help="Width of scale and zero codes; 0 for 16-bit floats.")]
-OutlierThreshold = Annotated[float | None, typer.Option(help="The paper's τ; lower keeps more outliers.")]
+Bits = Annotated[int | None, typer.Option(callback=at_least(1), help="Width of a weight code: 2, 3, 4, 5 or 8.")]
+GroupSize = Annotated[
+    int | None, typer.Option(callback=at_least(1), help="Weights that share a scale: 8, 16, 32, 64 or 128.")
+]
+StatsBits = Annotated[
+    int | None, typer.Option(callback=at_least(0), help="Width of scale and zero codes; 0 for 16-bit floats.")
+]
+OutlierThreshold = Annotated[
+    float | None, typer.Option(callback=at_least(0), help="The paper's τ; lower keeps more outliers.")
+]
 Permutation = Annotated[Order | None, typer.Option(help="Order in which input features are quantized.")]
-Damping = Annotated[float | None, typer.Option(help="Share of mean diag H added to diag H.")]
+Damping = Annotated[float | None, typer.Option(callback=at_least(0), help="Share of mean diag H added to diag H.")]
 Shrinkage = Annotated[
-    float | None, typer.Option(help="Shrinkage of correlations, as a multiple of their sampling noise.")
+    float | None,
+    typer.Option(callback=at_least(0), help="Shrinkage of correlations, as a multiple of their sampling noise."),
 ]
 TargetBits = Annotated[
-    float | None, typer.Option(help="Bits per weight to reach, within 0.02; chooses the settings and the threshold.")
+    float | None,
+    typer.Option(
+        callback=at_least(1, 16), help="Bits per weight to reach, within 0.02; chooses the settings and the threshold."
+    ),
 ]
 NearLossless = Annotated[
     bool,

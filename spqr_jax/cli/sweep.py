@@ -6,21 +6,28 @@ from typing import Annotated
 import typer
 
 from spqr_jax.cli import console
-from spqr_jax.cli.options import Calibration, Json, Model, Seed, SequenceLength, Sequences, StoredType, Texts, Window
+from spqr_jax.cli.options import Calibration, Json, Model, Seed, SequenceLength, Sequences, Texts, Window, at_least
+from spqr_jax.storage.destination import check_outside
+from spqr_jax.storage.paths import absolute, resolved
 
 
 def sweep(
     source: Model,
-    directory: Annotated[Path, typer.Argument(help="Directory of the results: a JSON file per cell of the grid.")],
-    grid: Annotated[Path | None, typer.Option(help="JSON file: a list of settings; default: 31 of them.")] = None,
+    directory: Annotated[
+        Path, typer.Argument(parser=resolved, help="Directory of the results: a JSON file per cell of the grid.")
+    ],
+    grid: Annotated[
+        Path | None, typer.Option(parser=absolute, help="JSON file: a list of settings; default: 31 of them.")
+    ] = None,
     calibration: Calibration = None,
     sequences: Sequences = 32,
     sequence_length: SequenceLength = 512,
     seed: Seed = 0,
     text: Texts = None,
     window: Window = 1024,
-    windows: Annotated[int | None, typer.Option(help="Number of windows to use, from the start.")] = 20,
-    dtype: StoredType = None,
+    windows: Annotated[
+        int | None, typer.Option(callback=at_least(1), help="Number of windows to use, from the start.")
+    ] = 20,
     as_json: Json = False,
 ) -> None:
     """Quantize and measure a model with many settings: a table, a figure, and an ablation.
@@ -38,15 +45,16 @@ def sweep(
     from spqr_jax.measure.perplexity import cut_windows
     from spqr_jax.search.sweep import DEFAULT_GRID, cells, sweep
 
+    check_outside(directory, source)
     new_figure((1, 1))  # reports a missing matplotlib before long work
     chosen = cells(DEFAULT_GRID if grid is None else read_grid(grid))
-    opened = open_model(source, dtype)
+    opened = open_model(source, "float16")
     tokens = calibration_tokens(opened.tokenizer, calibration, sequences, sequence_length, seed)
     parts = cut_windows(evaluation_tokens(opened.tokenizer, text, None, window), window=window, max_windows=windows)
     steps = sweep(opened, directory, chosen, tokens, parts, mesh=mesh_of_all_devices())
     results = list(console.track(steps, len(chosen) + 1, "cells"))
-    (directory / "table.md").write_text(table(results))
-    (directory / "ablation.md").write_text(ablation_table(results))
+    (directory / "table.md").write_text(table(results), encoding="utf-8")
+    (directory / "ablation.md").write_text(ablation_table(results), encoding="utf-8")
     perplexity_figure(results, directory / "perplexity.svg")
     sizes = {r["name"]: f"{r['bits_per_weight']:.2f} bits: {r['perplexity']:.2f}" for r in results}
     console.emit({**sizes, "results": results}, as_json)

@@ -11,7 +11,8 @@ import typer
 
 from pallas_kernels.errors import SpqrError
 from spqr_jax.cli import console
-from spqr_jax.cli.options import ComputingType, Json, Model
+from spqr_jax.cli.options import Json, Model, at_least
+from spqr_jax.storage.paths import absolute
 
 PAPER_TASKS = "winogrande,piqa,hellaswag,arc_easy,arc_challenge"
 """The tasks of the SpQR paper."""
@@ -31,9 +32,10 @@ def tasks(
     fewshot: Annotated[
         int | None, typer.Option(min=0, help="Solved examples in a prompt; default: the task's own number.")
     ] = None,
-    batch: Annotated[int, typer.Option(help="Requests that run together.")] = 8,
-    include_path: Annotated[Path | None, typer.Option(help="Directory of more tasks, as YAML files.")] = None,
-    dtype: ComputingType = None,
+    batch: Annotated[int, typer.Option(callback=at_least(1), help="Requests that run together.")] = 8,
+    include_path: Annotated[
+        Path | None, typer.Option(parser=absolute, help="Directory of more tasks, as YAML files.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Measure accuracy on tasks of EleutherAI's lm-eval, which downloads their data.
@@ -51,7 +53,7 @@ def tasks(
 
     from spqr_jax.cli.harness import SpqrLM
 
-    model = SpqrLM(source, batch_size=batch, dtype=dtype)
+    model = SpqrLM(source, batch_size=batch)
     started = time.perf_counter()
     try:
         found: dict[str, Any] = lm_eval.simple_evaluate(

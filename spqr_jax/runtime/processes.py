@@ -5,7 +5,9 @@ The first process writes files and messages. All compute, and all must reach the
 
 import json
 import os
-from collections.abc import Mapping
+import signal
+from collections.abc import Callable, Mapping
+from threading import Thread
 from typing import Any
 
 import jax
@@ -17,6 +19,33 @@ from pallas_kernels.errors import SpqrError
 
 HEARTBEAT_SECONDS = 30
 """A process that is silent for this long counts as dead, and the others exit."""
+
+
+INTERRUPTED = 130
+"""Exit status of an interrupted process."""
+
+
+def end_on_interrupt(tell: Callable[[], object]) -> None:
+    """Ends this process on Ctrl-C, from a thread; call it before `join`.
+
+    The main thread may wait for other processes inside a library, where Python handles no signals. An ordinary exit
+    would wait for them too, and they for this one.
+
+    Args:
+      tell: called first.
+    """
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    signal.signal(signal.SIGINT, lambda *_: None)
+    signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+
+    def watch() -> None:
+        while os.read(reading, 1) != bytes([signal.SIGINT]):
+            continue
+        tell()
+        os._exit(INTERRUPTED)
+
+    Thread(target=watch, daemon=True).start()
 
 
 def join() -> None:

@@ -289,7 +289,7 @@ def test_commands_take_other_forms(foreign: dict[str, Path], tmp_path: Path) -> 
         (("analyze", "PLAIN", "NEW", "--layers", "layers_7.*"), ["layers_7.*", "layers_0.q_proj"]),
         (("analyze", "PLAIN", "NEW", "--bits", 6, "--sequence-length", 64), ["bits is 6", "layers_0"]),
         (("analyze", "QUANTIZED", "NEW", "--sequence-length", 64), ["quantized already"]),
-        (("generate", "PLAIN", "hi", "--max-new-tokens", 0), ["max_new_tokens"]),
+        (("generate", "PLAIN", "hi", "--max-new-tokens", 0), ["--max-new-tokens is 0"]),
         (("export", "PLAIN", "NEW", "--format", "hf-spqr"), ["no packed matrix"]),
         (("export", "QUANTIZED", "PLAIN", "--format", "hf"), ["exists"]),
         (("export", "QUANTIZED", "NEW", "--format", "hf-spqr", "--dtype", "bfloat16"), ["--dtype", "hf-spqr"]),

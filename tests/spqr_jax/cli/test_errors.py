@@ -75,9 +75,9 @@ def write_files(root: Path) -> None:
         (("quantize", "plain", "new", "--calibration", "nowhere.txt"), "nowhere.txt is neither a file nor one of"),
         (("eval", "plain", "--text", "fractions.npy"), "fractions.npy has float16"),
         (("compare", "plain", "plain", "--text", "rows.jsonl"), "rows.jsonl, row 1 has the columns url"),
-        (("quantize", "plain", "new", "--sequences", 0), "sequences is 0, but must be at least 1"),
-        (("quantize", "plain", "new", "--sequence-length", -1), "sequence length is -1, but must be at least 1"),
-        (("quantize", "plain", "new", "--seed", -1), "seed is -1, but must be at least 0"),
+        (("quantize", "plain", "new", "--sequences", 0), "--sequences is 0, but must be at least 1"),
+        (("quantize", "plain", "new", "--sequence-length", -1), "--sequence-length is -1, but must be at least 1"),
+        (("quantize", "plain", "new", "--seed", -1), "--seed is -1, but must be at least 0"),
         (("eval", "plain", "--text", "latin.txt"), "latin.txt is not a text in UTF-8"),
         (("eval", "plain", "--text", "."), "Is a directory"),
         (("compare", "plain", "plain", "--prompts", 0), "--prompts is 0, but must be at least 1"),
@@ -90,7 +90,7 @@ def write_files(root: Path) -> None:
         (("sweep", "plain", "new", "--grid", "latin.txt"), "latin.txt is not a text in UTF-8"),
         (("generate", "plain", "hi"), "chat template cannot be used (no system role): use --no-chat"),
         (("generate", "plain", "hi", "--no-chat", "--temperature", -1), "temperature"),
-        (("tasks", "plain", "--include-path", "nowhere"), "--include-path nowhere is not a directory"),
+        (("tasks", "plain", "--include-path", "nowhere"), "nowhere is not a directory"),
     ],
 )
 def test_a_users_fault_is_one_line(
