@@ -69,7 +69,7 @@ class Layout:
 
     Attributes:
       targets: those that become parameters.
-      copies: those that may be stored as well, each with the name of the target that it must equal.
+      copies: those that may be stored as well, each with the name of the target that it must equal, or in its place.
       ignored: matches the names of those that are no parameters.
     """
 
@@ -99,6 +99,8 @@ def part_readers(
       >>> part_readers(Layout((target,)), stored, dtype=np.float32, origin="toy")["norm"]()
       {'scale': array([1., 1., 1.], dtype=float32)}
     """
+    alone = {original: stored[copy] for copy, original in layout.copies.items() if copy in stored}
+    stored = {**alone, **stored}
     misfits = sorted(_misfits(layout, stored))
     if misfits:
         raise ConversionError(
@@ -148,4 +150,6 @@ def _misfits(layout: Layout, stored: Mapping[str, StoredTensor]) -> Iterator[str
 
 def _same(first: StoredTensor, second: StoredTensor) -> bool:
     """Whether two dense tensors have the same values; packed ones never count as equal."""
+    if first is second:
+        return True
     return PACKED not in (first.kind, second.kind) and np.array_equal(first.read_array(), second.read_array())

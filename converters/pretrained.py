@@ -14,8 +14,10 @@ from converters.errors import ConversionError
 from converters.families.base import Family
 from converters.families.table import FAMILIES, GGUF_FAMILIES
 from converters.formats.detect import open_source
+from converters.formats.generation_config import generation_options
 from converters.formats.gguf.file import GgufFile
 from converters.formats.gguf.tokenizer import build_tokenizer
+from converters.formats.own_types import OwnTypes, own_types
 from converters.formats.source import Source
 from converters.layout import Params, part_readers
 from spqr_jax.models import Decoder
@@ -34,7 +36,7 @@ class Pretrained(NamedTuple):
     tokenizer: PreTrainedTokenizerFast | None
 
 
-def from_pretrained(path_or_hub_id: str | PathLike[str], *, dtype: DTypeLike = jnp.float32) -> Pretrained:
+def from_pretrained(path_or_hub_id: str | PathLike[str], *, dtype: DTypeLike | None = jnp.float32) -> Pretrained:
     """Reads a checkpoint of a supported family into a Flax model, its parameters and its tokenizer.
 
     Tensors are read one at a time, so the peak is the parameters and one tensor. They stay in host memory, because a
@@ -55,7 +57,7 @@ def from_pretrained(path_or_hub_id: str | PathLike[str], *, dtype: DTypeLike = j
     return Pretrained(source.model, source.read(), source.tokenizer)
 
 
-def open_pretrained(path_or_hub_id: str | PathLike[str], *, dtype: DTypeLike = jnp.float32) -> ModelSource:
+def open_pretrained(path_or_hub_id: str | PathLike[str], *, dtype: DTypeLike | None = jnp.float32) -> ModelSource:
     """Opens a checkpoint of a supported family, to read it block by block; its parameters may exceed the memory.
 
     Args:
@@ -68,7 +70,8 @@ def open_pretrained(path_or_hub_id: str | PathLike[str], *, dtype: DTypeLike = j
         a repository of the Hugging Face hub; only the files above are downloaded, and the cache and `HF_HUB_OFFLINE`
         are respected.
         Code in a checkpoint is never run.
-      dtype: type of the dense parameters and of the model's activations.
+      dtype: type of the dense parameters and of the model's activations; None for the checkpoint's own, see
+        `converters.formats.own_types`.
 
     Raises:
       ConversionError: a file is missing or damaged, the model is of another family or uses an option that is not
@@ -93,8 +96,11 @@ def open_pretrained(path_or_hub_id: str | PathLike[str], *, dtype: DTypeLike = j
             )
     tokenizer = _tokenizer(source)
     layout = family.layout(config, source.naming)
-    parts = part_readers(layout, source.tensors, dtype=dtype, origin=source.path)
-    return ModelSource(family.model(config, dtype=jnp.dtype(dtype), alias=family.alias), parts, tokenizer)
+    types = own_types(source) if dtype is None else OwnTypes(jnp.dtype(dtype), jnp.dtype(dtype))
+    parts = part_readers(layout, source.tensors, dtype=types.weights, origin=source.path)
+    generation = generation_options(source)
+    model = family.model(config, dtype=types.activations, alias=family.alias, generation=generation)
+    return ModelSource(model, parts, tokenizer)
 
 
 def _family(source: Source) -> Family:

@@ -23,6 +23,7 @@ from spqr_jax.cli.models import encode
 from spqr_jax.config import SpqrConfig
 from spqr_jax.measure.perplexity import cut_windows, window_losses
 from spqr_jax.models.decoder import Decoder, Params
+from spqr_jax.models.precision import for_computing
 from spqr_jax.quantization.model import quantize_blocks
 from spqr_jax.storage import checkpoint
 from spqr_jax.storage.directories import bytes_on_disk
@@ -49,7 +50,9 @@ def measure(model: Decoder, params: Params, tokenizer: PreTrainedTokenizerFast |
     """Perplexity of the original, and the seconds to measure it."""
     started = time.perf_counter()
     windows = cut_windows(encode(tokenizer, wikitext2("test")), max_windows=WINDOWS)
-    losses = list(console.track(window_losses(model, params, windows), WINDOWS, "perplexity of the original"))
+    losses = list(
+        console.track(window_losses(for_computing(model), params, windows), WINDOWS, "perplexity of the original")
+    )
     return {"perplexity": float(np.exp(np.mean(losses))), "seconds": time.perf_counter() - started}
 
 

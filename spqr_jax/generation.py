@@ -17,12 +17,17 @@ from pallas_kernels.backends.table import choose
 from pallas_kernels.errors import SpqrError
 from spqr_jax.models.decoder import Decoder, KVCache, Params
 from spqr_jax.models.fusion import fuse_projections
+from spqr_jax.models.overflow import describe_overflow
 from spqr_jax.models.stacked_blocks import level_blocks, stack_blocks
 from spqr_jax.models.token_ids import check_vocabulary
+from spqr_jax.prompts import Prompts, end_tokens, prompt_ids
 from spqr_jax.runtime.x64 import in_32_bits, steps_in_32_bits
 
 # Lengths are rounded up to a multiple of 64, so that prompts of similar lengths share a compiled program.
 _BUCKET = 64
+
+LEAST_TEMPERATURE = 1e-6
+"""Logits divided by less could pass the range of float32."""
 
 
 @dataclass(frozen=True)
@@ -37,11 +42,17 @@ class Policy:
 
 @flax.struct.dataclass
 class State:
-    """State of decoding: the first `step` columns of `tokens` are chosen, all but the last of them are in `cache`."""
+    """State of decoding: the first `step` columns of `tokens` are chosen, all but the last of them are in `cache`.
+
+    Attributes:
+      stopped: sequences that have ended.
+      finite: sequences whose logits were finite as long as they had not ended.
+    """
 
     cache: KVCache
     tokens: Int[Array, "batch capacity"]
     stopped: Bool[Array, " batch"]
+    finite: Bool[Array, " batch"]
     step: Int[Array, ""]
     key: Key[Array, ""]
 
@@ -50,14 +61,15 @@ class State:
 def generate(
     model: Decoder,
     params: Params,
-    prompts: Sequence[Sequence[int]],
+    prompts: Prompts,
     *,
     max_new_tokens: int,
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
     seed: int = 0,
-    stop_tokens: Collection[int] = (),
+    stop_tokens: Collection[int] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> list[list[int]]:
     """Continues each prompt by up to `max_new_tokens` tokens.
 
@@ -68,24 +80,28 @@ def generate(
     Args:
       model: the language model.
       params: its parameters, dense or packed; apply `for_decoding` once where there are many calls.
-      prompts: token ids of one or more prompts; their lengths may differ.
+      prompts: token ids, as lists or arrays whose lengths may differ or as one array `[batch, tokens]`, or texts.
       max_new_tokens: most tokens to add to each prompt.
       temperature: 0 for greedy decoding.
       top_k: number of tokens to draw from, or None for all.
       top_p: probability in (0, 1] of the tokens to draw from, or None for all.
       seed: of the random numbers, from 0 to 2⁶⁴ − 1; the same seed gives the same tokens.
-      stop_tokens: ids that end a sequence.
+      stop_tokens: ids that end a sequence; None for `end_tokens`, all that end the model's texts.
+      tokenizer: makes token ids of texts, with the special tokens that it puts around them; needed for texts only.
 
     Returns:
       The new tokens of each prompt, up to its first stop token, without it.
 
     Raises:
-      SpqrError: an argument is out of its range, a prompt is empty or has an id outside the vocabulary, or a prompt
-        and its new tokens exceed the positions of the model.
+      SpqrError: an argument is out of its range, a prompt is empty, has an id outside the vocabulary, or is a text
+        without a tokenizer, a prompt and its new tokens exceed the positions of the model, or logits are not finite,
+        with the block where they became so.
 
     Example:
       >>> [len(tokens) for tokens in generate(model, params, [[84, 104], [28]], max_new_tokens=3)]
       [3, 3]
+      >>> [len(tokens) for tokens in generate(model, params, "The sky", max_new_tokens=3, tokenizer=tokenizer)]
+      [3]
     """
     chunks = stream(
         model,
@@ -97,6 +113,7 @@ def generate(
         top_p=top_p,
         seed=seed,
         stop_tokens=stop_tokens,
+        tokenizer=tokenizer,
         chunk=max_new_tokens,
     )
     return next(chunks)
@@ -106,14 +123,15 @@ def generate(
 def stream(
     model: Decoder,
     params: Params,
-    prompts: Sequence[Sequence[int]],
+    prompts: Prompts,
     *,
     max_new_tokens: int,
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
     seed: int = 0,
-    stop_tokens: Collection[int] = (),
+    stop_tokens: Collection[int] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     chunk: int = 1,
 ) -> Iterator[list[list[int]]]:
     """Yields the tokens of `generate` as soon as they are computed, `chunk` at a time.
@@ -125,20 +143,22 @@ def stream(
       An iterator over lists of the next tokens of each prompt, empty for one that has stopped.
 
     Raises:
-      SpqrError: as `generate`, when called.
+      SpqrError: as `generate`, when called; that logits are not finite, while iterating.
 
     Example:
       >>> [len(tokens) for (tokens,) in stream(model, params, [[84, 104]], max_new_tokens=5, chunk=2)]
       [2, 2, 1]
     """
-    policy = Policy(temperature, top_k, top_p, tuple(stop_tokens))
-    _check(model, prompts, max_new_tokens, policy)
+    ends = end_tokens(model, tokenizer) if stop_tokens is None else tuple(stop_tokens)
+    policy = Policy(temperature, top_k, top_p, ends)
+    ids = prompt_ids(prompts, tokenizer)
+    _check(model, ids, max_new_tokens, policy)
     if not 0 <= seed < 2**64:
         raise SpqrError(f"seed is {seed}, but must be at least 0 and below 2^64")
     if chunk < 1:
         raise SpqrError(f"chunk is {chunk}, but must be at least 1")
     params = for_decoding(model, params)
-    state, tokens, mask = start(model, params, prompts, max_new_tokens, seed)
+    state, tokens, mask = start(model, params, ids, max_new_tokens, seed)
 
     def chunks(state: State) -> Iterator[list[list[int]]]:
         state = extend(model, policy, params, state, tokens, mask)
@@ -147,6 +167,7 @@ def stream(
             if limit > 1:
                 state = decode(model, policy, params, state, limit)
             rows = np.asarray(state.tokens)[:, :limit].tolist()
+            _check_finite(model, params, ids, rows, np.asarray(state.finite))
             yield [_until_stop(row, policy.stop_tokens)[begin:] for row in rows]
             if state.stopped.all():
                 return
@@ -163,23 +184,6 @@ def for_decoding(model: Decoder, params: Params) -> Params:
     """
     fused = fuse_projections(params, model)
     return jax.device_put(level_blocks(fused) if choose(None).kernels else stack_blocks(fused))
-
-
-def chat_prompt(tokenizer: PreTrainedTokenizerBase, message: str) -> list[int]:
-    """Token ids of a user's message in the tokenizer's chat template, or of the plain text where it has none.
-
-    Args:
-      tokenizer: a tokenizer of `transformers`.
-      message: the user's message.
-
-    Example:
-      >>> tokenizer.decode(chat_prompt(tokenizer, "What is gravity?"))
-      'What is gravity?...'
-    """
-    if not tokenizer.chat_template:
-        return list(tokenizer.encode(message))
-    conversation = [{"role": "user", "content": message}]
-    return list(tokenizer.apply_chat_template(conversation, add_generation_prompt=True, return_dict=False))
 
 
 @in_32_bits
@@ -206,6 +210,7 @@ def start(
         cache=model.init_cache(params, batch, length + capacity),
         tokens=jnp.zeros((batch, capacity), jnp.int32),
         stopped=jnp.zeros(batch, bool),
+        finite=jnp.ones(batch, bool),
         step=jnp.zeros((), jnp.int32),
         key=_key(seed),
     )
@@ -239,6 +244,7 @@ def extend(
     return State(
         cache=cache,
         tokens=jax.lax.dynamic_update_slice_in_dim(state.tokens, chosen[:, None], state.step, axis=1),
+        finite=state.finite & (state.stopped | jnp.isfinite(logits).all(axis=-1)),
         stopped=state.stopped | jnp.isin(chosen, jnp.asarray(policy.stop_tokens, jnp.int32)),
         step=state.step + 1,
         key=key,
@@ -297,11 +303,24 @@ def _until_stop(tokens: list[int], stop_tokens: tuple[int, ...]) -> list[int]:
     return tokens[:end]
 
 
+def _check_finite(
+    model: Decoder,
+    params: Params,
+    prompts: Sequence[Sequence[int]],
+    rows: list[list[int]],
+    finite: Bool[np.ndarray, " batch"],
+) -> None:
+    """Raises a SpqrError that names the first sequence whose logits were not finite, and where they became so."""
+    for index in np.flatnonzero(~finite):
+        where = describe_overflow(model, params, np.array([[*prompts[index], *rows[index][:-1]]]))
+        raise SpqrError(f"the next token after prompt {index} cannot be chosen, because {where}")
+
+
 def _check(model: Decoder, prompts: Sequence[Sequence[int]], max_new_tokens: int, policy: Policy) -> None:
     if max_new_tokens < 1:
         raise SpqrError(f"max_new_tokens is {max_new_tokens}, but must be at least 1")
-    if not 0 <= policy.temperature < math.inf:
-        raise SpqrError(f"temperature is {policy.temperature}, but must be 0 or a positive number")
+    if policy.temperature != 0 and not LEAST_TEMPERATURE <= policy.temperature < math.inf:
+        raise SpqrError(f"temperature is {policy.temperature}, but must be 0 or a number from {LEAST_TEMPERATURE:g} on")
     if policy.top_k is not None and policy.top_k < 1:
         raise SpqrError(f"top_k is {policy.top_k}, but must be at least 1")
     if policy.top_p is not None and not 0 < policy.top_p <= 1:

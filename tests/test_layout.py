@@ -20,8 +20,8 @@ ROOMS = {
         *("aot", "benchmark", "tuning.command", "tune"),
     ),
     "spqr_jax": (
-        *("_version", "config", "texts", "runtime", "models", "generation", "quantization", "storage", "measure"),
-        *("_public", "search", "analyze", "figures", "cli", "benchmark", "demo"),
+        *("_version", "config", "texts", "runtime", "models", "prompts", "generation", "quantization", "storage"),
+        *("measure", "_public", "search", "analyze", "figures", "cli", "benchmark", "demo"),
     ),
     "converters": ("errors", "layout", "formats", "families", "pretrained", "export", "smollm2"),
 }

@@ -172,7 +172,8 @@ def _halves_from_pairs(rows: Float[np.ndarray, "out *in"], head_dim: int) -> Flo
 
 LLAMA = Family(
     name="llama",
-    architectures=("LlamaForCausalLM",),
+    # The second is the spelling before transformers 4.28.
+    architectures=("LlamaForCausalLM", "LLaMAForCausalLM"),
     model=Llama,
     read=read,
     write=write,
@@ -182,7 +183,6 @@ LLAMA = Family(
     neutral={
         **base.HUGGINGFACE_NEUTRAL,
         "hidden_act": ("silu", "swish"),
-        "pretraining_tp": (None, 1),
         "rope_interleaved": (None, False),
     },
 )

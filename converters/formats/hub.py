@@ -8,7 +8,7 @@ from huggingface_hub.errors import RepositoryNotFoundError
 
 from converters.errors import ConversionError
 
-_DESCRIPTION = ("config.json", "tokenizer*", "special_tokens_map.json", "chat_template*")
+_DESCRIPTION = ("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "chat_template*")
 _SAFETENSORS = ("model*.safetensors", "model.safetensors.index.json")
 _PYTORCH = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
 

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from spqr_jax.cli import console
-from spqr_jax.cli.options import Calibration, Json, Model, Seed, SequenceLength, Sequences, at_least
+from spqr_jax.cli.options import Calibration, Json, Model, Seed, SequenceLength, Sequences, StoredType, at_least
 from spqr_jax.storage.destination import check_destination, check_outside
 from spqr_jax.storage.paths import resolved
 
@@ -27,6 +27,7 @@ def analyze(
     sequences: Sequences = 32,
     sequence_length: SequenceLength = 512,
     seed: Seed = 0,
+    dtype: StoredType = None,
     as_json: Json = False,
 ) -> None:
     """Measure how sensitive each weight is to rounding, and where the sensitive ones lie.
@@ -46,7 +47,7 @@ def analyze(
     check_outside(destination, source)
     check_destination(destination)
     new_figure((1, 1))  # reports a missing matplotlib before long work
-    opened = open_model(source, "float16")
+    opened = open_model(source, dtype)
     middle = opened.model.config.num_layers // 2
     drawn = matching(layers or f"{layer_name(middle)}.*", matrix_names(opened.model))
     tokens = calibration_tokens(opened.tokenizer, calibration, sequences, sequence_length, seed)

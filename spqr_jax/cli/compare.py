@@ -7,7 +7,7 @@ import typer
 
 from pallas_kernels.errors import SpqrError
 from spqr_jax.cli import console
-from spqr_jax.cli.options import Json, Model, PaperText, Texts, Window, Windows, at_least
+from spqr_jax.cli.options import ComputingType, Json, Model, PaperText, Texts, Window, Windows, at_least
 
 
 def compare(
@@ -17,6 +17,7 @@ def compare(
     protocol: PaperText = None,
     window: Window = 1024,
     windows: Windows = None,
+    dtype: ComputingType = None,
     prompts: Annotated[
         int, typer.Option(callback=at_least(1), help="Number of prompts: the starts of the first windows.")
     ] = 16,
@@ -38,8 +39,8 @@ def compare(
     from spqr_jax.measure.divergence import mean_divergence, window_divergences
     from spqr_jax.measure.perplexity import cut_windows
 
-    model, before, tokenizer = load_model(original, "float32")
-    other, after, _ = load_model(quantized, "float32")
+    model, before, tokenizer = load_model(original, dtype)
+    other, after, _ = load_model(quantized, dtype)
     if model.config != other.config:
         raise SpqrError(f"{original} and {quantized} are not the same model: {model.config} and {other.config}")
     started = time.perf_counter()

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from spqr_jax.cli import console
-from spqr_jax.cli.options import Json, Model, PaperText, Texts, Window, Windows, at_least
+from spqr_jax.cli.options import ComputingType, Json, Model, PaperText, Texts, Window, Windows, at_least
 
 
 def evaluate(
@@ -18,6 +18,7 @@ def evaluate(
         int | None, typer.Option(callback=at_least(1), help="Tokens between the starts of windows that overlap.")
     ] = None,
     windows: Windows = None,
+    dtype: ComputingType = None,
     as_json: Json = False,
 ) -> None:
     """Measure perplexity on a text.
@@ -29,7 +30,7 @@ def evaluate(
     from spqr_jax.measure.perplexity import counted_perplexity, counted_windows, token_losses
     from spqr_jax.storage.totals import summarize
 
-    model, params, tokenizer = load_model(source, "float32")
+    model, params, tokenizer = load_model(source, dtype)
     started = time.perf_counter()
     ids = evaluation_tokens(tokenizer, text, protocol, window)
     parts, counted = counted_windows(ids, window=window, stride=stride, max_windows=windows)

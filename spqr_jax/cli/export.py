@@ -8,7 +8,7 @@ import typer
 
 from pallas_kernels.errors import SpqrError
 from spqr_jax.cli import console
-from spqr_jax.cli.options import Json, Model
+from spqr_jax.cli.options import Dtype, Json, Model
 from spqr_jax.storage.destination import check_destination, check_outside
 from spqr_jax.storage.paths import resolved
 
@@ -21,14 +21,6 @@ class Format(StrEnum):
     HF_SPQR = "hf-spqr"
 
 
-class Dtype(StrEnum):
-    """Types of exported dense weights."""
-
-    FLOAT16 = "float16"
-    BFLOAT16 = "bfloat16"
-    FLOAT32 = "float32"
-
-
 def export(
     source: Model,
     destination: Annotated[Path, typer.Argument(parser=resolved, help="Directory to write; must not exist.")],
@@ -39,7 +31,7 @@ def export(
             help="hf: Hugging Face, dequantized; hf-spqr: the official packed format; spqr: a checkpoint of spqr.",
         ),
     ],
-    dtype: Annotated[Dtype | None, typer.Option(help="Type of the weights of hf; default: float16.")] = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="Type of the weights of hf; default: the checkpoint's.")] = None,
     as_json: Json = False,
 ) -> None:
     """Write a checkpoint in another form.
@@ -47,18 +39,18 @@ def export(
     Example: spqr export smollm2-spqr smollm2-hf --format hf
     """
     from converters import export_hf_spqr, export_huggingface
-    from spqr_jax.cli.models import load_model
+    from spqr_jax.cli.models import open_model
     from spqr_jax.storage import checkpoint
     from spqr_jax.storage.directories import bytes_on_disk
 
     if dtype is not None and as_format is not Format.HF:
         raise SpqrError(f"--dtype {dtype} needs --format hf, but the format is {as_format}: leave it out")
-    kind = dtype or Dtype.FLOAT16
     check_outside(destination, source)
     check_destination(destination)
-    model, params, tokenizer = load_model(source, kind)
+    opened = open_model(source)
+    model, params, tokenizer = opened.model, opened.read(), opened.tokenizer
     if as_format is Format.HF:
-        export_huggingface(destination, model, params, tokenizer=tokenizer, dtype=kind.value)
+        export_huggingface(destination, model, params, tokenizer=tokenizer, dtype=dtype and dtype.value)
     elif as_format is Format.HF_SPQR:
         export_hf_spqr(destination, model, params, tokenizer=tokenizer)
     else:

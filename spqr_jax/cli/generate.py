@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from spqr_jax.cli import console
-from spqr_jax.cli.options import LARGEST_SEED, Json, Model, at_least, over
+from spqr_jax.cli.options import LARGEST_SEED, ComputingType, Json, Model, at_least, over
 
 
 def generate(
@@ -21,19 +21,20 @@ def generate(
     ] = None,
     seed: Annotated[int, typer.Option(callback=at_least(0, LARGEST_SEED), help="Seed of sampling.")] = 0,
     chat: Annotated[bool, typer.Option(help="Use the tokenizer's chat template where it has one.")] = True,
+    dtype: ComputingType = None,
     as_json: Json = False,
 ) -> None:
     """Generate text.
 
     Example: spqr generate smollm2-spqr "Why is the sky blue?" --temperature 0.7
     """
-    from spqr_jax.cli.models import chat_ids, decode, encode, load_model, require
+    from spqr_jax.cli.models import decode, load_model, require
     from spqr_jax.generation import stream
+    from spqr_jax.prompts import chat_prompt, end_tokens, text_ids
 
-    model, params, found = load_model(source, "float32")
+    model, params, found = load_model(source, dtype)
     tokenizer = require(found)
-    ids = chat_ids(tokenizer, prompt) if chat else encode(tokenizer, prompt)
-    stops = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
+    ids = chat_prompt(tokenizer, prompt) if chat else text_ids(tokenizer, prompt)
     started = time.perf_counter()
     steps = stream(
         model,
@@ -44,7 +45,7 @@ def generate(
         top_k=top_k,
         top_p=top_p,
         seed=seed,
-        stop_tokens=stops,
+        stop_tokens=end_tokens(model, tokenizer),
     )
     tokens: list[int] = []
     shown = ""

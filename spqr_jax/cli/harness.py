@@ -25,9 +25,10 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from pallas_kernels.errors import SpqrError
-from spqr_jax.cli.models import decode, float_type, load_model, require
+from spqr_jax.cli.models import decode, load_model, require
 from spqr_jax.generation import for_decoding, stream
 from spqr_jax.measure.likelihood import likelihoods
+from spqr_jax.prompts import chat_text, end_tokens
 
 STOP_CHECK = 16
 """Tokens generated between two searches for the texts that end an answer."""
@@ -44,7 +45,7 @@ class SpqrLM(TemplateLM):
       pretrained: the checkpoint.
       batch_size: requests that run together.
       max_length: most tokens of a request; None for the model's positions.
-      dtype: floating-point type of dense parameters and of activations.
+      dtype: type of activations and of dense parameters; None for the checkpoint's own, on a CPU float32.
       device, max_batch_size: arguments that lm-eval passes for PyTorch, ignored here.
 
     Raises:
@@ -60,7 +61,7 @@ class SpqrLM(TemplateLM):
         pretrained: str,
         batch_size: int | str = 8,
         max_length: int | None = None,
-        dtype: str = "float32",
+        dtype: str | None = None,
         device: str | None = None,
         max_batch_size: int | None = None,
     ) -> None:
@@ -69,9 +70,7 @@ class SpqrLM(TemplateLM):
             raise SpqrError(f"batch_size is {batch_size}, but must be a number of at least 1")
         self.batch_size = int(batch_size)
         model, params, tokenizer = load_model(pretrained, dtype)
-        self.tokenizer = require(tokenizer)
-        # A checkpoint of this project would otherwise compute in the type that it stores.
-        self.model = model.clone(dtype=float_type(dtype))
+        self.model, self.tokenizer = model, require(tokenizer)
         positions = self.model.config.max_positions
         self.max_length = positions if max_length is None else max_length
         if not 1 <= self.max_length <= positions:
@@ -98,14 +97,12 @@ class SpqrLM(TemplateLM):
         return self.tokenizer.name_or_path.replace("/", "__")
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        text = self.tokenizer.apply_chat_template(
+        return chat_text(
+            self.tokenizer,
             chat_history,
-            tokenize=False,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=not add_generation_prompt,
         )
-        assert isinstance(text, str)
-        return text
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         if add_special_tokens is None:
@@ -183,9 +180,9 @@ class SpqrLM(TemplateLM):
                 f"{asked['max_gen_toks']} new tokens (max_gen_toks) leave no room for a prompt in a max_length of "
                 f"{self.max_length}: raise it"
             )
-        end = self.eot_token_id
-        ending = None if end is None else decode(self.tokenizer, [end], special=True)
-        until = handle_stop_sequences(asked["until"], ending)
+        ends = end_tokens(self.model, self.tokenizer)
+        last = None if self.eot_token_id is None else decode(self.tokenizer, [self.eot_token_id], special=True)
+        until = handle_stop_sequences(asked["until"], last)
         chunks = stream(
             self.model,
             self.params,
@@ -195,7 +192,7 @@ class SpqrLM(TemplateLM):
             top_k=asked.get("top_k"),
             top_p=asked.get("top_p"),
             seed=seed,
-            stop_tokens=() if end is None else (end,),
+            stop_tokens=ends,
             chunk=STOP_CHECK,
         )
         written: list[list[int]] = [[] for _ in prompts]

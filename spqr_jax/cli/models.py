@@ -8,75 +8,90 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jinja2 import TemplateError
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jaxtyping import DTypeLike
 from transformers import PreTrainedTokenizerFast
 
 from converters import open_pretrained
 from pallas_kernels import SpqrTensor
 from pallas_kernels.errors import SpqrError
 from spqr_jax.cli.text_files import read_text
-from spqr_jax.generation import chat_prompt
 from spqr_jax.models.decoder import Decoder, Params
+from spqr_jax.models.precision import DTYPES, for_computing
 from spqr_jax.storage import checkpoint
 from spqr_jax.storage.model_source import ModelSource
 
 
-def load_model(source: str, dtype: str) -> tuple[Decoder, Params, PreTrainedTokenizerFast | None]:
-    """Model, parameters and tokenizer of a checkpoint of ours or of another project.
+def load_model(source: str, dtype: str | None = None) -> tuple[Decoder, Params, PreTrainedTokenizerFast | None]:
+    """Model, parameters and tokenizer of a checkpoint of ours or of another project, in the type to compute in.
 
     Args:
       source: a directory, a file or a hub id.
-      dtype: type of the dense parameters.
+      dtype: type of the activations and of the dense parameters; None chooses it, see `models.precision`.
 
     Raises:
-      SpqrError: the type is none of JAX's, or the checkpoint cannot be read.
+      SpqrError: the type is not supported, or the checkpoint cannot be read.
     """
     opened = open_model(source, dtype)
+    if dtype is None:
+        opened = _in_type(opened, for_computing(opened.model).dtype)
     return opened.model, opened.read(), opened.tokenizer
 
 
-def open_model(source: str, dtype: str) -> ModelSource:
+def open_model(source: str, dtype: str | None = None) -> ModelSource:
     """A checkpoint of ours or of another project, opened without reading its parameters.
 
     Args:
       source: a directory, a file or a hub id.
-      dtype: type of the dense parameters.
+      dtype: type of the model and of its dense parameters; None keeps the checkpoint's own types.
 
     Raises:
-      SpqrError: the type is none of JAX's, or the checkpoint cannot be opened.
+      SpqrError: the type is not supported, or the checkpoint cannot be opened.
     """
-    floating = float_type(dtype)
+    chosen = None if dtype is None else float_type(dtype)
     if not checkpoint.is_checkpoint(source):
-        return open_pretrained(source, dtype=floating)
+        return open_pretrained(source, dtype=chosen)
     opened = checkpoint.open_checkpoint(source)
+    return opened if chosen is None else _in_type(opened, chosen)
 
-    def cast(leaf: Any) -> Any:
-        is_weight = not isinstance(leaf, SpqrTensor) and jnp.issubdtype(leaf.dtype, jnp.floating)
-        return leaf.astype(floating) if is_weight else leaf
+
+def _in_type(source: ModelSource, dtype: DTypeLike) -> ModelSource:
+    """The source with another type of activations and of dense parameters."""
 
     def read(name: str) -> Params:
-        return jax.tree.map(cast, opened.parts[name](), is_leaf=lambda leaf: isinstance(leaf, SpqrTensor))
+        leaves = flatten_dict(source.parts[name]())
+        return unflatten_dict({path: _cast(leaf, dtype, ".".join((name, *path))) for path, leaf in leaves.items()})
 
-    return opened._replace(parts={name: partial(read, name) for name in opened.parts})
+    parts = {name: partial(read, name) for name in source.parts}
+    return source._replace(model=source.model.clone(dtype=dtype), parts=parts)
+
+
+def _cast(leaf: Any, dtype: DTypeLike, name: str) -> Any:
+    """A dense weight in another type; packed matrices stay as they are."""
+    if isinstance(leaf, SpqrTensor) or not jnp.issubdtype(leaf.dtype, jnp.floating):
+        return leaf
+    with np.errstate(over="ignore"):
+        weight = leaf.astype(dtype)
+    if dtype == jnp.float16 and not np.isfinite(weight).all():
+        largest = float(np.abs(leaf).max())
+        raise SpqrError(f"{name} has weights up to {largest:g}, too large for float16: choose bfloat16 or float32")
+    return weight
 
 
 def float_type(name: str) -> jnp.dtype:
     """The floating-point type of a name.
 
     Raises:
-      SpqrError: there is none of this name.
+      SpqrError: it is none of `models.precision.DTYPES`.
 
     Example:
       >>> float_type("bfloat16")
       dtype(bfloat16)
     """
-    try:
-        found = jnp.dtype(name)
-    except TypeError:
-        found = None
-    if found is None or not jnp.issubdtype(found, jnp.floating):
+    if name not in DTYPES:
         raise SpqrError(f"dtype is {name}, but must be a floating-point type: float16, bfloat16 or float32")
-    return found
+    return jnp.dtype(name)
 
 
 def require(tokenizer: PreTrainedTokenizerFast | None) -> PreTrainedTokenizerFast:
@@ -104,18 +119,6 @@ def decode(tokenizer: PreTrainedTokenizerFast, ids: Sequence[int], *, special: b
     text = tokenizer.decode(list(ids), skip_special_tokens=not special)
     assert isinstance(text, str)  # a list only of a batch
     return text
-
-
-def chat_ids(tokenizer: PreTrainedTokenizerFast, message: str) -> list[int]:
-    """Token ids of a message in the tokenizer's chat template, or of the message alone where it has none.
-
-    Raises:
-      SpqrError: the template refuses the message, or is damaged.
-    """
-    try:
-        return chat_prompt(tokenizer, message)
-    except TemplateError as error:
-        raise SpqrError(f"the tokenizer's chat template cannot be used ({error}): use --no-chat") from None
 
 
 def read_grid(file: Path) -> list[Any]:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from enum import StrEnum
 from typing import Annotated, Any
 
 import typer
@@ -51,6 +52,23 @@ Model = Annotated[
         help="A checkpoint of spqr; a Hugging Face directory or hub id (safetensors, PyTorch or SpQR); "
         "a directory that the official SpQR code has written; or a GGUF file."
     ),
+]
+
+
+class Dtype(StrEnum):
+    """Types of activations, and of weights that are not packed."""
+
+    FLOAT16 = "float16"
+    BFLOAT16 = "bfloat16"
+    FLOAT32 = "float32"
+
+
+StoredType = Annotated[
+    Dtype | None,
+    typer.Option("--dtype", help="Type of the model, and of weights that are not packed; default: the checkpoint's."),
+]
+ComputingType = Annotated[
+    Dtype | None, typer.Option("--dtype", help="Type to compute in; default: the checkpoint's, on a CPU float32.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 

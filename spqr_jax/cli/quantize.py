@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from spqr_jax.cli import console, settings
-from spqr_jax.cli.options import Calibration, Json, Model, Seed, SequenceLength, Sequences
+from spqr_jax.cli.options import Calibration, Json, Model, Seed, SequenceLength, Sequences, StoredType
 from spqr_jax.config import COMPACT, Method
 from spqr_jax.storage.destination import check_outside
 from spqr_jax.storage.paths import resolved
@@ -44,6 +44,7 @@ def quantize(
     hidden_on_disk: HiddenOnDisk = False,
     overwrite: Overwrite = False,
     distributed: Distributed = False,
+    dtype: StoredType = None,
     as_json: Json = False,
 ) -> None:
     """Quantize a model and save it, one block in memory at a time, on all devices.
@@ -66,7 +67,7 @@ def quantize(
     from spqr_jax.cli.quantization import describe_run, run, search
     from spqr_jax.search.target_bits import settings_for
 
-    opened = open_model(source, "float16")
+    opened = open_model(source, dtype)
     default = settings_for(opened, target_bits) if target_bits is not None and chosen.by_size else COMPACT
     config = chosen.config(default)
     mesh = mesh_of_all_devices()

@@ -6,7 +6,18 @@ from typing import Annotated
 import typer
 
 from spqr_jax.cli import console
-from spqr_jax.cli.options import Calibration, Json, Model, Seed, SequenceLength, Sequences, Texts, Window, at_least
+from spqr_jax.cli.options import (
+    Calibration,
+    Json,
+    Model,
+    Seed,
+    SequenceLength,
+    Sequences,
+    StoredType,
+    Texts,
+    Window,
+    at_least,
+)
 from spqr_jax.storage.destination import check_outside
 from spqr_jax.storage.paths import absolute, resolved
 
@@ -28,6 +39,7 @@ def sweep(
     windows: Annotated[
         int | None, typer.Option(callback=at_least(1), help="Number of windows to use, from the start.")
     ] = 20,
+    dtype: StoredType = None,
     as_json: Json = False,
 ) -> None:
     """Quantize and measure a model with many settings: a table, a figure, and an ablation.
@@ -48,7 +60,7 @@ def sweep(
     check_outside(directory, source)
     new_figure((1, 1))  # reports a missing matplotlib before long work
     chosen = cells(DEFAULT_GRID if grid is None else read_grid(grid))
-    opened = open_model(source, "float16")
+    opened = open_model(source, dtype)
     tokens = calibration_tokens(opened.tokenizer, calibration, sequences, sequence_length, seed)
     parts = cut_windows(evaluation_tokens(opened.tokenizer, text, None, window), window=window, max_windows=windows)
     steps = sweep(opened, directory, chosen, tokens, parts, mesh=mesh_of_all_devices())

@@ -11,7 +11,7 @@ import typer
 
 from pallas_kernels.errors import SpqrError
 from spqr_jax.cli import console
-from spqr_jax.cli.options import Json, Model, at_least
+from spqr_jax.cli.options import ComputingType, Json, Model, at_least
 from spqr_jax.storage.paths import absolute
 
 PAPER_TASKS = "winogrande,piqa,hellaswag,arc_easy,arc_challenge"
@@ -36,6 +36,7 @@ def tasks(
     include_path: Annotated[
         Path | None, typer.Option(parser=absolute, help="Directory of more tasks, as YAML files.")
     ] = None,
+    dtype: ComputingType = None,
     as_json: Json = False,
 ) -> None:
     """Measure accuracy on tasks of EleutherAI's lm-eval, which downloads their data.
@@ -53,7 +54,7 @@ def tasks(
 
     from spqr_jax.cli.harness import SpqrLM
 
-    model = SpqrLM(source, batch_size=batch)
+    model = SpqrLM(source, batch_size=batch, dtype=dtype)
     started = time.perf_counter()
     try:
         found: dict[str, Any] = lm_eval.simple_evaluate(

@@ -63,4 +63,4 @@ def continue_greedily(
       >>> continue_greedily(model, params, np.array([[50, 35]]), 3).shape
       (1, 3)
     """
-    return np.array(generate(model, params, prompts.tolist(), max_new_tokens=new_tokens))
+    return np.array(generate(model, params, prompts, max_new_tokens=new_tokens, stop_tokens=()))

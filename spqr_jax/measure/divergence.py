@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.errors import SpqrError
 from spqr_jax.measure.perplexity import HEAD_POSITIONS, check_windows
 from spqr_jax.models.decoder import Decoder, Params
+from spqr_jax.models.overflow import describe_overflow, first_overflow
 from spqr_jax.models.stacked_blocks import stack_blocks
 from spqr_jax.runtime.x64 import steps_in_32_bits
 
@@ -56,8 +57,11 @@ def window_divergences(
         for index, tokens in enumerate(windows):
             divergence = Divergence(*map(float, _divergence(model, original, quantized, tokens)))
             if not np.isfinite(divergence.kl):
+                overflows = first_overflow(model, original, tokens[None]) is not None
+                name, params = ("original", original) if overflows else ("quantized", quantized)
+                where = describe_overflow(model, params, tokens[None])
                 raise SpqrError(
-                    f"the divergence of window {index} is {divergence.kl}, not finite: check both models' parameters"
+                    f"the divergence of window {index} is {divergence.kl}, because in the {name} model {where}"
                 )
             yield divergence
 

@@ -14,6 +14,7 @@ from pallas_kernels.errors import SpqrError
 from spqr_jax.generation import for_decoding, pad_left
 from spqr_jax.measure.perplexity import HEAD_POSITIONS
 from spqr_jax.models.decoder import Decoder, KVCache, Params, State
+from spqr_jax.models.overflow import describe_overflow
 from spqr_jax.models.token_ids import check_vocabulary
 from spqr_jax.runtime.x64 import steps_in_32_bits
 
@@ -87,12 +88,12 @@ def _batch(model: Decoder, params: Params, pairs: list[tuple[Tokens, Tokens]], b
         inputs[row, : len(continuation)] = context[-1], *continuation[:-1]
         targets[row, : len(continuation)] = continuation
     logs, likeliest = map(np.asarray, _score(model, params, seen, mask, rows, inputs, targets))
-    for (_, continuation), log, top in zip(pairs, logs, likeliest, strict=False):
+    for (context, continuation), log, top in zip(pairs, logs, likeliest, strict=False):
         total = float(log[: len(continuation)].sum(dtype=np.float64))
         if not np.isfinite(total):
+            where = describe_overflow(model, params, np.array([[*context, *continuation[:-1]]]))
             raise SpqrError(
-                f"the log-likelihood of a continuation of {len(continuation)} tokens is {total}, not finite: check the "
-                "model's parameters"
+                f"the log-likelihood of a continuation of {len(continuation)} tokens is {total}, because {where}"
             )
         yield Likelihood(total, bool(top[: len(continuation)].all()))
 

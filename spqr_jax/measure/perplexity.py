@@ -15,6 +15,7 @@ from numpy.typing import ArrayLike
 
 from pallas_kernels.errors import SpqrError
 from spqr_jax.models.decoder import Decoder, Params
+from spqr_jax.models.overflow import describe_overflow
 from spqr_jax.models.stacked_blocks import stack_blocks
 from spqr_jax.models.token_ids import check_vocabulary
 from spqr_jax.runtime.x64 import steps_in_32_bits
@@ -161,7 +162,7 @@ def token_losses(
 
     Raises:
       SpqrError: a window exceeds the model's positions, an id is outside the vocabulary, or, while iterating, a loss is
-        not finite.
+        not finite; the message names the block where the pass overflowed.
 
     Example:
       >>> [losses.shape for losses in token_losses(model, params, calibration[:2])]
@@ -177,9 +178,8 @@ def token_losses(
             batch = np.asarray(_losses(model, params, windows[start : start + at_once]))
             for index, loss in enumerate(batch, start):
                 if not np.isfinite(loss).all():
-                    raise SpqrError(
-                        f"the loss of window {index} is {loss.mean()}, not finite: check the model's parameters"
-                    )
+                    where = describe_overflow(model, params, windows[index : index + 1])
+                    raise SpqrError(f"the loss of window {index} is {loss.mean()}, because {where}")
                 yield loss
 
     return losses()

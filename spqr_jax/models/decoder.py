@@ -6,7 +6,7 @@ takes one forward pass per block, and each matrix is quantized for the inputs th
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -17,6 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, DTypeLike, Float, Int, Integer
 
+from spqr_jax.models.generation_options import GenerationOptions
 from spqr_jax.models.layers import Linear, linear, mesh_of
 from spqr_jax.models.model_config import ModelConfig
 
@@ -141,6 +142,8 @@ class Decoder(nn.Module):
       config: sizes and options.
       dtype: type of the activations.
       alias: name under which the model was published, where it is not the family's: exports have it again.
+      generation: what its authors generate with, and the tokens that end its texts. Models that differ in nothing else
+        are equal.
 
     Example:
       >>> tokens = jnp.array([[72, 105]])
@@ -155,6 +158,7 @@ class Decoder(nn.Module):
     config: ModelConfig
     dtype: DTypeLike = jnp.float32
     alias: str | None = None
+    generation: GenerationOptions = field(default=GenerationOptions(), compare=False)
     block: ClassVar[type[Block]]
 
     def norm_module(self) -> nn.Module:

@@ -11,7 +11,7 @@ from jaxtyping import Array, DTypeLike, Float, Int
 
 from spqr_jax.config import SpqrConfig
 from spqr_jax.models.decoder import Block, Decoder, Params, layer_name
-from spqr_jax.quantization.checks import check_tokens, check_weights
+from spqr_jax.quantization.checks import check_hidden, check_tokens, check_weights
 from spqr_jax.quantization.hidden_states import Streams, advance, embed
 from spqr_jax.quantization.moments import InputMoments
 from spqr_jax.runtime.placement import ONE_DEVICE, Placement
@@ -116,7 +116,8 @@ def walk_original(
       For each distinct input, in order: the index of its block, the block's parameters in float32, and the input.
 
     Raises:
-      SpqrError: a weight or the tokens cannot be used; the message names which and why.
+      SpqrError: a weight or the tokens cannot be used, or the output of a block is not finite; the message names which
+        and why.
 
     Example:
       >>> inputs = list(walk_original(source.model, source.parts, calibration, COMPACT))
@@ -139,6 +140,7 @@ def walk_original(
         for shared in walk:
             yield depth, params, shared
         streams.append(walk.finish())
+        check_hidden(streams, layer_name(depth))
 
 
 def with_kernels(params: Params, kernels: Mapping[str, Any]) -> Params:

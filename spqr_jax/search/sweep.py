@@ -21,6 +21,7 @@ from pallas_kernels.errors import SpqrError
 from spqr_jax.config import Method, SpqrConfig
 from spqr_jax.measure.perplexity import counted_perplexity, token_losses
 from spqr_jax.models.decoder import Decoder, Params, layer_name
+from spqr_jax.models.precision import for_computing
 from spqr_jax.quantization.checks import check_weights
 from spqr_jax.storage.checkpoint import is_checkpoint, load
 from spqr_jax.storage.description import describe_model
@@ -305,7 +306,9 @@ def _circumstances(record: Record) -> dict[str, Any]:
 
 
 def _perplexity(model: Decoder, params: Params, windows: Int[np.ndarray, "windows window"]) -> float:
-    return counted_perplexity(token_losses(model, params, windows), [windows.shape[1] - 1] * len(windows))
+    return counted_perplexity(
+        token_losses(for_computing(model), params, windows), [windows.shape[1] - 1] * len(windows)
+    )
 
 
 def front(results: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

@@ -9,6 +9,7 @@ from typing import Any, NotRequired, TypedDict, cast, get_type_hints
 import jax.numpy as jnp
 
 from spqr_jax.models import FAMILIES, Decoder
+from spqr_jax.models.generation_options import GenerationOptions
 from spqr_jax.storage.errors import CheckpointError
 from spqr_jax.storage.json_files import read_json, write_json
 from spqr_jax.storage.layout import DESCRIPTION, is_checkpoint
@@ -71,10 +72,17 @@ class ModelEntry(TypedDict):
 
 
 class Description(ModelEntry, Entries):
-    """Content of `spqr.json`; `tokenizer` says whether there is one."""
+    """Content of `spqr.json`.
+
+    Attributes:
+      version: of the format.
+      tokenizer: whether there is one.
+      generation: content of the model's `generation_config.json`, if it has any.
+    """
 
     version: int
     tokenizer: bool
+    generation: NotRequired[dict[str, Any]]
 
 
 def describe(directory: str | PathLike[str]) -> Description:
@@ -82,7 +90,7 @@ def describe(directory: str | PathLike[str]) -> Description:
 
     Returns:
       `version`, `family`, `alias` (if any), `dtype` (of activations) and `config` of the model; `tokenizer`, whether
-      there is one;
+      there is one; `generation`, its generation configuration (if any);
       `matrices`, `dense` and `empty`, see `Entries`.
 
     Raises:
@@ -110,6 +118,8 @@ def describe(directory: str | PathLike[str]) -> Description:
 def write_description(root: Path, model: Decoder, entries: Iterable[Entries], *, tokenizer: bool) -> None:
     """Writes `spqr.json` from the entries of all parts."""
     content: dict[str, Any] = {"version": FORMAT_VERSION, **describe_model(model), "tokenizer": tokenizer}
+    if options := model.generation.content:
+        content["generation"] = options
     content |= {"matrices": {}, "dense": {}, "empty": {}}
     for part in entries:
         content["matrices"] |= part["matrices"]
@@ -153,7 +163,9 @@ def described_model(description: Description, root: Path) -> Decoder:
         raise CheckpointError(
             f"{root / DESCRIPTION} does not fit {config_class.__name__}: {error}; use the release that wrote it"
         ) from error
-    return FAMILIES[name](config, dtype=jnp.dtype(description["dtype"]), alias=description.get("alias"))
+    generation = GenerationOptions.of(description.get("generation", {}))
+    dtype, alias = jnp.dtype(description["dtype"]), description.get("alias")
+    return FAMILIES[name](config, dtype=dtype, alias=alias, generation=generation)
 
 
 def family_name(model: Decoder) -> str:

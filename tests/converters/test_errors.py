@@ -32,7 +32,6 @@ def message(path: Path) -> str:
         ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
         ({"sliding_window": 128}, "sliding_window 128"),
-        ({"pretraining_tp": 2}, "pretraining_tp 2"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
         ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor 0.5"),
         ({"rope_interleaved": True}, "rope_interleaved True"),

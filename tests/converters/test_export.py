@@ -304,7 +304,7 @@ def test_a_taken_destination_is_refused(plain: Pretrained, tmp_path: Path) -> No
 def test_weights_too_large_for_the_type_are_refused(plain: Pretrained, tmp_path: Path) -> None:
     params = plain.params | {"norm": {"scale": np.full(64, 1e5, np.float32)}}
     with pytest.raises(ConversionError, match=r"model\.norm\.weight .*100000.*float16"):
-        export_huggingface(tmp_path / "out", plain.model, params)
+        export_huggingface(tmp_path / "out", plain.model, params, dtype="float16")
     assert not list(tmp_path.iterdir())
     export_huggingface(tmp_path / "out", plain.model, params, dtype="bfloat16")
 

@@ -100,8 +100,12 @@ def write_gguf(
     *,
     kind: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32,
     metadata: dict[str, Any] | None = None,
+    tensors_per_part: int = 0,
 ) -> Path:
-    """A GGUF file with matrices of type `kind`; `metadata` adds keys, or leaves them out where it says None."""
+    """A GGUF file with matrices of type `kind`; `metadata` adds keys, or leaves them out where it says None.
+
+    With `tensors_per_part` it is split, into `<name>-00001-of-0000N.gguf` and so on.
+    """
     heads, hidden = config["num_attention_heads"], config["hidden_size"]
     kv_heads = config.get("num_key_value_heads", heads)
     head_dim = config.get("head_dim", hidden // heads)
@@ -120,7 +124,7 @@ def write_gguf(
         "llama.rope.freq_base": config["rope_theta"],
         **(metadata or {}),
     }
-    writer = gguf.GGUFWriter(path, "llama")
+    writer = gguf.GGUFWriter(path, "llama", split_max_tensors=tensors_per_part)
     add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
     for key, value in content.items():
         if value is not None:

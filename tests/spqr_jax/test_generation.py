@@ -13,9 +13,10 @@ from transformers import PreTrainedTokenizerFast
 
 from pallas_kernels.backends.table import BACKENDS
 from spqr_jax import generation
-from spqr_jax.generation import chat_prompt, generate, stream
+from spqr_jax.generation import generate, stream
 from spqr_jax.models import Llama
 from spqr_jax.models.stacked_blocks import stack_blocks, unstack_blocks
+from spqr_jax.prompts import chat_prompt
 
 CONFIG = replace(tiny_llama.CONFIG, max_positions=256)
 MODEL = Llama(CONFIG)

@@ -2,7 +2,8 @@
 
 import math
 import mmap
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import UnionType
@@ -23,7 +24,7 @@ _TYPES: dict[str, type] = {
     "tokenizer.chat_template": str,
     "tokenizer.ggml.model": str,
     "tokenizer.ggml.pre": str,
-    **{f"tokenizer.ggml.{role}_token_id": int for role in ("bos", "eos", "unknown", "padding")},
+    **{f"tokenizer.ggml.{role}_token_id": int for role in ("bos", "eos", "eot", "eom", "unknown", "padding")},
 }
 _LIST_TYPES: dict[str, type | UnionType] = {
     "tokenizer.ggml.tokens": str,
@@ -31,6 +32,8 @@ _LIST_TYPES: dict[str, type | UnionType] = {
     "tokenizer.ggml.scores": int | float,
     "tokenizer.ggml.token_type": int,
 }
+# The names that llama.cpp gives to the parts of a split file.
+_PART = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 # One entry for each token.
 _PER_TOKEN = ("tokenizer.ggml.scores", "tokenizer.ggml.token_type")
 
@@ -56,25 +59,67 @@ def is_gguf(path: Path) -> bool:
 def open_gguf(path: Path) -> GgufFile:
     """Lists the content of a GGUF file; tensors stay in the file until they are read.
 
-    A tensor's shape is `[out, in]`, as in PyTorch; the format itself names the dimensions the other way round.
+    A tensor's shape is `[out, in]`, as in PyTorch; the format itself names the dimensions the other way round. A file
+    that is split into parts, `…-00001-of-0000N.gguf`, is read from all of them, whichever is given.
 
     Raises:
-      ConversionError: the file is damaged, big-endian, or one part of several, or the architecture or the tokenizer in
-        its metadata is not of the type that the format prescribes.
+      ConversionError: a file is damaged or big-endian, a part is missing or of another file, or the architecture or the
+        tokenizer in the metadata is not of the type that the format prescribes.
 
     Example:
       >>> open_gguf(Path("model.gguf")).metadata["general.architecture"]  # doctest: +SKIP
       'llama'
     """
+    file = _open_part(path)
+    count = file.metadata.get("split.count", 1)
+    return _joined(path, count) if count > 1 else file
+
+
+def _open_part(path: Path) -> GgufFile:
+    """The content of one file."""
     try:
         with path.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as file:
             metadata, entries = read_header(file)
     except (ValueError, OSError) as error:
         raise ConversionError(f"{path} is not a readable GGUF file: {error}") from error
     _check_types(metadata, path)
-    if metadata.get("split.count", 1) > 1:
-        raise ConversionError(f"{path} is one of {metadata['split.count']} parts; merge them with gguf-split first")
     return GgufFile(metadata, {name: _stored(name, entry, path) for name, entry in entries.items()})
+
+
+def _joined(path: Path, count: int) -> GgufFile:
+    """All parts of a file, one of which is given; the first has the metadata of the model."""
+    parts = [_open_part(part) for part in _parts(path, count)]
+    for number, part in enumerate(parts):
+        found = part.metadata.get("split.no"), part.metadata.get("split.count")
+        if found != (number, count):
+            raise ConversionError(
+                f"{path} is of {count} parts, but part {number + 1} has split.no {found[0]} and split.count "
+                f"{found[1]}, not {number} and {count}: copy it again"
+            )
+    tensors: dict[str, StoredTensor] = {}
+    for part in parts:
+        if twice := tensors.keys() & part.tensors.keys():
+            raise ConversionError(f"{path}: {min(twice)} is in two parts")
+        tensors |= part.tensors
+    total = parts[0].metadata.get("split.tensors.count", len(tensors))
+    if len(tensors) != total:
+        raise ConversionError(f"{path} is of {total} tensors, but its {count} parts have {len(tensors)}")
+    return GgufFile(parts[0].metadata, tensors)
+
+
+def _parts(path: Path, count: int) -> Iterator[Path]:
+    """The paths of all parts, in order."""
+    name = _PART.fullmatch(path.name)
+    if name is None or int(name["count"]) != count:
+        raise ConversionError(
+            f"{path} is one of {count} parts, so its name must end in -00001-of-{count:05}.gguf: give the parts their "
+            "names again, or merge them with gguf-split"
+        )
+    for number in range(1, count + 1):
+        part = path.with_name(f"{name['stem']}-{number:05}-of-{count:05}.gguf")
+        if not part.is_file():
+            raise ConversionError(f"{part} is missing, one of the {count} parts of a GGUF file: copy it there")
+        yield part
 
 
 def _open_source(path: Path) -> Source:

@@ -28,6 +28,11 @@ _SPLITS = {
     # Decimal digits one by one; llama.cpp cuts out \p{N}, so also characters such as ½.
     "smollm": (r"\p{Nd}", _GPT2),
 }
+# Other names of these, which llama.cpp treats alike.
+_PRE_ALIASES = {
+    **dict.fromkeys(("llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2"), "llama-bpe"),
+    **dict.fromkeys(("phi-2", "gigachat", "a.x-4.0", "mellum", "exaone4"), "gpt-2"),
+}
 _SPACE = "▁"
 
 
@@ -42,6 +47,8 @@ def build_tokenizer(metadata: Metadata) -> PreTrainedTokenizerFast | None:
       True
     """
     content = {key.removeprefix("tokenizer."): v for key, v in metadata.items() if key.startswith("tokenizer.")}
+    if (pre := content.get("ggml.pre")) in _PRE_ALIASES:
+        content["ggml.pre"] = _PRE_ALIASES[pre]
     algorithm = content.get("ggml.model", "none")
     if algorithm == "none":
         return None

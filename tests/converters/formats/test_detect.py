@@ -337,11 +337,12 @@ def remote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize("shards", [1, 2])
 def test_only_what_is_needed_is_downloaded(remote: Path, shards: int) -> None:
     write_checkpoint(remote, CONFIG, random_tensors(CONFIG), shards=shards)
+    (remote / "generation_config.json").write_text('{"eos_token_id": [1, 2]}')
     wanted = {path.name for path in remote.iterdir()}
     others = ("pytorch_model.bin", "pytorch_model.bin.index.json", "modeling_x.py", "consolidated.00.pth", "x.gguf")
     for name in others:
         (remote / name).write_bytes(b"not wanted")
-    from_pretrained("someone/tiny")
+    assert from_pretrained("someone/tiny").model.generation.stop_tokens == (1, 2)
     assert {path.name for path in (remote.parent / "snapshot").iterdir()} == wanted
 
 
