@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pallas_kernels.errors import SpqrError
 from spqr_jax.models.decoder import Decoder
+from spqr_jax.texts import integer_ids
 
 Prompts = str | Sequence[Any] | np.ndarray | Array
 """Texts, or token ids: lists or arrays of any lengths, or one array `[batch, tokens]`; or one prompt by itself."""
@@ -99,7 +100,10 @@ def _ids(index: int, prompt: Any, tokenizer: PreTrainedTokenizerBase | None) -> 
         if tokenizer is None:
             raise SpqrError(f"prompt {index} is a text, which needs a tokenizer: give tokenizer, or token ids")
         return text_ids(tokenizer, prompt)
-    ids = np.asarray(prompt)
-    if ids.ndim != 1 or (ids.size and not np.issubdtype(ids.dtype, np.integer)):
-        raise SpqrError(f"prompt {index} is {ids.dtype} of shape {list(ids.shape)}, but must be integer ids [tokens]")
+    try:
+        ids = integer_ids(np.asarray(prompt))
+    except SpqrError as error:
+        raise SpqrError(f"prompt {index}: {error}") from None
+    if ids.ndim != 1:
+        raise SpqrError(f"prompt {index} has the shape {list(ids.shape)}, but must be ids [tokens]")
     return ids.tolist()
