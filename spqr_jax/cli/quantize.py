@@ -76,9 +76,8 @@ def quantize(
         text = running_text(opened.tokenizer, calibration)
         config, tokens = search(opened, destination, text, sequences, sequence_length, seed, mesh)
     else:
-        tokens = None
-        if method is not Method.RTN:
-            tokens = calibration_tokens(opened.tokenizer, calibration, sequences, sequence_length, seed)
+        sizes = sequences, sequence_length, seed
+        tokens = None if method is Method.RTN else calibration_tokens(opened.tokenizer, calibration, *sizes)
         started = time.perf_counter()
     options = {"mesh": mesh, "hidden_on_disk": hidden_on_disk, "overwrite": overwrite}
     blocks = run(opened, destination, tokens, config, target_bits, **options)
