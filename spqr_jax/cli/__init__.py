@@ -1,4 +1,4 @@
-"""The command line `spqr`: quantize, sweep, eval, compare, analyze, tasks, generate, inspect, report, export.
+"""The command line `spqr`: quantize, sweep, eval, compare, analyze, tasks, generate, chat, inspect, report, export.
 
 Results go to standard output, progress to standard error. Exit status: 0 done, 1 an error in one line, 2 wrong usage,
 130 interrupted. With SPQR_TRACEBACK=1, every error prints its traceback as well.

@@ -21,6 +21,7 @@ COMMANDS: Mapping[str, str] = {
     "analyze": "spqr_jax.cli.analyze:analyze",
     "tasks": "spqr_jax.cli.tasks:tasks",
     "generate": "spqr_jax.cli.generate:generate",
+    "chat": "spqr_jax.cli.chat:chat",
     "inspect": "spqr_jax.cli.inspect:inspect",
     "report": "spqr_jax.cli.report:report",
     "export": "spqr_jax.cli.export:export",

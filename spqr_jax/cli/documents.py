@@ -8,6 +8,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerFast
 
 from pallas_kernels.errors import SpqrError
+from spqr_jax.cli.conversations import messages_of, rendered
 from spqr_jax.cli.text_files import read_text
 from spqr_jax.texts import SEPARATOR
 
@@ -16,11 +17,6 @@ TEXT_COLUMNS = ("text", "content")
 
 CHAT_COLUMNS = ("messages", "conversations", "conversation")
 """Columns of chat messages, read where a row has no text."""
-
-ROLES = {"human": "user", "gpt": "assistant"}
-"""Roles of messages of the form {"from": ..., "value": ...}, where they differ from those of chat templates."""
-
-Row = Mapping[str, Any]
 
 
 def json_rows(file: Path) -> list[Any]:
@@ -32,11 +28,12 @@ def json_rows(file: Path) -> list[Any]:
     text = read_text(file)
     try:
         content = json.loads(text)
-        return content if isinstance(content, list) else [content]
+        rows = content if isinstance(content, list) else [content]
     except (json.JSONDecodeError, RecursionError):
         # Not splitlines, which also cuts at characters that JSON allows inside a string.
-        lines = text.split("\n")
-    return [_parsed(line, f"{file}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
+        lines = enumerate(text.split("\n"), 1)
+        rows = [_parsed(line, f"{file}, line {number}") for number, line in lines if line.strip()]
+    return [_in_unicode(row) for row in rows]
 
 
 def parquet_rows(file: Path) -> list[Any]:
@@ -90,28 +87,18 @@ def _document(row: Any, tokenizer: PreTrainedTokenizerFast | None, origin: str) 
             return row[column]
     for column in CHAT_COLUMNS:
         if column in row:
-            return _rendered(row[column], tokenizer, f"{origin}, {column}")
+            place = f"{origin}, {column}"
+            return rendered(messages_of(row[column], place), tokenizer, place)
     raise _without_text(origin, list(row))
 
 
-def _rendered(messages: Any, tokenizer: PreTrainedTokenizerFast | None, origin: str) -> str:
-    """A conversation in the tokenizer's chat template."""
-    if tokenizer is None or not tokenizer.chat_template:
-        raise SpqrError(f"{origin} needs a chat template, but the tokenizer has none: give rows with a text")
-    if not isinstance(messages, list) or not messages or not all(isinstance(m, Mapping) for m in messages):
-        raise SpqrError(f"{origin} must be a list of messages, each an object with a role and a content")
-    try:
-        text = tokenizer.apply_chat_template([_message(message) for message in messages], tokenize=False)
-    except Exception as error:  # templates are programs of others, which fail in many ways
-        raise SpqrError(f"{origin} cannot be rendered by the chat template: {error}") from None
-    assert isinstance(text, str)
-    return text
-
-
-def _message(message: Row) -> Row:
-    if "role" in message or "from" not in message:
-        return message
-    return {"role": ROLES.get(message["from"], message["from"]), "content": message.get("value")}
+def _in_unicode(value: Any) -> Any:
+    """A value of JSON in which lone surrogates, halves of a character that was cut, are replacement characters."""
+    if isinstance(value, str):
+        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    if isinstance(value, list):
+        return [_in_unicode(item) for item in value]
+    return {key: _in_unicode(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
 def _parsed(line: str, origin: str) -> Any:

@@ -1,34 +1,70 @@
 """The command `spqr generate`."""
 
 import time
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
+from pallas_kernels.errors import SpqrError
 from spqr_jax.cli import console
-from spqr_jax.cli.options import LARGEST_SEED, ComputingType, Json, Model, at_least, over
+from spqr_jax.cli.options import (
+    ComputingType,
+    Json,
+    MaxNewTokens,
+    Model,
+    SamplingSeed,
+    Temperature,
+    TopK,
+    TopP,
+    at_least,
+)
+from spqr_jax.storage.paths import absolute
 
 
 def generate(
     source: Model,
-    prompt: Annotated[str, typer.Argument(help="Text to continue, or a message to the model.")],
-    max_new_tokens: Annotated[int, typer.Option(callback=at_least(1), help="Most tokens to generate.")] = 128,
-    temperature: Annotated[float, typer.Option(callback=at_least(0), help="0 for greedy decoding.")] = 0.0,
-    top_k: Annotated[int | None, typer.Option(callback=at_least(1), help="Sample from the k likeliest tokens.")] = None,
-    top_p: Annotated[
-        float | None,
-        typer.Option(callback=over(0, 1), help="Sample from the likeliest tokens that add up to this probability."),
+    prompt: Annotated[str | None, typer.Argument(help="Text to continue, or a message to the model.")] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            parser=absolute, help="File of prompts in place of PROMPT: .jsonl with a prompt, text or messages a row."
+        ),
     ] = None,
-    seed: Annotated[int, typer.Option(callback=at_least(0, LARGEST_SEED), help="Seed of sampling.")] = 0,
+    output: Annotated[
+        Path | None,
+        typer.Option(parser=absolute, help="File of the answers to --prompts, a row of JSON each; it is resumed."),
+    ] = None,
+    batch: Annotated[
+        int, typer.Option(callback=at_least(1), help="Prompts of --prompts that are answered together.")
+    ] = 8,
+    max_new_tokens: MaxNewTokens = 128,
+    temperature: Temperature = 0.0,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    seed: SamplingSeed = 0,
     chat: Annotated[bool, typer.Option(help="Use the tokenizer's chat template where it has one.")] = True,
     dtype: ComputingType = None,
     as_json: Json = False,
 ) -> None:
-    """Generate text.
+    """Generate text: the answer to one prompt, or to each prompt of a file.
+
+    Answers to a file are written batch by batch: after an interruption, the same command resumes.
 
     Example: spqr generate smollm2-spqr "Why is the sky blue?" --temperature 0.7
     """
+    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, **sampling}
+    if prompts is not None or output is not None:
+        from spqr_jax.cli.answers import answer_file
+
+        result = answer_file(source, prompt, prompts, output, batch=batch, seed=seed, chat=chat, dtype=dtype, **options)
+        console.emit(result, as_json)
+        return
+    if prompt is None:
+        raise SpqrError("there is no prompt: give PROMPT, or --prompts and --output")
     from spqr_jax.cli.models import decode, load_model, require
+    from spqr_jax.cli.streaming import show_tokens
     from spqr_jax.generation import stream
     from spqr_jax.prompts import chat_prompt, end_tokens, text_ids
 
@@ -36,28 +72,8 @@ def generate(
     tokenizer = require(found)
     ids = chat_prompt(tokenizer, prompt) if chat else text_ids(tokenizer, prompt)
     started = time.perf_counter()
-    steps = stream(
-        model,
-        params,
-        [ids],
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        seed=seed,
-        stop_tokens=end_tokens(model, tokenizer),
-    )
-    tokens: list[int] = []
-    shown = ""
-    for (new,) in steps:
-        tokens += new
+    steps = stream(model, params, [ids], seed=seed, stop_tokens=end_tokens(model, tokenizer), **options)
+    tokens = show_tokens(steps, tokenizer, show=not as_json)
+    if as_json:
         text = decode(tokenizer, tokens)
-        # An incomplete character of several tokens decodes to the replacement character: wait for the rest.
-        if not as_json and not text.endswith("\N{REPLACEMENT CHARACTER}"):
-            print(text[len(shown) :], end="", file=console.results(), flush=True)
-            shown = text
-    if not as_json:
-        print(file=console.results())
-        return
-    text = decode(tokenizer, tokens)
-    console.emit({"text": text, "tokens": tokens, "seconds": time.perf_counter() - started}, as_json)
+        console.emit({"text": text, "tokens": tokens, "seconds": time.perf_counter() - started}, as_json)

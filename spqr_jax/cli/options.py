@@ -103,3 +103,12 @@ Window = Annotated[int, typer.Option(callback=at_least(2), help="Tokens per wind
 Windows = Annotated[
     int | None, typer.Option(callback=at_least(1), help="Number of windows to use, from the start; default: all.")
 ]
+
+MaxNewTokens = Annotated[int, typer.Option(callback=at_least(1), help="Most tokens to generate.")]
+Temperature = Annotated[float, typer.Option(callback=at_least(0), help="0 for greedy decoding.")]
+TopK = Annotated[int | None, typer.Option(callback=at_least(1), help="Sample from the k likeliest tokens.")]
+TopP = Annotated[
+    float | None,
+    typer.Option(callback=over(0, 1), help="Sample from the likeliest tokens that add up to this probability."),
+]
+SamplingSeed = Annotated[int, typer.Option(callback=at_least(0, LARGEST_SEED), help="Seed of sampling.")]
