@@ -36,9 +36,34 @@ from spqr_jax.prompts import end_tokens
 from spqr_jax.storage.digests import identical
 from spqr_jax.storage.directories import existing_parent, new_directory
 from spqr_jax.storage.json_files import write_json
+from spqr_jax.storage.layout import CARD
+from spqr_jax.storage.model_card import UNKNOWN, Form, Origin, model_card
+from spqr_jax.storage.parts import entries_of
 from spqr_jax.storage.paths import resolved
 
 SHARD_BYTES = 5_000_000_000
+
+_TRANSFORMERS = """from transformers import AutoModelForCausalLM, AutoTokenizer
+
+path = "path/to/this/directory"
+model, tokenizer = AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
+print(tokenizer.decode(model.generate(**tokenizer("The sky is", return_tensors="pt"), max_new_tokens=20)[0]))"""
+_CONVERTERS = """from converters import from_pretrained
+from spqr_jax import generate
+
+model, params, tokenizer = from_pretrained("path/to/this/directory")
+print(tokenizer.decode(generate(model, params, [tokenizer.encode("The sky is")], max_new_tokens=20)[0]))"""
+
+HUGGING_FACE = Form("transformers", "All weights are dense.", _TRANSFORMERS)
+"""An ordinary Hugging Face checkpoint."""
+
+OFFICIAL = Form(
+    "transformers",
+    "The quantized matrices are packed, in the official SpQR format.",
+    _CONVERTERS,
+    'It needs spqr-jax, `pip install "spqr-jax[models]"`; transformers loads it too, with the package `spqr_quant`.',
+)
+"""The official SpQR format."""
 
 Named = tuple[str, np.ndarray | SpqrTensor]
 
@@ -50,6 +75,7 @@ def export_huggingface(
     *,
     tokenizer: PreTrainedTokenizerFast | None = None,
     dtype: Literal["float16", "bfloat16", "float32"] | None = None,
+    origin: Origin = UNKNOWN,
 ) -> None:
     """Writes an ordinary Hugging Face checkpoint, packed matrices dequantized: ŵ = scale · (code − zero) + residual.
 
@@ -59,6 +85,7 @@ def export_huggingface(
       params: its parameters, dense, packed or partly so.
       tokenizer: written too, if given.
       dtype: type of all weights; None for the model's own.
+      origin: base model and record of the quantization, for the model card.
 
     Raises:
       ConversionError: the directory exists, writing failed, projections are fused, matrices are split over devices, or
@@ -73,7 +100,8 @@ def export_huggingface(
     kind = jnp.dtype(dtype or model.dtype).name
     config = family_of(model).to_huggingface(model.config) | {"torch_dtype": kind}
     tensors = ((name, _dense(name, leaf, kind)) for name, leaf in _weights(model, params))
-    _write(directory, model, config, tensors, tokenizer)
+    form = HUGGING_FACE._replace(stored=f"All weights are stored in {kind}, quantized ones dequantized.")
+    _write(directory, model, config, tensors, tokenizer, _card(model, params, form, origin))
 
 
 def export_hf_spqr(
@@ -82,6 +110,7 @@ def export_hf_spqr(
     params: Params,
     *,
     tokenizer: PreTrainedTokenizerFast | None = None,
+    origin: Origin = UNKNOWN,
 ) -> None:
     """Writes a checkpoint in the official SpQR format, as transformers and the package `spqr_quant` load it.
 
@@ -94,6 +123,7 @@ def export_hf_spqr(
       model: the Flax module.
       params: its parameters; packed matrices must have 3 bits, groups of 16, 3-bit statistics in groups of 16.
       tokenizer: written too, if given.
+      origin: base model and record of the quantization, for the model card.
 
     Raises:
       ConversionError: the directory exists, writing failed, projections are fused, matrices are split over devices, no
@@ -129,13 +159,18 @@ def export_hf_spqr(
     config = family_of(model).to_huggingface(model.config)
     config |= {"torch_dtype": "float16", "quantization_config": quantization}
     tensors = ((name, _dense(name, leaf, jnp.float16)) for name, leaf in dense.items())
-    _write(directory, model, config, [*arrays.items(), *tensors], tokenizer)
+    card = _card(model, params, OFFICIAL, origin)
+    _write(directory, model, config, [*arrays.items(), *tensors], tokenizer, card)
+
+
+def _card(model: Decoder, params: Params, form: Form, origin: Origin) -> str:
+    _check_whole(params)
+    return model_card(model, entries_of(params), form, origin)
 
 
 def _weights(model: Decoder, params: Params) -> Iterator[Named]:
     """Yields Hugging Face's name of each tensor with its array, in PyTorch's orientation, or its packed matrix."""
-    if mesh_of(params) is not None:
-        raise ConversionError("the parameters are split over devices; export those they were made from")
+    _check_whole(params)
     flat = flatten_dict(unstack_blocks(params))
     for target in family_of(model).layout(model.config, "huggingface").targets:
         if target.path not in flat:
@@ -144,6 +179,11 @@ def _weights(model: Decoder, params: Params) -> Iterator[Named]:
             )
         leaf = flat[target.path]
         yield target.source, leaf.T if target.path[-1] == "kernel" and not isinstance(leaf, SpqrTensor) else leaf
+
+
+def _check_whole(params: Params) -> None:
+    if mesh_of(params) is not None:
+        raise ConversionError("the parameters are split over devices; export those they were made from")
 
 
 def _dense(name: str, leaf: np.ndarray | SpqrTensor, dtype: DTypeLike) -> np.ndarray:
@@ -167,8 +207,9 @@ def _write(
     config: dict[str, Any],
     tensors: Iterable[tuple[str, np.ndarray]],
     tokenizer: PreTrainedTokenizerFast | None,
+    card: str,
 ) -> None:
-    """Writes a complete directory or none: two configurations, the tensors in one file or in shards, the tokenizer.
+    """Writes a complete directory or none: two configurations, tensors in one file or shards, tokenizer and card.
 
     Everything is read back before the directory gets its name.
     """
@@ -184,6 +225,7 @@ def _write(
                 write_json(incomplete / GENERATION, options)
             write_json(incomplete / CONFIG, config | _special_tokens(options, tokenizer))
             _write_shards(incomplete, tensors)
+            (incomplete / CARD).write_text(card, encoding="utf-8")
             for read in open_pretrained(incomplete, dtype=config["torch_dtype"]).parts.values():
                 read()
     except ConversionError:

@@ -100,7 +100,15 @@ def open_pretrained(path_or_hub_id: str | PathLike[str], *, dtype: DTypeLike | N
     parts = part_readers(layout, source.tensors, dtype=types.weights, origin=source.path)
     generation = generation_options(source)
     model = family.model(config, dtype=types.activations, alias=family.alias, generation=generation)
-    return ModelSource(model, parts, tokenizer)
+    return ModelSource(model, parts, tokenizer, _name(path_or_hub_id))
+
+
+def _name(path_or_hub_id: str | PathLike[str]) -> str:
+    """The name of a model: of its directory or file, or its id on the hub."""
+    path = Path(path_or_hub_id)
+    if not path.exists():
+        return str(path_or_hub_id)
+    return path.resolve().stem if path.is_file() else path.resolve().name
 
 
 def _family(source: Source) -> Family:

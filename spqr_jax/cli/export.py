@@ -42,6 +42,8 @@ def export(
     from spqr_jax.cli.models import open_model
     from spqr_jax.storage import checkpoint
     from spqr_jax.storage.directories import bytes_on_disk
+    from spqr_jax.storage.model_card import Origin
+    from spqr_jax.storage.record import read_record
 
     if dtype is not None and as_format is not Format.HF:
         raise SpqrError(f"--dtype {dtype} needs --format hf, but the format is {as_format}: leave it out")
@@ -49,11 +51,14 @@ def export(
     check_destination(destination)
     opened = open_model(source)
     model, params, tokenizer = opened.model, opened.read(), opened.tokenizer
+    record = read_record(source) if checkpoint.is_checkpoint(source) else None
+    origin = Origin(opened.name if record is None else record.base_model, record)
     if as_format is Format.HF:
-        export_huggingface(destination, model, params, tokenizer=tokenizer, dtype=dtype and dtype.value)
+        kind = dtype and dtype.value
+        export_huggingface(destination, model, params, tokenizer=tokenizer, dtype=kind, origin=origin)
     elif as_format is Format.HF_SPQR:
-        export_hf_spqr(destination, model, params, tokenizer=tokenizer)
+        export_hf_spqr(destination, model, params, tokenizer=tokenizer, origin=origin)
     else:
-        checkpoint.save(destination, model, params, tokenizer=tokenizer)
+        checkpoint.save(destination, model, params, tokenizer=tokenizer, origin=origin)
     result = {"destination": str(destination), "bytes_on_disk": bytes_on_disk(destination)}
     console.emit(result, as_json)

@@ -32,8 +32,10 @@ def search(
     length: int,
     seed: int,
     mesh: Mesh | None,
-) -> tuple[SpqrConfig, Int[np.ndarray, "sequences length"]]:
-    """The smallest near-lossless configuration, and the calibration tokens; results are kept in DESTINATION.search.
+) -> tuple[SpqrConfig, Int[np.ndarray, "sequences length"], dict[str, float]]:
+    """The smallest near-lossless configuration, the calibration tokens, and what was measured of it.
+
+    Results are kept in DESTINATION.search.
 
     Raises:
       SpqrError: no configuration is near-lossless, or the text is too short to hold a part of it out.
@@ -52,7 +54,11 @@ def search(
             f"perplexity on held-out text rises by {largest['perplexity'] / found.original_perplexity - 1:.1%}, not by "
             f"less than {near_lossless.LARGEST_RISE:.0%}: use --bits 5, or choose from the results in {directory}"
         )
-    return found.config, held.calibration_tokens
+    quality = {
+        "perplexity on held-out text": found.perplexity,
+        "perplexity of the base model on it": found.original_perplexity,
+    }
+    return found.config, held.calibration_tokens, quality
 
 
 def run(

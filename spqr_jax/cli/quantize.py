@@ -68,18 +68,18 @@ def quantize(
     from spqr_jax.search.target_bits import settings_for
 
     opened = open_model(source, dtype)
-    default = settings_for(opened, target_bits) if target_bits is not None and chosen.by_size else COMPACT
-    config = chosen.config(default)
+    config = chosen.config(settings_for(opened, target_bits) if target_bits and chosen.by_size else COMPACT)
     mesh = mesh_of_all_devices()
     if near_lossless:
         started = time.perf_counter()
         text = running_text(opened.tokenizer, calibration)
-        config, tokens = search(opened, destination, text, sequences, sequence_length, seed, mesh)
+        config, tokens, quality = search(opened, destination, text, sequences, sequence_length, seed, mesh)
     else:
         sizes = sequences, sequence_length, seed
         tokens = None if method is Method.RTN else calibration_tokens(opened.tokenizer, calibration, *sizes)
+        quality = None
         started = time.perf_counter()
-    options = {"mesh": mesh, "hidden_on_disk": hidden_on_disk, "overwrite": overwrite}
+    options = {"mesh": mesh, "hidden_on_disk": hidden_on_disk, "overwrite": overwrite, "quality": quality}
     blocks = run(opened, destination, tokens, config, target_bits, **options)
     if blocks is not None:
         console.emit(describe_run(destination, blocks, time.perf_counter() - started), as_json)

@@ -1,5 +1,6 @@
 """The smallest settings at which a model is near-lossless, found by bisection."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -90,11 +91,13 @@ class Search(NamedTuple):
       config: the smallest settings within the limit; None if the largest exceed it.
       original_perplexity: of the model itself, on the held-out text.
       tried: results of `sweep`, in the order of the search.
+      perplexity: of these settings on it; infinite without any.
     """
 
     config: SpqrConfig | None
     original_perplexity: float
     tried: list[dict[str, Any]]
+    perplexity: float = math.inf
 
 
 def smallest_near_lossless(
@@ -122,7 +125,7 @@ def smallest_near_lossless(
       SpqrError, CheckpointError: as for `sweep`.
     """
     settings = dividing(kernel_shapes(source), settings)
-    original, tried = 0.0, []
+    original, perplexity, tried = 0.0, math.inf, []
     # Settings before `low` exceed the limit; those from `high` on are within it.
     low, high = 0, len(settings)
     while low < high:
@@ -133,7 +136,7 @@ def smallest_near_lossless(
         original = before["perplexity"]
         tried.append(result)
         if result["perplexity"] < (1 + LARGEST_RISE) * original:
-            high = middle
+            high, perplexity = middle, result["perplexity"]
         else:
             low = middle + 1
-    return Search(settings[low] if low < len(settings) else None, original, tried)
+    return Search(settings[low] if low < len(settings) else None, original, tried, perplexity)

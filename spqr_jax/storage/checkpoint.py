@@ -8,7 +8,8 @@ Content of such a directory:
   * `tokenizer/`: the files of the tokenizer's `save_pretrained`, if there is a tokenizer;
   * `quantization.json`: settings and reports of the quantization, if `quantize_checkpoint` wrote the checkpoint, see
     `spqr_jax.storage.record`;
-  * `manifest.json`: size and BLAKE2b checksum of every other file, checked at loading.
+  * `README.md`: a model card, for people, see `spqr_jax.storage.model_card`;
+  * `manifest.json`: size and BLAKE2b checksum of every file but itself and the card, checked at loading.
 
 A directory gets its name only when all its content is on the disk. An interrupted save leaves
 `<name>.incomplete-<random>` beside it, which can be deleted.
@@ -27,12 +28,20 @@ from spqr_jax.models import Decoder
 from spqr_jax.models.decoder import Params
 from spqr_jax.models.layers import mesh_of
 from spqr_jax.models.stacked_blocks import unstack_blocks
-from spqr_jax.storage.description import Entries, describe, described_model, family_name, write_description
+from spqr_jax.storage.description import (
+    Entries,
+    describe,
+    described_model,
+    family_name,
+    joined_entries,
+    write_description,
+)
 from spqr_jax.storage.destination import check_destination
 from spqr_jax.storage.directories import existing_parent, new_directory
 from spqr_jax.storage.errors import CheckpointError, reason
 from spqr_jax.storage.layout import TOKENIZER, is_checkpoint
 from spqr_jax.storage.manifest import verify_all, write_manifest
+from spqr_jax.storage.model_card import CHECKPOINT, UNKNOWN, Origin, write_card
 from spqr_jax.storage.model_source import ModelSource
 from spqr_jax.storage.parts import host_leaves, part_names, read_part, write_part
 from spqr_jax.storage.paths import resolved
@@ -66,6 +75,7 @@ def save(
     *,
     tokenizer: PreTrainedTokenizerFast | None = None,
     overwrite: bool = False,
+    origin: Origin = UNKNOWN,
 ) -> None:
     """Writes a model, dense, quantized or partly so, into a new directory that is enough to run it.
 
@@ -77,6 +87,7 @@ def save(
       params: its parameters.
       tokenizer: stored too, if given.
       overwrite: replace an existing checkpoint, once the new one is complete.
+      origin: base model and record of the quantization, for the model card.
 
     Raises:
       CheckpointError: the destination is taken (see `check_destination`), the model's family is not supported, its
@@ -85,7 +96,7 @@ def save(
     Example:
       >>> save("copy", model, quantized, tokenizer=tokenizer)
       >>> sorted(path.name for path in Path("copy").iterdir())
-      ['manifest.json', 'params', 'spqr.json', 'tokenizer']
+      ['README.md', 'manifest.json', 'params', 'spqr.json', 'tokenizer']
     """
     destination = resolved(directory)
     check_destination(destination, overwrite=overwrite)
@@ -97,7 +108,7 @@ def save(
     try:
         with new_directory(destination) as incomplete:
             entries = [write_part(incomplete, name, part) for name, part in unstack_blocks(params).items()]
-            complete(incomplete, model, entries, tokenizer)
+            complete(incomplete, model, entries, tokenizer, origin)
     except Exception as error:  # on a full disk: OSError, from TensorStore ValueError, from tokenizers plain Exception
         size = sum(leaf.nbytes for leaf in host_leaves(params).values())
         free = shutil.disk_usage(existing_parent(destination)).free
@@ -106,14 +117,22 @@ def save(
         ) from error
 
 
-def complete(root: Path, model: Decoder, entries: Iterable[Entries], tokenizer: PreTrainedTokenizerFast | None) -> None:
-    """Writes the tokenizer, `spqr.json` and, last, the manifest into a directory that has all its parts.
+def complete(
+    root: Path,
+    model: Decoder,
+    entries: Iterable[Entries],
+    tokenizer: PreTrainedTokenizerFast | None,
+    origin: Origin = UNKNOWN,
+) -> None:
+    """Writes tokenizer, `spqr.json`, the card and, last, the manifest into a directory that has all its parts.
 
     Then reads everything as `load` does, so that nothing gets a name that cannot be loaded.
     """
     if tokenizer is not None:
         write_tokenizer(root / TOKENIZER, tokenizer)
-    write_description(root, model, entries, tokenizer=tokenizer is not None)
+    joined = joined_entries(entries)
+    write_description(root, model, joined, tokenizer=tokenizer is not None)
+    write_card(root, model, joined, CHECKPOINT, origin)
     write_manifest(root)
     for read in open_checkpoint(root).parts.values():
         read()
@@ -153,4 +172,4 @@ def open_checkpoint(directory: str | PathLike[str]) -> ModelSource:
     model = described_model(description, root)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(root / TOKENIZER) if description["tokenizer"] else None
     parts = {name: partial(read_part, root, description, name) for name in part_names(description)}
-    return ModelSource(model, parts, tokenizer)
+    return ModelSource(model, parts, tokenizer, root.name)

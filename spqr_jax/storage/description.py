@@ -115,17 +115,22 @@ def describe(directory: str | PathLike[str]) -> Description:
     return content
 
 
-def write_description(root: Path, model: Decoder, entries: Iterable[Entries], *, tokenizer: bool) -> None:
-    """Writes `spqr.json` from the entries of all parts."""
+def write_description(root: Path, model: Decoder, entries: Entries, *, tokenizer: bool) -> None:
+    """Writes `spqr.json`."""
     content: dict[str, Any] = {"version": FORMAT_VERSION, **describe_model(model), "tokenizer": tokenizer}
     if options := model.generation.content:
         content["generation"] = options
-    content |= {"matrices": {}, "dense": {}, "empty": {}}
-    for part in entries:
-        content["matrices"] |= part["matrices"]
-        content["dense"] |= part["dense"]
-        content["empty"] |= part["empty"]
-    write_json(root / DESCRIPTION, content)
+    write_json(root / DESCRIPTION, content | {**entries})
+
+
+def joined_entries(parts: Iterable[Entries]) -> Entries:
+    """The entries of all parts of a checkpoint."""
+    joined: Entries = {"matrices": {}, "dense": {}, "empty": {}}
+    for part in parts:
+        joined["matrices"] |= part["matrices"]
+        joined["dense"] |= part["dense"]
+        joined["empty"] |= part["empty"]
+    return joined
 
 
 def describe_model(model: Decoder) -> ModelEntry:

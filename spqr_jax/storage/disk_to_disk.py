@@ -46,6 +46,7 @@ class _Job:
     tokens: Int[np.ndarray, "sequences tokens"] | None
     config: SpqrConfig
     placement: Placement
+    quality: Mapping[str, float] | None
 
     @property
     def blocks(self) -> list[str]:
@@ -69,6 +70,7 @@ def quantize_checkpoint(
     hidden_on_disk: bool = False,
     overwrite: bool = False,
     on_block: Callable[[BlockReport], None] | None = None,
+    quality: Mapping[str, float] | None = None,
 ) -> list[BlockReport]:
     """Quantizes a model that may be larger than memory into a checkpoint, bit for bit the result of `quantize`.
 
@@ -86,6 +88,7 @@ def quantize_checkpoint(
       hidden_on_disk: keep the hidden states of the calibration sequences in mapped files, not in memory.
       overwrite: replace an existing checkpoint, once the new one is complete.
       on_block: called with the report of each finished block.
+      quality: measured values by their names, for the record and the model card.
 
     Returns:
       A report per block, those of interrupted calls included.
@@ -98,13 +101,11 @@ def quantize_checkpoint(
       >>> reports = quantize_checkpoint(source, "compact-spqr", calibration, config=COMPACT)
       >>> model, quantized, tokenizer = load("compact-spqr")
     """
-    tokens = None
-    if calibration_tokens is not None:
-        positions = source.model.config.max_positions
-        tokens = np.asarray(calibration_sequences(calibration_tokens, positions, source.tokenizer))
+    tokens = _sequences(calibration_tokens, source)
     destination = resolved(destination)
     run = PartialRun.of(destination)
-    job = _Job(source, tokens, config, Placement(mesh, run.allocate) if hidden_on_disk else Placement(mesh))
+    placement = Placement(mesh, run.allocate) if hidden_on_disk else Placement(mesh)
+    job = _Job(source, tokens, config, placement, quality)
     published = run.is_published(destination)
     if not published:
         check_destination(destination, overwrite=overwrite)
@@ -118,6 +119,12 @@ def quantize_checkpoint(
                 on_block(state.blocks[-1])
         _finish(job, run, destination, state, published)
         return state.blocks
+
+
+def _sequences(calibration_tokens: ArrayLike | None, source: ModelSource) -> Int[np.ndarray, "..."] | None:
+    if calibration_tokens is None:
+        return None
+    return np.asarray(calibration_sequences(calibration_tokens, source.model.config.max_positions, source.tokenizer))
 
 
 def _survey(job: _Job, directory: Path) -> dict[str, Any]:
@@ -202,7 +209,14 @@ def _finish(job: _Job, run: PartialRun, destination: Path, state: RunState, publ
         run.delete()
     elif is_first():
         shape = None if job.tokens is None else job.tokens.shape
-        record = new_record(job.config, shape, state.blocks, job.placement.mesh)
+        record = new_record(
+            job.config,
+            shape,
+            state.blocks,
+            job.placement.mesh,
+            base_model=job.source.name,
+            quality=job.quality,
+        )
         run.finish(destination, state, job.source.model, job.source.tokenizer, record)
     agree({"finished blocks": len(state.blocks)})
 

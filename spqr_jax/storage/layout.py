@@ -9,8 +9,9 @@ MANIFEST = "manifest.json"
 PARAMS = "params"
 TOKENIZER = "tokenizer"
 RECORD = "quantization.json"
+CARD = "README.md"
 
-ALL = frozenset({DESCRIPTION, MANIFEST, PARAMS, TOKENIZER, RECORD})
+ALL = frozenset({DESCRIPTION, MANIFEST, PARAMS, TOKENIZER, RECORD, CARD})
 
 
 def is_checkpoint(path: str | PathLike[str]) -> bool:

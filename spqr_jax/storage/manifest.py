@@ -1,4 +1,4 @@
-"""The manifest of a checkpoint: size and checksum of every other file, checked when the checkpoint is opened."""
+"""The manifest of a checkpoint: size and checksum of its files, checked when the checkpoint is opened."""
 
 import hashlib
 from pathlib import Path
@@ -6,12 +6,12 @@ from typing import Any
 
 from spqr_jax.storage.errors import CheckpointError
 from spqr_jax.storage.json_files import read_json, write_json
-from spqr_jax.storage.layout import MANIFEST
+from spqr_jax.storage.layout import CARD, MANIFEST
 
 
 def write_manifest(root: Path) -> None:
-    """Writes the manifest of a checkpoint whose other files are complete."""
-    files = sorted(path for path in root.rglob("*") if path.is_file() and path != root / MANIFEST)
+    """Writes the manifest of a checkpoint whose other files are complete; the model card, for people, is not in it."""
+    files = sorted(path for path in root.rglob("*") if path.is_file() and path not in (root / MANIFEST, root / CARD))
     write_json(root / MANIFEST, {path.relative_to(root).as_posix(): fingerprint(path) for path in files})
 
 

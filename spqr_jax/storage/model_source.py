@@ -16,6 +16,7 @@ class ModelSource(NamedTuple):
       parts: a function for each entry at the top of the parameter tree (`embed_tokens`, `layers_0`, …, `norm`,
         `lm_head`), which reads it into host memory and keeps no reference to it.
       tokenizer: None if there is none.
+      name: id on the hub, or name of the directory or file; for model cards.
 
     Example:
       >>> source = open_pretrained("HuggingFaceTB/SmolLM2-135M")
@@ -26,6 +27,7 @@ class ModelSource(NamedTuple):
     model: Decoder
     parts: Mapping[str, Callable[[], Params]]
     tokenizer: PreTrainedTokenizerFast | None
+    name: str | None = None
 
     def read(self) -> Params:
         """Reads all parameters."""

@@ -40,6 +40,7 @@ from spqr_jax.storage.directories import (
 from spqr_jax.storage.errors import CheckpointError, reason
 from spqr_jax.storage.json_files import read_json, write_json
 from spqr_jax.storage.layout import MANIFEST, PARAMS
+from spqr_jax.storage.model_card import Origin
 from spqr_jax.storage.parts import write_part
 from spqr_jax.storage.record import Record, write_record
 from spqr_jax.storage.run_state import RunState, read_state, write_state
@@ -140,7 +141,7 @@ class PartialRun:
         """Completes the checkpoint, publishes it at `destination` and deletes the run's directory."""
         with self._writing():
             write_record(self._checkpoint, record)
-            complete(self._checkpoint, model, state.entries.values(), tokenizer)
+            complete(self._checkpoint, model, state.entries.values(), tokenizer, Origin(record.base_model, record))
             synchronize_all(self._checkpoint)
             shutil.copyfile(self._checkpoint / MANIFEST, self.directory / MANIFEST)
             synchronize(self.directory / MANIFEST)

@@ -28,6 +28,21 @@ def write_part(root: Path, name: str, part: Params) -> Entries:
     arrays = _arrays(leaves)
     if stored := {path: array for path, array in arrays.items() if array.size}:
         write_arrays(root / PARAMS / name, stored)
+    return _entries(leaves, arrays)
+
+
+def entries_of(params: Params) -> Entries:
+    """The entries of parameters, as `write_part` returns them, without writing anything.
+
+    Example:
+      >>> entries_of(quantized)["matrices"]["layers_0.q_proj.kernel"]["bits"]
+      4
+    """
+    leaves = host_leaves(params)
+    return _entries(leaves, _arrays(leaves))
+
+
+def _entries(leaves: Mapping[str, Leaf], arrays: Mapping[str, np.ndarray]) -> Entries:
     return {
         "matrices": {path: _matrix_entry(leaf) for path, leaf in leaves.items() if isinstance(leaf, SpqrTensor)},
         "dense": {path: _array_entry(leaf) for path, leaf in leaves.items() if isinstance(leaf, np.ndarray)},

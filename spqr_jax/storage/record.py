@@ -7,7 +7,7 @@ date and the times.
 import dataclasses
 import math
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from os import PathLike
@@ -52,6 +52,8 @@ class Record(NamedTuple):
       devices: their number.
       machine: operating system and processor architecture.
       date: when the run ended, in UTC.
+      base_model: name of the original; None if it is not known.
+      quality: measured values by their names, if the model was measured.
     """
 
     config: SpqrConfig
@@ -62,10 +64,18 @@ class Record(NamedTuple):
     devices: int
     machine: str
     date: str
+    base_model: str | None = None
+    quality: dict[str, float] | None = None
 
 
 def new_record(
-    config: SpqrConfig, calibration: tuple[int, int] | None, blocks: Sequence[BlockReport], mesh: Mesh | None
+    config: SpqrConfig,
+    calibration: tuple[int, int] | None,
+    blocks: Sequence[BlockReport],
+    mesh: Mesh | None,
+    *,
+    base_model: str | None = None,
+    quality: Mapping[str, float] | None = None,
 ) -> Record:
     """Makes the record of a run that ends now, on a mesh or on JAX's default device."""
     device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
@@ -78,6 +88,8 @@ def new_record(
         devices=1 if mesh is None else mesh.size,
         machine=f"{platform.system()} {platform.machine()}",
         date=datetime.now(UTC).isoformat(timespec="seconds"),
+        base_model=base_model,
+        quality=None if quality is None else dict(quality),
     )
 
 
