@@ -20,6 +20,7 @@ from spqr_jax.models.fusion import fuse_projections
 from spqr_jax.models.overflow import describe_overflow
 from spqr_jax.models.stacked_blocks import level_blocks, stack_blocks
 from spqr_jax.models.token_ids import check_vocabulary
+from spqr_jax.models.unpacked import Memory, in_rows, unpacks
 from spqr_jax.prompts import Prompts, end_tokens, prompt_ids
 from spqr_jax.runtime.x64 import in_32_bits, steps_in_32_bits
 
@@ -176,14 +177,26 @@ def stream(
 
 
 @in_32_bits
-def for_decoding(model: Decoder, params: Params) -> Params:
+def for_decoding(model: Decoder, params: Params, memory: Memory | str = Memory.AUTO) -> Params:
     """Puts parameters on the device in the form with the shortest latency per token.
 
-    Matrices of one input are fused (`fuse_projections`). For the kernels of a GPU every block has arrays of its own
-    (`level_blocks`); elsewhere they are stacked (`stack_blocks`), which compiles as fast as one block.
+    For the kernels of a GPU every block has arrays of its own (`level_blocks`). Elsewhere blocks are stacked, which
+    compiles as fast as one block. On a CPU the matrices are unpacked once, to 16 bits (`unpacked.in_rows`). Where they
+    stay packed, those of one input are fused (`fuse_projections`).
+
+    Args:
+      model: the language model.
+      params: its parameters; those in such a form already are returned unchanged.
+      memory: on a CPU, `unpacked` or `packed`; `auto` unpacks where the weights fit into the available memory.
+
+    Raises:
+      SpqrError: `memory` is none of these.
     """
-    fused = fuse_projections(params, model)
-    return jax.device_put(level_blocks(fused) if choose(None).kernels else stack_blocks(fused))
+    if choose(None).kernels:
+        return jax.device_put(level_blocks(fuse_projections(params, model)))
+    if unpacks(params, memory, bytes_per_weight=2):
+        return in_rows(params, model)
+    return jax.device_put(stack_blocks(fuse_projections(params, model)))
 
 
 @in_32_bits

@@ -11,6 +11,11 @@ def device_kind() -> str:
     return _device().device_kind
 
 
+def platform() -> str:
+    """Platform of the device: 'cpu', 'gpu' or 'tpu'."""
+    return _device().platform
+
+
 def describe() -> str:
     """Name and platform of the device, for messages."""
     device = _device()

@@ -36,8 +36,10 @@ def main() -> None:
     try:
         from spqr_jax.cli import console
         from spqr_jax.cli.app import app
+        from spqr_jax.runtime.compilation import keep_programs
 
         console.quiet()
+        keep_programs()
         console.run(app)
     except KeyboardInterrupt:  # while packages are imported
         print("interrupted", file=sys.stderr)

@@ -143,6 +143,7 @@ def answer_file(
     seed: int,
     chat: bool,
     dtype: str | None,
+    memory: str,
     **options: Any,
 ) -> dict[str, Any]:
     """Answers every prompt of a file, with progress on standard error, and returns the command's result.
@@ -155,6 +156,7 @@ def answer_file(
       seed: of sampling.
       chat: put texts into the chat template.
       dtype: type to compute in; None chooses it.
+      memory: on a CPU, whether matrices stay packed, see `for_decoding`.
       options: of `generate`.
 
     Raises:
@@ -174,6 +176,7 @@ def answer_file(
     done = answers.finished(prompts, batch)
     started, tokens = time.perf_counter(), 0
     if done < len(prompts):
+        params = for_decoding(model, params, memory)
         steps = answer_batches(model, params, tokenizer, prompts, answers, batch=batch, seed=seed, **options)
         try:
             tokens = sum(console.track(steps, -(-(len(prompts) - done) // batch), "batches of prompts"))

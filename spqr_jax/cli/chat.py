@@ -6,7 +6,18 @@ from collections.abc import Iterator
 from typing import Any
 
 from spqr_jax.cli import console
-from spqr_jax.cli.options import ComputingType, Json, MaxNewTokens, Model, SamplingSeed, Temperature, TopK, TopP
+from spqr_jax.cli.options import (
+    ComputingType,
+    InMemory,
+    Json,
+    MaxNewTokens,
+    Model,
+    SamplingSeed,
+    Temperature,
+    TopK,
+    TopP,
+)
+from spqr_jax.models.unpacked import Memory
 
 RESET = "/reset"
 
@@ -19,6 +30,7 @@ def chat(
     top_p: TopP = None,
     seed: SamplingSeed = 0,
     dtype: ComputingType = None,
+    memory: InMemory = Memory.AUTO,
     as_json: Json = False,
 ) -> None:
     """Talk with a model: each line is a message, and the model's answer follows it.
@@ -39,7 +51,7 @@ def chat(
         raise SpqrError("the tokenizer has no chat template: use spqr generate, which continues a text")
     sampling: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "tokenizer": tokenizer}
     positions = model.config.max_positions
-    params = for_decoding(model, params)
+    params = for_decoding(model, params, memory)
     messages: list[Message] = []
     for turn, line in enumerate(_lines()):
         if line == RESET:

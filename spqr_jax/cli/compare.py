@@ -7,7 +7,8 @@ import typer
 
 from pallas_kernels.errors import SpqrError
 from spqr_jax.cli import console
-from spqr_jax.cli.options import ComputingType, Json, Model, PaperText, Texts, Window, Windows, at_least
+from spqr_jax.cli.options import ComputingType, InMemory, Json, Model, PaperText, Texts, Window, Windows, at_least
+from spqr_jax.models.unpacked import Memory
 
 
 def compare(
@@ -25,6 +26,7 @@ def compare(
     new_tokens: Annotated[
         int, typer.Option(callback=at_least(1), help="Tokens that each model generates after a prompt.")
     ] = 64,
+    memory: InMemory = Memory.AUTO,
     as_json: Json = False,
 ) -> None:
     """Measure how far a quantized model is from its original: by its predictions, and by the text it generates.
@@ -35,9 +37,11 @@ def compare(
 
     from spqr_jax.cli.models import load_model
     from spqr_jax.cli.texts import evaluation_tokens
+    from spqr_jax.generation import for_decoding
     from spqr_jax.measure.continuations import agreement_lengths, continuation_perplexity, continue_greedily
     from spqr_jax.measure.divergence import mean_divergence, window_divergences
     from spqr_jax.measure.perplexity import cut_windows
+    from spqr_jax.models.unpacked import for_measuring
 
     model, before, tokenizer = load_model(original, dtype)
     other, after, _ = load_model(quantized, dtype)
@@ -46,17 +50,19 @@ def compare(
     started = time.perf_counter()
     ids = evaluation_tokens(tokenizer, text, protocol, window)
     parts = cut_windows(ids, window=window, max_windows=windows)
-    divergences = console.track(window_divergences(model, before, after, parts), len(parts), "distributions")
+    measured = [for_measuring(params, memory) for params in (before, after)]
+    divergences = console.track(window_divergences(model, *measured, parts), len(parts), "distributions")
     divergence = mean_divergence(list(divergences))
     starts = parts[:prompts, :prompt_tokens]
-    written, expected = (continue_greedily(model, params, starts, new_tokens) for params in (after, before))
+    decoding = (for_decoding(model, params, memory) for params in (after, before))
+    written, expected = (continue_greedily(model, params, starts, new_tokens) for params in decoding)
     result = {
         "kl_divergence": divergence.kl,
         "top1_agreement": divergence.agreement,
         "tokens": parts.size,
         "agreement_length": float(np.mean(agreement_lengths(written, expected))),
-        "perplexity_of_own_text": continuation_perplexity(model, before, starts, written),
-        "perplexity_of_original_text": continuation_perplexity(model, before, starts, expected),
+        "perplexity_of_own_text": continuation_perplexity(model, measured[0], starts, written),
+        "perplexity_of_original_text": continuation_perplexity(model, measured[0], starts, expected),
         "prompts": len(starts),
     }
     console.emit(result | {"seconds": time.perf_counter() - started}, as_json)

@@ -6,7 +6,8 @@ from typing import Annotated, Any
 import typer
 
 from spqr_jax.cli import console
-from spqr_jax.cli.options import ComputingType, Json, Model, PaperText, Texts, Window, Windows, at_least
+from spqr_jax.cli.options import ComputingType, InMemory, Json, Model, PaperText, Texts, Window, Windows, at_least
+from spqr_jax.models.unpacked import Memory
 
 
 def evaluate(
@@ -19,6 +20,7 @@ def evaluate(
     ] = None,
     windows: Windows = None,
     dtype: ComputingType = None,
+    memory: InMemory = Memory.AUTO,
     as_json: Json = False,
 ) -> None:
     """Measure perplexity on a text.
@@ -28,13 +30,14 @@ def evaluate(
     from spqr_jax.cli.models import load_model
     from spqr_jax.cli.texts import evaluation_tokens
     from spqr_jax.measure.perplexity import counted_perplexity, counted_windows, token_losses
+    from spqr_jax.models.unpacked import for_measuring
     from spqr_jax.storage.totals import summarize
 
     model, params, tokenizer = load_model(source, dtype)
     started = time.perf_counter()
     ids = evaluation_tokens(tokenizer, text, protocol, window)
     parts, counted = counted_windows(ids, window=window, stride=stride, max_windows=windows)
-    losses = console.track(token_losses(model, params, parts), len(parts), "perplexity")
+    losses = console.track(token_losses(model, for_measuring(params, memory), parts), len(parts), "perplexity")
     totals = summarize(params)
     result: dict[str, Any] = {
         "perplexity": counted_perplexity(losses, counted),

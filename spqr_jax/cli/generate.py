@@ -1,5 +1,6 @@
 """The command `spqr generate`."""
 
+import sys
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,6 +11,7 @@ from pallas_kernels.errors import SpqrError
 from spqr_jax.cli import console
 from spqr_jax.cli.options import (
     ComputingType,
+    InMemory,
     Json,
     MaxNewTokens,
     Model,
@@ -19,6 +21,7 @@ from spqr_jax.cli.options import (
     TopP,
     at_least,
 )
+from spqr_jax.models.unpacked import Memory
 from spqr_jax.storage.paths import absolute
 
 
@@ -45,6 +48,7 @@ def generate(
     seed: SamplingSeed = 0,
     chat: Annotated[bool, typer.Option(help="Use the tokenizer's chat template where it has one.")] = True,
     dtype: ComputingType = None,
+    memory: InMemory = Memory.AUTO,
     as_json: Json = False,
 ) -> None:
     """Generate text: the answer to one prompt, or to each prompt of a file.
@@ -58,22 +62,30 @@ def generate(
     if prompts is not None or output is not None:
         from spqr_jax.cli.answers import answer_file
 
-        result = answer_file(source, prompt, prompts, output, batch=batch, seed=seed, chat=chat, dtype=dtype, **options)
+        result = answer_file(
+            source, prompt, prompts, output, batch=batch, seed=seed, chat=chat, dtype=dtype, memory=memory, **options
+        )
         console.emit(result, as_json)
         return
     if prompt is None:
         raise SpqrError("there is no prompt: give PROMPT, or --prompts and --output")
     from spqr_jax.cli.models import decode, load_model, require
+    from spqr_jax.cli.speed import Speed
     from spqr_jax.cli.streaming import show_tokens
-    from spqr_jax.generation import stream
+    from spqr_jax.generation import for_decoding, stream
+    from spqr_jax.models.unpacked import form_of
     from spqr_jax.prompts import chat_prompt, end_tokens, text_ids
 
     model, params, found = load_model(source, dtype)
     tokenizer = require(found)
     ids = chat_prompt(tokenizer, prompt) if chat else text_ids(tokenizer, prompt)
     started = time.perf_counter()
+    speed = Speed()
+    params = for_decoding(model, params, memory)
     steps = stream(model, params, [ids], seed=seed, stop_tokens=end_tokens(model, tokenizer), **options)
-    tokens = show_tokens(steps, tokenizer, show=not as_json)
-    if as_json:
-        text = decode(tokenizer, tokens)
-        console.emit({"text": text, "tokens": tokens, "seconds": time.perf_counter() - started}, as_json)
+    tokens = show_tokens(speed.watch(steps), tokenizer, show=not as_json)
+    if not as_json:
+        print(f"weights {form_of(params)}; {speed}", file=sys.stderr)
+        return
+    spent = {"seconds": time.perf_counter() - started, **speed.values(), "weights": form_of(params)}
+    console.emit({"text": decode(tokenizer, tokens), "tokens": tokens, **spent}, as_json)

@@ -46,6 +46,7 @@ class SpqrLM(TemplateLM):
       batch_size: requests that run together.
       max_length: most tokens of a request; None for the model's positions.
       dtype: type of activations and of dense parameters; None for the checkpoint's own, on a CPU float32.
+      memory: on a CPU, whether matrices stay packed: see `for_decoding`.
       device, max_batch_size: arguments that lm-eval passes for PyTorch, ignored here.
 
     Raises:
@@ -62,6 +63,7 @@ class SpqrLM(TemplateLM):
         batch_size: int | str = 8,
         max_length: int | None = None,
         dtype: str | None = None,
+        memory: str = "auto",
         device: str | None = None,
         max_batch_size: int | None = None,
     ) -> None:
@@ -75,7 +77,7 @@ class SpqrLM(TemplateLM):
         self.max_length = positions if max_length is None else max_length
         if not 1 <= self.max_length <= positions:
             raise SpqrError(f"max_length is {max_length}, but must be at least 1 and at most the model's {positions}")
-        self.params = for_decoding(self.model, params)
+        self.params = for_decoding(self.model, params, memory)
 
     @property
     def eot_token_id(self) -> int | None:

@@ -9,6 +9,7 @@ import typer
 
 from pallas_kernels.errors import SpqrError
 from spqr_jax.measure.paper_texts import Protocol
+from spqr_jax.models.unpacked import Memory
 
 LARGEST_SEED = 2**64 - 1
 
@@ -69,6 +70,12 @@ StoredType = Annotated[
 ]
 ComputingType = Annotated[
     Dtype | None, typer.Option("--dtype", help="Type to compute in; default: the checkpoint's, on a CPU float32.")
+]
+InMemory = Annotated[
+    Memory,
+    typer.Option(
+        "--memory", help="On a CPU: keep matrices packed, or unpack them once, which is faster; auto: as they fit."
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 

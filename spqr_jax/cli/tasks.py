@@ -11,7 +11,8 @@ import typer
 
 from pallas_kernels.errors import SpqrError
 from spqr_jax.cli import console
-from spqr_jax.cli.options import ComputingType, Json, Model, at_least
+from spqr_jax.cli.options import ComputingType, InMemory, Json, Model, at_least
+from spqr_jax.models.unpacked import Memory
 from spqr_jax.storage.paths import absolute
 
 PAPER_TASKS = "winogrande,piqa,hellaswag,arc_easy,arc_challenge"
@@ -37,6 +38,7 @@ def tasks(
         Path | None, typer.Option(parser=absolute, help="Directory of more tasks, as YAML files.")
     ] = None,
     dtype: ComputingType = None,
+    memory: InMemory = Memory.AUTO,
     as_json: Json = False,
 ) -> None:
     """Measure accuracy on tasks of EleutherAI's lm-eval, which downloads their data.
@@ -54,7 +56,7 @@ def tasks(
 
     from spqr_jax.cli.harness import SpqrLM
 
-    model = SpqrLM(source, batch_size=batch, dtype=dtype)
+    model = SpqrLM(source, batch_size=batch, dtype=dtype, memory=memory)
     started = time.perf_counter()
     try:
         found: dict[str, Any] = lm_eval.simple_evaluate(

@@ -14,7 +14,7 @@ from pallas_kernels.errors import SpqrError
 from spqr_jax.measure.perplexity import HEAD_POSITIONS, check_windows
 from spqr_jax.models.decoder import Decoder, Params
 from spqr_jax.models.overflow import describe_overflow, first_overflow
-from spqr_jax.models.stacked_blocks import stack_blocks
+from spqr_jax.models.unpacked import for_measuring
 from spqr_jax.runtime.x64 import steps_in_32_bits
 
 
@@ -51,7 +51,7 @@ def window_divergences(
       Divergence(kl=0.9..., agreement=0.6...)
     """
     check_windows(model, windows)
-    original, quantized = (jax.device_put(stack_blocks(params)) for params in (original, quantized))
+    original, quantized = (for_measuring(params) for params in (original, quantized))
 
     def divergences() -> Iterator[Divergence]:
         for index, tokens in enumerate(windows):

@@ -16,8 +16,8 @@ from numpy.typing import ArrayLike
 from pallas_kernels.errors import SpqrError
 from spqr_jax.models.decoder import Decoder, Params
 from spqr_jax.models.overflow import describe_overflow
-from spqr_jax.models.stacked_blocks import stack_blocks
 from spqr_jax.models.token_ids import check_vocabulary
+from spqr_jax.models.unpacked import for_measuring
 from spqr_jax.runtime.x64 import steps_in_32_bits
 from spqr_jax.texts import token_ids
 
@@ -170,7 +170,7 @@ def token_losses(
     """
     check_windows(model, windows)
     # Move parameters to the device once, not once per window.
-    params = jax.device_put(stack_blocks(params))
+    params = for_measuring(params)
 
     def losses() -> Iterator[np.ndarray]:
         at_once = math.gcd(len(windows), WINDOWS_AT_ONCE)

@@ -53,6 +53,7 @@ class Context:
       mask: True at the slots that a token may attend to; without a KV cache the slots are the tokens.
       slot_positions: place in its sequence of the token in each slot; 0 or less in an empty slot.
       offset: first slot to be written in the KV cache.
+      layer: number of the block, where the KV caches of all blocks are stacked; else None.
       mesh: devices over which matrices are split; None where they are not.
     """
 
@@ -60,6 +61,7 @@ class Context:
     mask: Bool[Array, "batch tokens slots"]
     slot_positions: Int[Array, "batch slots"]
     offset: Int[Array, ""]
+    layer: Int[Array, ""] | None = None
     mesh: Mesh | None = flax.struct.field(pytree_node=False, default=None)
 
 
@@ -169,8 +171,8 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embed(self.config.vocab_size, self.config.hidden_size, dtype=self.dtype)
         self.layers = [self.block(self.config) for _ in range(self.config.num_layers)]
         self.norm = self.norm_module()
-        if not self.config.tie_embeddings:
-            self.lm_head = Linear(self.config.vocab_size)
+        # Of a tied model, only `unpacked.in_rows` makes parameters for it.
+        self.lm_head = Linear(self.config.vocab_size)
 
     def __call__(
         self,
@@ -223,10 +225,8 @@ class Decoder(nn.Module):
         def step(carry: tuple[Array, State], inputs: tuple[Array, Params]) -> tuple[tuple[Array, State], None]:
             hidden, caches = carry
             index, params = inputs
-            block_cache = {name: array[index] for name, array in caches.items()}
-            after: Any = block.apply({"params": params}, {"hidden": hidden, **block_cache}, context)
-            hidden = after.pop("hidden")
-            return (hidden, {name: array.at[index].set(after[name]) for name, array in caches.items()}), None
+            after: Any = block.apply({"params": params}, {"hidden": hidden, **caches}, replace(context, layer=index))
+            return (after.pop("hidden"), after), None
 
         stacked = jnp.arange(self.config.num_layers), self.variables["params"]["blocks"]
         return jax.lax.scan(step, (hidden, caches or {}), stacked)[0]
@@ -237,11 +237,14 @@ class Decoder(nn.Module):
 
     def embed(self, tokens: Integer[Array | np.ndarray, "batch tokens"]) -> Float[Array, "batch tokens hidden"]:
         """Input of the first block."""
-        return self.embed_tokens(tokens)
+        # Converted after the lookup: `nn.Embed` converts before it, which XLA would do with the whole table.
+        return jnp.take(self.embed_tokens.embedding, tokens, axis=0).astype(self.dtype)
 
     def head(self, hidden: Float[Array, "*batch hidden"]) -> Float[Array, "*batch vocabulary"]:
         """Logits of hidden states."""
-        return self.embed_tokens.attend(hidden) if self.config.tie_embeddings else self.lm_head(hidden)
+        if self.config.tie_embeddings and not self.has_variable("params", "lm_head"):
+            return self.embed_tokens.attend(hidden)
+        return self.lm_head(hidden)
 
     def init_cache(self, params: Params, batch: int, slots: int) -> KVCache:
         """An empty cache for `slots` tokens of each of `batch` sequences, stacked where the parameters are."""

@@ -137,7 +137,7 @@ class FalconBlock(Block):
         else:
             queries = rotate(queries, context.positions, c.rotary)
             keys = rotate(keys, context.positions, c.rotary)
-        state, keys, values = extend_cache(state, keys, values, context.offset)
+        state, keys, values = extend_cache(state, keys, values, context.offset, context.layer)
         attended = attend(queries, keys, values, context.mask, bias, context.mesh)
         return {**state, "attention_output": attended.reshape(batch, tokens, -1)}
 

@@ -13,13 +13,14 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import SplitTensor, SpqrTensor, split_matmul, spqr_matmul
+from spqr_jax.models.row_major import RowMajor, row_major_product
 
 QUERY_CHUNK = 256
 """Queries whose scores are held at once in a forward pass without a KV cache."""
 
 
-Kernel = Float[Array | np.ndarray, "in out"] | SpqrTensor | SplitTensor
-"""A weight: dense, packed, or packed and split over devices."""
+Kernel = Float[Array | np.ndarray, "in out"] | RowMajor | SpqrTensor | SplitTensor
+"""A weight: dense, unpacked for a CPU, packed, or packed and split over devices."""
 
 
 def linear(
@@ -27,7 +28,7 @@ def linear(
     kernel: Kernel,
     bias: Float[Array | np.ndarray, " out"] | None = None,
 ) -> Float[Array, "*batch out"]:
-    """y = x Wᵀ + b; `kernel` is a dense `[in, out]` array, or an `SpqrTensor` or `SplitTensor` of shape `(out, in)`.
+    """y = x Wᵀ + b; `kernel` is a dense `[in, out]` array, or another type of `Kernel`, of shape `(out, in)`.
 
     This is the only function of a model that knows packed weights.
     """
@@ -35,6 +36,8 @@ def linear(
         y = split_matmul(x, kernel)
     elif isinstance(kernel, SpqrTensor):
         y = spqr_matmul(x, kernel)
+    elif isinstance(kernel, RowMajor):
+        y = row_major_product(x, kernel)
     else:
         y = jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=jnp.float32).astype(x.dtype)
     return y if bias is None else y + bias.astype(x.dtype)
@@ -139,8 +142,12 @@ def extend_cache(
     keys: Float[Array, "batch tokens kv_heads head_dim"],
     values: Float[Array, "batch tokens kv_heads head_dim"],
     offset: Int[Array, ""],
+    layer: Int[Array, ""] | None = None,
 ) -> tuple[dict[str, Array], Array, Array]:
     """Writes new keys and values into the cache in a state, `keys` and `values`, from slot `offset` on.
+
+    With `layer`, the arrays are those of all blocks, stacked. Only the new slots are written, so that a loop over the
+    blocks does not copy the cache.
 
     Both are stored in the order in which attention sums them, so that it needs no copy: the features of a key are
     contiguous, and so are all slots of a feature of the values.
@@ -154,9 +161,14 @@ def extend_cache(
     if "keys" not in state:
         return state, keys, values
     zero = jnp.int32(0)  # of the offset's type, with `JAX_ENABLE_X64` too
-    keys = jax.lax.dynamic_update_slice(state["keys"], keys, (zero, zero, offset, zero))
-    values = jax.lax.dynamic_update_slice(state["values"], values, (zero, zero, zero, offset))
-    return {**state, "keys": keys, "values": values}, keys, values
+    if layer is None:
+        keys = jax.lax.dynamic_update_slice(state["keys"], keys, (zero, zero, offset, zero))
+        values = jax.lax.dynamic_update_slice(state["values"], values, (zero, zero, zero, offset))
+        return {**state, "keys": keys, "values": values}, keys, values
+    layer = layer.astype(jnp.int32)
+    all_keys = jax.lax.dynamic_update_slice(state["keys"], keys[None], (layer, zero, zero, offset, zero))
+    all_values = jax.lax.dynamic_update_slice(state["values"], values[None], (layer, zero, zero, zero, offset))
+    return {**state, "keys": all_keys, "values": all_values}, all_keys[layer], all_values[layer]
 
 
 def attend(

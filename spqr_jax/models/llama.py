@@ -72,7 +72,7 @@ class LlamaBlock(Block):
         )
         queries = rotate(queries, context.positions, self.config.rotary)
         keys = rotate(keys, context.positions, self.config.rotary)
-        state, keys, values = extend_cache(state, keys, values, context.offset)
+        state, keys, values = extend_cache(state, keys, values, context.offset, context.layer)
         attended = attend(queries, keys, values, context.mask, mesh=context.mesh)
         return {**state, "attention_output": attended.reshape(batch, tokens, -1)}
 

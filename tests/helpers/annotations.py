@@ -11,7 +11,7 @@ from jaxtyping import install_import_hook
 
 PACKAGES = ("pallas_kernels", "spqr_jax", "converters")
 # JAX also builds these with what stands for arrays: shapes, specifications, axes, or nothing.
-PYTREES = ("SpqrTensor", "Outliers", "SplitTensor", "State", "Context", "KVCache")
+PYTREES = ("SpqrTensor", "Outliers", "RowMajor", "SplitTensor", "State", "Context", "KVCache")
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 

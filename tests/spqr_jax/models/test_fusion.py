@@ -13,6 +13,7 @@ from helpers.same import assert_equal
 from converters import ConversionError, export_hf_spqr, export_huggingface
 from pallas_kernels import SpqrTensor
 from spqr_jax import SpqrConfig, generate, load, perplexity, quantize, save
+from spqr_jax.generation import for_decoding
 from spqr_jax.models import (
     Decoder,
     Falcon,
@@ -137,7 +138,7 @@ def test_one_generated_token_uses_the_fused_form(monkeypatch: pytest.MonkeyPatch
 
     params = random_params(model)
     monkeypatch.setattr(layers, "spqr_matmul", count)
-    generate(model, params, [[1]], max_new_tokens=1)
+    generate(model, for_decoding(model, params, "packed"), [[1]], max_new_tokens=1)
     # One program, whose scan over the blocks may be traced more than once.
     assert products % 4 == 0 < products
     assert products % 7

@@ -131,7 +131,7 @@ def test_a_mesh_of_one_device(spread: tuple[Decoder, Any]) -> None:
     params = random_params(model)
     assert len(split_leaves(sharded)) == 14
     expected = perplexity(model, params, TOKENS[0], window=6)
-    assert perplexity(model, sharded, TOKENS[0], window=6) == pytest.approx(expected)
+    assert perplexity(model, sharded, TOKENS[0], window=6) == pytest.approx(expected, rel=1e-5)
 
 
 def test_blocks_are_stacked_and_levelled(spread: tuple[Decoder, Any]) -> None:
