@@ -324,7 +324,7 @@ def _check_finite(
     finite: Bool[np.ndarray, " batch"],
 ) -> None:
     """Raises a SpqrError that names the first sequence whose logits were not finite, and where they became so."""
-    for index in np.flatnonzero(~finite):
+    for index in np.flatnonzero(~finite).tolist():
         where = describe_overflow(model, params, np.array([[*prompts[index], *rows[index][:-1]]]))
         raise SpqrError(f"the next token after prompt {index} cannot be chosen, because {where}")
 

@@ -3,7 +3,7 @@
 import time
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -70,6 +70,7 @@ def quantize(
     opened = open_model(source, dtype)
     config = chosen.config(settings_for(opened, target_bits) if target_bits and chosen.by_size else COMPACT)
     mesh = mesh_of_all_devices()
+    tokens: Any  # None for round-to-nearest
     if near_lossless:
         started = time.perf_counter()
         text = running_text(opened.tokenizer, calibration)
