@@ -3,7 +3,7 @@
 import time
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -70,16 +70,15 @@ def quantize(
     opened = open_model(source, dtype)
     config = chosen.config(settings_for(opened, target_bits) if target_bits and chosen.by_size else COMPACT)
     mesh = mesh_of_all_devices()
-    tokens: Any  # None for round-to-nearest
-    if near_lossless:
-        started = time.perf_counter()
-        text = running_text(opened.tokenizer, calibration)
-        config, tokens, quality = search(opened, destination, text, sequences, sequence_length, seed, mesh)
-    else:
+    if not near_lossless:
         sizes = sequences, sequence_length, seed
         tokens = None if method is Method.RTN else calibration_tokens(opened.tokenizer, calibration, *sizes)
         quality = None
         started = time.perf_counter()
+    else:
+        started = time.perf_counter()
+        text = running_text(opened.tokenizer, calibration)
+        config, tokens, quality = search(opened, destination, text, sequences, sequence_length, seed, mesh)
     options = {"mesh": mesh, "hidden_on_disk": hidden_on_disk, "overwrite": overwrite, "quality": quality}
     blocks = run(opened, destination, tokens, config, target_bits, **options)
     if blocks is not None:
