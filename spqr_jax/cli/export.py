@@ -2,7 +2,7 @@
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -54,7 +54,7 @@ def export(
     record = read_record(source) if checkpoint.is_checkpoint(source) else None
     origin = Origin(opened.name if record is None else record.base_model, record)
     if as_format is Format.HF:
-        kind = None if dtype is None else dtype.value
+        kind: Any = None if dtype is None else dtype.value
         export_huggingface(destination, model, params, tokenizer=tokenizer, dtype=kind, origin=origin)
     elif as_format is Format.HF_SPQR:
         export_hf_spqr(destination, model, params, tokenizer=tokenizer, origin=origin)

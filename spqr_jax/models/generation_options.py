@@ -68,7 +68,7 @@ def token_ids(value: object) -> tuple[int, ...]:
       >>> token_ids([2, 7, 2]), token_ids(2), token_ids(None), token_ids(-1)
       ((2, 7), (2,), (), ())
     """
-    ids = value if isinstance(value, list | tuple) else [] if value is None else [value]
+    ids: Any = value if isinstance(value, list | tuple) else [] if value is None else [value]
     if not all(isinstance(token, int) and not isinstance(token, bool) for token in ids):
         raise SpqrError(f"{END} is {value!r}, but must be a token id or a list of them")
     return tuple(dict.fromkeys(token for token in ids if token >= 0))
