@@ -69,6 +69,23 @@ def generate(
         return
     if prompt is None:
         raise SpqrError("there is no prompt: give PROMPT, or --prompts and --output")
+    result = _answer(source, prompt, options, seed, chat, dtype, memory, show=not as_json)
+    if as_json:
+        console.emit(result, as_json)
+
+
+def _answer(
+    source: str,
+    prompt: str,
+    options: dict[str, Any],
+    seed: int,
+    chat: bool,
+    dtype: str | None,
+    memory: Memory,
+    *,
+    show: bool,
+) -> dict[str, Any]:
+    """The answer to one prompt, shown as it is generated if so asked."""
     from spqr_jax.cli.models import decode, load_model, require
     from spqr_jax.cli.speed import Speed
     from spqr_jax.cli.streaming import show_tokens
@@ -83,9 +100,8 @@ def generate(
     speed = Speed()
     params = for_decoding(model, params, memory)
     steps = stream(model, params, [ids], seed=seed, stop_tokens=end_tokens(model, tokenizer), **options)
-    tokens = show_tokens(speed.watch(steps), tokenizer, show=not as_json)
-    if not as_json:
+    tokens = show_tokens(speed.watch(steps), tokenizer, show=show)
+    if show:
         print(f"weights {form_of(params)}; {speed}", file=sys.stderr)
-        return
     spent = {"seconds": time.perf_counter() - started, **speed.values(), "weights": form_of(params)}
-    console.emit({"text": decode(tokenizer, tokens), "tokens": tokens, **spent}, as_json)
+    return {"text": decode(tokenizer, tokens), "tokens": tokens, **spent}
