@@ -93,9 +93,10 @@ def refit_kernels(
 
 
 def ridge_inverse(hessian: Float[Array, "in in"], shrinkage: Float[ArrayLike, ""]) -> Float[Array, "in in"]:
-    """(H + Λ)⁻¹ with Λ = 0.1 · mean diag H + shrinkage · diag H."""
+    """(H + Λ)⁻¹ with Λ = 0.1 · mean diag H + shrinkage · diag H, or Λ = 1 where H is 0 and nothing is refitted."""
     diagonal = jnp.diag(hessian)
     ridge = REFIT_DAMPING * jnp.mean(diagonal) + shrinkage * diagonal
+    ridge = jnp.where(ridge == 0, 1, ridge)
     return symmetric(upper_square(upper_inverse(upper_cholesky(hessian + jnp.diag(ridge)))))
 
 

@@ -59,3 +59,9 @@ def test_refit_of_several_matrices_is_that_of_each(moments, weight):
 def test_refit_leaves_weights_where_there_is_nothing_to_refit(moments, weight):
     nothing = moments._replace(drift=Drift(moments.hessian, jnp.zeros_like(moments.drift.residual)))
     np.testing.assert_array_equal(refitted((weight,), nothing)[0], weight)
+
+
+def test_refit_leaves_weights_whose_inputs_are_all_zero(moments, weight):
+    """As behind a block of zeros: H + Λ would be singular."""
+    nothing = jax.tree.map(jnp.zeros_like, moments)
+    np.testing.assert_array_equal(refitted((weight,), nothing)[0], weight)

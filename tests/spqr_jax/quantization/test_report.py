@@ -12,3 +12,10 @@ def test_relative_error(inputs, moments, weight):
     assert relative_error(jnp.asarray(weight), jnp.asarray(approximation), moments.hessian) == pytest.approx(
         expected, rel=1e-4
     )
+
+
+@pytest.mark.parametrize(("size", "energy"), [(0, 1), (1, 0), (0, 0)])
+def test_a_matrix_or_inputs_of_zeros_have_no_error(weight, moments, size, energy):
+    zeros = size * weight
+    assert relative_error(jnp.asarray(zeros), jnp.asarray(zeros), energy * moments.hessian) == 0
+    assert relative_error(jnp.asarray(zeros), jnp.asarray(0 * weight), 0 * moments.hessian) == 0
