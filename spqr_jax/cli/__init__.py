@@ -9,6 +9,8 @@ This module imports nothing but the standard library, so that a missing package 
 import sys
 from importlib.util import find_spec
 
+from spqr_jax.cli import interrupts
+
 NEEDED = (
     "flax",
     "gguf",
@@ -33,14 +35,16 @@ def main() -> None:
     if missing := [name for name in NEEDED if find_spec(name) is None]:
         print(f'error: spqr needs {", ".join(missing)}: pip install "spqr-jax[models]"', file=sys.stderr)
         raise SystemExit(1)
-    try:
+    with interrupts.leaving_at_once():
         from spqr_jax.cli import console
         from spqr_jax.cli.app import app
         from spqr_jax.runtime.compilation import keep_programs
 
         console.quiet()
         keep_programs()
-        console.run(app)
-    except KeyboardInterrupt:  # while packages are imported
-        print("interrupted", file=sys.stderr)
-        raise SystemExit(130) from None
+        try:
+            console.run(app)
+        except SystemExit as stop:
+            if stop.code == interrupts.STATUS:
+                interrupts.leave()
+            raise

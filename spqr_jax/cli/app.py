@@ -11,7 +11,7 @@ import jax
 import typer
 
 import spqr_jax
-from spqr_jax.cli import console
+from spqr_jax.cli import console, interrupts
 
 COMMANDS: Mapping[str, str] = {
     "quantize": "spqr_jax.cli.quantize:quantize",
@@ -58,10 +58,14 @@ def _ending_well(function: Callable[..., None], *, resumes: bool) -> Callable[..
     @wraps(function)
     def command(*args: Any, **options: Any) -> None:
         try:
-            with console.only_results(), jax.enable_x64(False):
+            with interrupts.raising(), console.only_results(), jax.enable_x64(False):
                 function(*args, **options)
         except KeyboardInterrupt:  # before typer, which would exit without a word
             console.interrupted(resumes=resumes)
+        except Exception:
+            if interrupts.asked():
+                console.interrupted(resumes=resumes)
+            raise
 
     return command
 

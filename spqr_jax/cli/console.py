@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column, Table
 
 from pallas_kernels.errors import SpqrError
+from spqr_jax.cli import interrupts
 from spqr_jax.storage.json_files import finite
 
 T = TypeVar("T")
@@ -129,13 +130,8 @@ def run(command: Callable[[], object]) -> None:
 
 def interrupted(*, resumes: bool) -> NoReturn:
     """Ends an interrupted command with exit status 130, and says whether the same command resumes its work."""
-    tell_interruption(resumes=resumes)
-    _leave(130)
-
-
-def tell_interruption(*, resumes: bool) -> None:
-    """Says on standard error that a command was interrupted, and whether the same command resumes its work."""
-    print(f"interrupted{', the same command resumes' * resumes}", file=sys.stderr, flush=True)
+    interrupts.tell(resumes=resumes)
+    _leave(interrupts.STATUS)
 
 
 def describe(error: Exception) -> str:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from spqr_jax.cli import console, settings
+from spqr_jax.cli import console, interrupts, settings
 from spqr_jax.cli.options import Calibration, Json, Model, Seed, SequenceLength, Sequences, StoredType
 from spqr_jax.config import COMPACT, Method
 from spqr_jax.storage.destination import check_outside
@@ -89,5 +89,5 @@ def _join_processes() -> None:
     """Joins the other processes of a distributed run, before anything else of JAX."""
     from spqr_jax.runtime.processes import end_on_interrupt, join
 
-    end_on_interrupt(partial(console.tell_interruption, resumes=True))
+    end_on_interrupt(partial(interrupts.tell, resumes=True))
     join()
