@@ -1,12 +1,16 @@
 """The backend for every device: the weight is dequantized, and XLA multiplies."""
 
+import math
+
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, UInt16
+from jaxtyping import Array, Float
 
 from pallas_kernels.backends.backend import Backend
-from pallas_kernels.format.bit_layout import unpack_codes, unpack_planes
+from pallas_kernels.backends.one_row import one_row_product
+from pallas_kernels.backends.statistics import scales, zeros
+from pallas_kernels.format.bit_layout import unpack_codes
 from pallas_kernels.format.tensor import SpqrTensor
 
 
@@ -15,6 +19,8 @@ def matmul(x: Float[Array | np.ndarray, "*batch in"], w: SpqrTensor) -> Float[Ar
     # Permuting x instead of the weight moves `in` numbers for each token, and not `out · in`.
     if w.permutation is not None:
         x = x[..., w.permutation]
+    if math.prod(x.shape[:-1]) == 1:
+        return one_row_product(jnp.asarray(x).reshape(-1), w).reshape(*x.shape[:-1], -1).astype(x.dtype)
     weight = dequantize_in_order(w).astype(x.dtype)
     # Not an einsum: XLA for CPUs cannot run the product that it makes of permuted bfloat16.
     return jnp.matmul(x, weight.T, preferred_element_type=jnp.float32).astype(x.dtype)
@@ -40,31 +46,3 @@ def dequantize_in_order(tensor: SpqrTensor) -> Float[Array, "out in"]:
         return weight
     # Each place has one residual, so adding is safe. The padding adds zeros.
     return weight.at[outliers.rows(), outliers.columns].add(outliers.values.astype(jnp.float32))
-
-
-def scales(tensor: SpqrTensor) -> Float[Array, "out groups"]:
-    """First-level scales, float32."""
-    return _statistics(tensor.scale, tensor.scale_codes, tensor.scale_scale, tensor.scale_zero)
-
-
-def zeros(tensor: SpqrTensor) -> Float[Array, "out groups"]:
-    """First-level zeros, float32."""
-    return _statistics(tensor.zero, tensor.zero_codes, tensor.zero_scale, tensor.zero_zero)
-
-
-def _statistics(
-    plain: Float[Array | np.ndarray, "out groups"] | None,
-    planes: UInt16[Array | np.ndarray, "stats_bits row_blocks groups"] | None,
-    scale: Float[Array | np.ndarray, "stats_groups groups"] | None,
-    zero: Float[Array | np.ndarray, "stats_groups groups"] | None,
-) -> Float[Array, "out groups"]:
-    if plain is not None:
-        return jnp.asarray(plain, jnp.float32)
-    assert planes is not None
-    assert scale is not None
-    assert zero is not None
-    codes = unpack_planes(planes).astype(jnp.float32)
-    out, groups = codes.shape
-    by_stats_group = codes.reshape(scale.shape[0], -1, groups)
-    values = scale.astype(jnp.float32)[:, None] * (by_stats_group - zero.astype(jnp.float32)[:, None])
-    return jnp.asarray(values.reshape(out, groups))

@@ -44,6 +44,10 @@ def main(
             help=f"Model to decode. Without a GPU, models except {FOR_ANY_DEVICE} are predicted for {TARGET}.",
         ),
     ] = "llama-7b",
+    cpu: Annotated[
+        str | None,
+        typer.Option(help="Benchmark a packed checkpoint on this CPU, beside PyTorch: decoding and evaluation."),
+    ] = None,
     output: Annotated[Path | None, typer.Option(help="JSON file for the rows of --decode, updated by row.")] = None,
     seconds: Annotated[
         float, typer.Option(help="With --decode, start no new measurement after this many seconds.")
@@ -53,6 +57,11 @@ def main(
 
     Example: python -m spqr_jax.benchmark --decode --output decode-h100.json
     """
+    if cpu is not None:
+        from spqr_jax.benchmark.cpu import measure
+
+        console.emit(measure(cpu), as_json)
+        return
     if not decode:
         # Only this benchmark needs the converters.
         from spqr_jax.benchmark import quantization
