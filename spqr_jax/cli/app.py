@@ -28,8 +28,8 @@ COMMANDS: Mapping[str, str] = {
 }
 """The function of every command, in the order of `spqr --help`; the README of `spqr_jax` says how to add one."""
 
-RESUMABLE = frozenset({"quantize", "sweep"})
-"""Commands that keep their finished work, from which the same command resumes."""
+RESUMABLE: Mapping[str, str | None] = {"quantize": None, "sweep": None, "generate": "prompts"}
+"""Commands that keep their finished work, from which the same command resumes; where not always, with which option."""
 
 EPILOG = (
     "Results go to standard output, progress to standard error. Exit status: 0 done, 1 an error in one line, 2 wrong "
@@ -48,18 +48,20 @@ def build(commands: Mapping[str, str]) -> typer.Typer:
         callback=about,
     )
     for name, function in commands.items():
-        app.command(name)(_ending_well(resolve_name(function), resumes=name in RESUMABLE))
+        app.command(name)(_ending_well(name, resolve_name(function)))
     return app
 
 
-def _ending_well(function: Callable[..., None], *, resumes: bool) -> Callable[..., None]:
+def _ending_well(name: str, function: Callable[..., None]) -> Callable[..., None]:
     """A command that alone prints to standard output, and whose interruption is told."""
 
     @wraps(function)
-    def command(*args: Any, **options: Any) -> None:
+    def command(**options: Any) -> None:
+        needed = RESUMABLE.get(name)
+        resumes = name in RESUMABLE and (needed is None or options[needed] is not None)
         try:
             with interrupts.raising(), console.only_results(), jax.enable_x64(False):
-                function(*args, **options)
+                function(**options)
         except KeyboardInterrupt:  # before typer, which would exit without a word
             console.interrupted(resumes=resumes)
         except Exception:

@@ -50,8 +50,8 @@ def compare(
     started = time.perf_counter()
     ids = evaluation_tokens(tokenizer, text, protocol, window)
     parts = cut_windows(ids, window=window, max_windows=windows)
-    measured = [for_measuring(params, memory) for params in (before, after)]
-    divergences = console.track(window_divergences(model, *measured, parts), len(parts), "distributions")
+    first, second = (for_measuring(params, memory) for params in (before, after))
+    divergences = console.track(window_divergences(model, first, second, parts), len(parts), "distributions")
     divergence = mean_divergence(list(divergences))
     starts = parts[:prompts, :prompt_tokens]
     decoding = (for_decoding(model, params, memory) for params in (after, before))

@@ -30,5 +30,8 @@ def identical(first: Shaped[np.ndarray, "..."], second: Shaped[np.ndarray, "..."
     """
     if (first.dtype, first.shape) != (second.dtype, second.shape):
         return False
-    bits = (np.ascontiguousarray(array).reshape(-1).view(np.uint8) for array in (first, second))
-    return np.array_equal(*bits)
+    return np.array_equal(_bits(first), _bits(second))
+
+
+def _bits(array: Shaped[np.ndarray, "..."]) -> Shaped[np.ndarray, " bytes"]:
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)

@@ -41,14 +41,17 @@ def interrupted_status() -> int:
         "try: press()\nexcept KeyboardInterrupt: raise ImportError('extension')",
     ],
 )
-@pytest.mark.parametrize("resumes", [True, False])
-def test_in_work_it_is_told(work: str, resumes: bool) -> None:
+@pytest.mark.parametrize(
+    ("command", "options", "resumes"),
+    [("quantize", {}, True), ("generate", {"prompts": None}, False), ("generate", {"prompts": "a.jsonl"}, True)],
+)
+def test_in_work_it_is_told(work: str, command: str, options: dict[str, str | None], resumes: bool) -> None:
     lines = "\n".join(f"    {line}" for line in work.splitlines())
     code = f"""
 from spqr_jax.cli.app import _ending_well
-def work():
+def work(**options):
 {lines}
-_ending_well(work, resumes={resumes})()
+_ending_well({command!r}, work)(**{options})
 """
     done = python(code)
     told = "interrupted, the same command resumes\n" if resumes else "interrupted\n"

@@ -123,3 +123,26 @@ def test_who_the_others_are_must_be_known() -> None:
     assert result.returncode == 1
     assert result.stderr.startswith("error: the other processes are not known")
     assert len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_ctrl_c_of_one_process_ends_all(start: Start, tmp_path: Path, victim: int) -> None:
+    processes = start(tmp_path / "out", 2, 2)
+    while not (tmp_path / "out.partial" / "state-1").exists():
+        assert all(process.poll() is None for process in processes)
+        time.sleep(0.05)
+    processes[victim].send_signal(signal.SIGINT)
+    ends = [process.communicate(timeout=60)[1] for process in processes]
+    assert processes[victim].returncode == 130
+    assert ends[victim].endswith("interrupted, the same command resumes\n")
+    assert processes[1 - victim].returncode not in (0, None)
+
+
+def test_ctrl_c_ends_a_process_that_waits_for_the_others(start: Start, tmp_path: Path) -> None:
+    waiting, other = start(tmp_path / "out", 2, 2)
+    other.kill()
+    time.sleep(10)
+    waiting.send_signal(signal.SIGINT)
+    assert waiting.communicate(timeout=60)[1].endswith("interrupted, the same command resumes\n")
+    assert waiting.returncode == 130
+    other.communicate()
