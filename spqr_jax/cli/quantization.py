@@ -1,18 +1,22 @@
-"""The work of `spqr quantize`: the search for near-lossless settings, the run with its progress, and its result."""
+"""The work of `spqr quantize`: its inputs, the search for near-lossless settings, the run, and its result."""
 
 import sys
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Int
 
 from pallas_kernels.errors import SpqrError
+from spqr_jax.cli.calibration import calibration_tokens, running_text
+from spqr_jax.cli.dry_run import MEASURED_BLOCKS, estimate
 from spqr_jax.cli.progress import track_blocks
-from spqr_jax.config import SpqrConfig
+from spqr_jax.cli.settings import Settings
+from spqr_jax.config import Method, SpqrConfig
 from spqr_jax.runtime.processes import is_first
 from spqr_jax.search import near_lossless
 from spqr_jax.search.target_bits import quantize_to_bits
@@ -22,6 +26,57 @@ from spqr_jax.storage.disk_to_disk import quantize_checkpoint
 from spqr_jax.storage.model_source import ModelSource
 from spqr_jax.storage.record import BlockReport
 from spqr_jax.storage.totals import summarize_described
+
+
+class Prepared(NamedTuple):
+    """The inputs of a run.
+
+    Attributes:
+      config: what to quantize to.
+      tokens: calibration tokens; None for round-to-nearest.
+      quality: measured values of these settings, where they were searched for.
+      started: `perf_counter` when the run's time began.
+    """
+
+    config: SpqrConfig
+    tokens: Int[np.ndarray, "sequences length"] | None
+    quality: dict[str, float] | None
+    started: float
+
+
+def prepare(
+    source: ModelSource,
+    destination: Path,
+    settings: Settings,
+    config: SpqrConfig,
+    mesh: Mesh | None,
+    *,
+    texts: Sequence[str] | None,
+    sequences: int,
+    length: int,
+    seed: int,
+) -> Prepared:
+    """Reads the calibration text and, with --near-lossless, searches for the settings.
+
+    Args:
+      source: the model.
+      destination: directory of the checkpoint.
+      settings: those that the user has asked for.
+      config: the configuration that they choose, if it is not searched for.
+      mesh: devices that share the work of a search.
+      texts, sequences, length, seed: of the calibration, see `calibration_tokens`.
+
+    Raises:
+      SpqrError: the text cannot be used, or no configuration is near-lossless.
+    """
+    if settings.near_lossless:
+        started = time.perf_counter()
+        text = running_text(source.tokenizer, texts)
+        return Prepared(*search(source, destination, text, sequences, length, seed, mesh), started)
+    tokens = None
+    if settings.method is not Method.RTN:
+        tokens = calibration_tokens(source.tokenizer, texts, sequences, length, seed)
+    return Prepared(config, tokens, None, time.perf_counter())
 
 
 def search(
@@ -62,20 +117,14 @@ def search(
 
 
 def run(
-    source: ModelSource,
-    destination: Path,
-    tokens: Int[np.ndarray, "sequences length"] | None,
-    config: SpqrConfig,
-    target_bits: float | None,
-    **options: Any,
+    source: ModelSource, destination: Path, prepared: Prepared, target_bits: float | None, **options: Any
 ) -> list[BlockReport] | None:
     """Quantizes a model, with progress on standard error.
 
     Args:
       source: the model.
       destination: directory of the checkpoint.
-      tokens: calibration tokens; None for round-to-nearest.
-      config: what to quantize to.
+      prepared: configuration, calibration tokens and measured values.
       target_bits: bits per weight that an outlier threshold is searched for.
       options: the others of `quantize_checkpoint`.
 
@@ -86,9 +135,15 @@ def run(
     if target_bits is not None:
         quantize = partial(quantize_to_bits, target_bits=target_bits)
     with track_blocks(source.model.config.num_layers) as show:
-        on_block = show if is_first() else None
-        blocks = quantize(source, destination, tokens, config=config, on_block=on_block, **options)
+        options |= {"config": prepared.config, "quality": prepared.quality, "on_block": show if is_first() else None}
+        blocks = quantize(source, destination, prepared.tokens, **options)
     return blocks if is_first() else None
+
+
+def estimated(source: ModelSource, destination: Path, prepared: Prepared, **options: Any) -> dict[str, Any]:
+    """The estimate of a run, with the progress of its measured blocks on standard error; see `dry_run.estimate`."""
+    with track_blocks(min(MEASURED_BLOCKS, source.model.config.num_layers)) as show:
+        return estimate(source, destination, prepared.tokens, prepared.config, on_block=show, **options)
 
 
 def describe_run(destination: Path, blocks: Sequence[BlockReport], seconds: float) -> dict[str, Any]:

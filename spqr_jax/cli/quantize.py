@@ -3,7 +3,7 @@
 import time
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -18,6 +18,9 @@ HiddenOnDisk = Annotated[
     bool, typer.Option("--hidden-on-disk", help="Keep hidden states in memory-mapped files, not in memory.")
 ]
 Overwrite = Annotated[bool, typer.Option(help="Replace a checkpoint at the destination.")]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Estimate time, memory and disk from two blocks, and write nothing.")
+]
 Distributed = Annotated[
     bool, typer.Option("--distributed", help="Run as one of several processes, see the README of spqr_jax.")
 ]
@@ -43,6 +46,7 @@ def quantize(
     seed: Seed = 0,
     hidden_on_disk: HiddenOnDisk = False,
     overwrite: Overwrite = False,
+    dry_run: DryRun = False,
     distributed: Distributed = False,
     dtype: StoredType = None,
     as_json: Json = False,
@@ -59,30 +63,25 @@ def quantize(
         preset, method, bits, group_size, stats_bits, outlier_threshold, permutation, damping, shrinkage, target_bits,
         near_lossless,
     )  # fmt: skip
-    chosen.check(distributed=distributed)
+    chosen.check(distributed=distributed, dry_run=dry_run)
     check_outside(destination, source)
 
-    from spqr_jax.cli.calibration import calibration_tokens, running_text
     from spqr_jax.cli.models import mesh_of_all_devices, open_model
-    from spqr_jax.cli.quantization import describe_run, run, search
+    from spqr_jax.cli.quantization import describe_run, estimated, prepare, run
     from spqr_jax.search.target_bits import settings_for
 
     opened = open_model(source, dtype)
-    config = chosen.config(settings_for(opened, target_bits) if target_bits and chosen.by_size else COMPACT)
+    default = settings_for(opened, target_bits) if target_bits is not None and chosen.by_size else COMPACT
     mesh = mesh_of_all_devices()
-    if not near_lossless:
-        sizes = sequences, sequence_length, seed
-        tokens = None if method is Method.RTN else calibration_tokens(opened.tokenizer, calibration, *sizes)
-        quality = None
-        started = time.perf_counter()
-    else:
-        started = time.perf_counter()
-        text = running_text(opened.tokenizer, calibration)
-        config, tokens, quality = search(opened, destination, text, sequences, sequence_length, seed, mesh)
-    options = {"mesh": mesh, "hidden_on_disk": hidden_on_disk, "overwrite": overwrite, "quality": quality}
-    blocks = run(opened, destination, tokens, config, target_bits, **options)
+    texts: dict[str, Any] = {"texts": calibration, "sequences": sequences, "length": sequence_length, "seed": seed}
+    prepared = prepare(opened, destination, chosen, chosen.config(default), mesh, **texts)
+    options = {"mesh": mesh, "hidden_on_disk": hidden_on_disk, "overwrite": overwrite}
+    if dry_run:
+        console.emit(estimated(opened, destination, prepared, **options), as_json)
+        return
+    blocks = run(opened, destination, prepared, target_bits, **options)
     if blocks is not None:
-        console.emit(describe_run(destination, blocks, time.perf_counter() - started), as_json)
+        console.emit(describe_run(destination, blocks, time.perf_counter() - prepared.started), as_json)
 
 
 def _join_processes() -> None:

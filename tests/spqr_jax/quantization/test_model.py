@@ -9,13 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.byte_tokenizer import byte_tokenizer
+from helpers.same import assert_identical
 from helpers.sampling_noise import reference_sampling_noise
 
 from pallas_kernels import SpqrTensor, bits_per_weight, outlier_share, spqr_dequantize, trim
 from pallas_kernels.format.bit_layout import unpack_codes
 from spqr_jax.config import SpqrConfig
 from spqr_jax.models import Llama, LlamaConfig, RotaryConfig, fuse_projections, make_context
-from spqr_jax.quantization.model import quantize
+from spqr_jax.quantization.model import quantize, quantize_blocks
 from spqr_jax.quantization.solver import quantize_matrix
 
 MODEL = Llama(
@@ -286,6 +288,17 @@ def kernel_of(matrix: str) -> jax.Array:
 def test_unusable_tokens(tokens, message):
     with pytest.raises(ValueError, match=message):
         quantize(PARAMS, tokens, model=MODEL, config=PLAIN)
+
+
+def test_texts_and_lists_of_unequal_length_are_packed():
+    text = "The sky is blue, and the sea is green. " * 6
+    tokenizer = byte_tokenizer()
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    packed = np.array(ids[: 3 * 64]).reshape(3, 64)
+    expected = next(quantize_blocks(PARAMS, packed, model=MODEL, config=PLAIN)).params
+    for texts in (text, [text], [ids[:9], ids[9:100], ids[100:]]):
+        found = next(quantize_blocks(PARAMS, texts, model=MODEL, config=PLAIN, tokenizer=tokenizer))
+        assert_identical(found.params, expected)
 
 
 @pytest.mark.parametrize(
