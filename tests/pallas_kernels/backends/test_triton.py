@@ -29,8 +29,9 @@ OUTLIERS = ("everywhere", "none", "one row")
 IN_FEATURES = {8: 400, 16: 400, 32: 416, 64: 448, 128: 384}
 OUT = 512
 
-# ‖Δ‖ / ‖y‖: what rounding y, and for tensor cores the weights, to the type makes of it.
-MOST_ERROR = {"bfloat16": 2e-3, "float16": 2.0**-11, "float32": 1e-6}
+# ‖Δ‖ / ‖y‖: what rounding y, and for tensor cores the weights, to the type makes of it. In float16 that is 3.6e-4, and
+# for the few outputs of some tests up to 5.2e-4 in 400 draws.
+MOST_ERROR = {"bfloat16": 2e-3, "float16": 6e-4, "float32": 1e-6}
 
 on_gpu = functools.partial(pytest.param, marks=pytest.mark.gpu)
 IMPLEMENTATIONS = ["interpret", on_gpu("pallas")]

@@ -206,7 +206,8 @@ def test_the_whole_can_be_jitted(config, calibrated):
     jitted = jax.jit(functools.partial(quantize, model=MODEL, config=config))
     quantized, jitted_report = jitted(PARAMS, TOKENS if calibrated else None)
     for name, packed in matrices(quantized).items():
-        np.testing.assert_array_equal(codes_of(packed), codes_of(matrices(expected)[name]), err_msg=name)
+        # Fused otherwise, sums are rounded otherwise, and a weight near the middle between two codes may go either way.
+        assert np.mean(codes_of(packed) != codes_of(matrices(expected)[name])) < 1e-3, name
         assert jax.tree.map(jnp.shape, trim(packed)) == jax.tree.map(jnp.shape, matrices(expected)[name])
         assert jitted_report[name].relative_error == pytest.approx(report[name].relative_error, rel=1e-3)
         assert jitted_report[name].outlier_share == pytest.approx(report[name].outlier_share)

@@ -11,7 +11,7 @@ import pytest
 from helpers.tiny_models import random_tensors, tiny_config, write_checkpoint
 
 from converters import Pretrained, from_pretrained, open_pretrained
-from spqr_jax import COMPACT, SpqrConfig, generate, load, perplexity, quantize, quantize_checkpoint
+from spqr_jax import SpqrConfig, generate, load, perplexity, quantize, quantize_checkpoint
 from spqr_jax.generation import stream
 from spqr_jax.runtime.x64 import steps_in_32_bits
 from spqr_jax.storage.digests import digest
@@ -48,7 +48,7 @@ def test_quantizing(tiny: Pretrained, tokens: np.ndarray | None) -> None:
 @pytest.mark.slow
 def test_quantizing_from_disk_to_disk(checkpoint: Path, tmp_path: Path) -> None:
     source, names = open_pretrained(checkpoint), iter("ab")
-    both(lambda: quantize_checkpoint(source, tmp_path / next(names), TOKENS, config=COMPACT))
+    both(lambda: quantize_checkpoint(source, tmp_path / next(names), TOKENS, config=SpqrConfig()))
     assert digest(load(tmp_path / "a").params) == digest(load(tmp_path / "b").params)
 
 
