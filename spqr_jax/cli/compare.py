@@ -61,8 +61,8 @@ def compare(
         "top1_agreement": divergence.agreement,
         "tokens": parts.size,
         "agreement_length": float(np.mean(agreement_lengths(written, expected))),
-        "perplexity_of_own_text": continuation_perplexity(model, measured[0], starts, written),
-        "perplexity_of_original_text": continuation_perplexity(model, measured[0], starts, expected),
+        "perplexity_of_own_text": continuation_perplexity(model, first, starts, written),
+        "perplexity_of_original_text": continuation_perplexity(model, first, starts, expected),
         "prompts": len(starts),
     }
     console.emit(result | {"seconds": time.perf_counter() - started}, as_json)

@@ -26,12 +26,12 @@ class Part(NamedTuple):
     Attributes:
       options: of `load_dataset`.
       first: index of the first document.
-      count: number of documents; None for all that follow.
+      documents: their number; None for all that follow.
     """
 
     options: Mapping[str, Any]
     first: int = 0
-    count: int | None = DOCUMENTS
+    documents: int | None = DOCUMENTS
 
 
 class PublicText(NamedTuple):
@@ -47,7 +47,7 @@ def _one_split(options: Mapping[str, Any]) -> dict[Use, Part]:
 
 
 def _splits(calibration: Mapping[str, Any], measure: Mapping[str, Any], count: int | None) -> dict[Use, Part]:
-    return {Use.CALIBRATION: Part(calibration, count=count), Use.MEASURE: Part(measure, count=count)}
+    return {Use.CALIBRATION: Part(calibration, documents=count), Use.MEASURE: Part(measure, documents=count)}
 
 
 def _c4(split: str, parts: str) -> dict[str, Any]:
@@ -81,4 +81,4 @@ def public_text(name: str, use: Use, tokenizer: PreTrainedTokenizerFast | None) 
     """
     path, parts = PUBLIC_TEXTS[name]
     part = parts[use]
-    return joined_text(hub_rows(path, first=part.first, count=part.count, **part.options), tokenizer, name)
+    return joined_text(hub_rows(path, first=part.first, count=part.documents, **part.options), tokenizer, name)

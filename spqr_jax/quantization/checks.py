@@ -1,5 +1,7 @@
 """Checks of weights and calibration tokens before, and of hidden states during, the long work."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -78,7 +80,7 @@ def check_tokens(calibration_tokens: ArrayLike, block: Params, model: Decoder) -
       model: the Flax module.
     """
     # Checked before they are an array of JAX, which wraps ids of more than 32 bits.
-    tokens = calibration_tokens if is_traced(calibration_tokens) else integer_ids(calibration_tokens)
+    tokens: Any = calibration_tokens if is_traced(calibration_tokens) else integer_ids(calibration_tokens)
     if tokens.ndim != 2:
         raise SpqrError(f"calibration tokens must have shape [sequences, tokens], not {tokens.shape}")
     # A Hessian of n tokens has rank n at most; below an eighth of the features, damping is most of it.
