@@ -22,6 +22,8 @@ def test_notebook_runs_and_prints_what_is_committed(path, tmp_path, monkeypatch)
     for variable in ("IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR"):
         monkeypatch.setenv(variable, str(tmp_path / variable))
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", jax.config.jax_compilation_cache_dir)
+    # They compute for long, in programs that are compiled as a user's are.
+    monkeypatch.setenv("XLA_FLAGS", "")
     committed = nbformat.read(path, as_version=4)
     run = nbformat.read(path, as_version=4)
     # As Jupyter does, in the notebook's folder.

@@ -6,6 +6,7 @@ values. All timings alternate, so that other work on the machine meets all of th
     XLA_FLAGS=--xla_cpu_max_isa=AVX512 ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 python -m spqr_jax.benchmark --cpu CHECKPOINT
 """
 
+import functools
 import json
 import os
 import subprocess
@@ -139,9 +140,12 @@ def evaluations(model: Decoder, params: Params) -> dict[str, Callable[[], object
     """Functions that measure windows of 1024 tokens with packed parameters, and with dense ones."""
     windows = np.random.default_rng(0).integers(0, model.config.vocab_size, (WINDOWS, 1024)).astype(np.int32)
     dense = for_measuring(params, "unpacked")
-    return {
-        name: lambda p=p: list(token_losses(model, p, windows)) for name, p in (("packed", params), ("dense", dense))
-    }
+    forms = {"packed": params, "dense": dense}
+    return {name: functools.partial(_losses, model, form, windows) for name, form in forms.items()}
+
+
+def _losses(model: Decoder, params: Params, windows: np.ndarray) -> list[np.ndarray]:
+    return list(token_losses(model, params, windows))
 
 
 def first_token_seconds(source: str) -> tuple[float, float]:

@@ -14,7 +14,8 @@ def keep_programs() -> None:
     `JAX_COMPILATION_CACHE_DIR`, or `JAX_ENABLE_COMPILATION_CACHE=false` to keep none. Where the directory cannot be
     written, nothing is kept.
     """
-    if jax.config.jax_compilation_cache_dir is not None or not jax.config.jax_enable_compilation_cache:
+    settings = jax.config.values
+    if settings["jax_compilation_cache_dir"] is not None or not settings["jax_enable_compilation_cache"]:
         return
     directory = cache_directory() / "programs"
     try:
