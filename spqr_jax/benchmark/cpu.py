@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from inspect import signature
 from statistics import median
 from typing import Any
 
@@ -116,22 +117,24 @@ def decoder(model: Decoder, params: Params, batch: int) -> Callable[[], object]:
 def pytorch(model: Decoder, dtype: str) -> Callable[[], object]:
     """A function that adds NEW_TOKENS tokens to a prompt with transformers' model, on all cores."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
     from converters.families.table import family_of
 
     torch.set_num_threads(os.cpu_count() or 1)
     content: dict[str, Any] = dict(family_of(model).to_huggingface(model.config))
     theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model(**content)).to(getattr(torch, dtype)).eval()
+    # transformers 5.24 has renamed the argument.
+    name = "cache" if "cache" in signature(theirs.forward).parameters else "past_key_values"
+    cache = {name: DynamicCache(), "use_cache": True}
     with torch.inference_mode():
-        done = theirs(torch.zeros((1, PROMPT_TOKENS), dtype=torch.long), use_cache=True)
+        done = theirs(torch.zeros((1, PROMPT_TOKENS), dtype=torch.long), **cache)
 
     def decode() -> None:
         nonlocal done
         with torch.inference_mode():
             for _ in range(NEW_TOKENS):
-                token = done.logits[:, -1:].argmax(-1)
-                done = theirs(token, past_key_values=done.past_key_values, use_cache=True)
+                done = theirs(done.logits[:, -1:].argmax(-1), **cache)
 
     return decode
 
