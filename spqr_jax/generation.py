@@ -20,8 +20,9 @@ from spqr_jax.models.fusion import fuse_projections
 from spqr_jax.models.overflow import describe_overflow
 from spqr_jax.models.stacked_blocks import level_blocks, stack_blocks
 from spqr_jax.models.token_ids import check_vocabulary
-from spqr_jax.models.unpacked import Memory, in_rows, unpacks
+from spqr_jax.models.unpacked import in_rows, unpacks
 from spqr_jax.prompts import Prompts, end_tokens, prompt_ids
+from spqr_jax.runtime.memory import Memory
 from spqr_jax.runtime.x64 import in_32_bits, steps_in_32_bits
 
 # Lengths are rounded up to a multiple of 64, so that prompts of similar lengths share a compiled program.

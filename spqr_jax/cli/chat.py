@@ -17,7 +17,7 @@ from spqr_jax.cli.options import (
     TopK,
     TopP,
 )
-from spqr_jax.models.unpacked import Memory
+from spqr_jax.runtime.memory import Memory
 
 RESET = "/reset"
 

@@ -7,7 +7,7 @@ import typer
 
 from spqr_jax.cli import console
 from spqr_jax.cli.options import ComputingType, InMemory, Json, Model, PaperText, Texts, Window, Windows, at_least
-from spqr_jax.models.unpacked import Memory
+from spqr_jax.runtime.memory import Memory
 
 
 def evaluate(

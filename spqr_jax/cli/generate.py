@@ -21,7 +21,7 @@ from spqr_jax.cli.options import (
     TopP,
     at_least,
 )
-from spqr_jax.models.unpacked import Memory
+from spqr_jax.runtime.memory import Memory
 from spqr_jax.storage.paths import absolute
 
 

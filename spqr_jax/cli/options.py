@@ -9,7 +9,7 @@ import typer
 
 from pallas_kernels.errors import SpqrError
 from spqr_jax.measure.paper_texts import Protocol
-from spqr_jax.models.unpacked import Memory
+from spqr_jax.runtime.memory import Memory
 
 LARGEST_SEED = 2**64 - 1
 

@@ -12,7 +12,7 @@ import typer
 from pallas_kernels.errors import SpqrError
 from spqr_jax.cli import console
 from spqr_jax.cli.options import ComputingType, InMemory, Json, Model, at_least
-from spqr_jax.models.unpacked import Memory
+from spqr_jax.runtime.memory import Memory
 from spqr_jax.storage.paths import absolute
 
 PAPER_TASKS = "winogrande,piqa,hellaswag,arc_easy,arc_challenge"

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from enum import StrEnum
 from functools import partial
 from typing import TypeGuard
 
@@ -20,7 +19,7 @@ from spqr_jax.models.decoder import Decoder, Params, fused_name
 from spqr_jax.models.layers import mesh_of
 from spqr_jax.models.row_major import RowMajor
 from spqr_jax.models.stacked_blocks import block_names, stack_blocks
-from spqr_jax.runtime.memory import ALIGNMENT, aligned, available_bytes
+from spqr_jax.runtime.memory import ALIGNMENT, Memory, aligned, available_bytes
 from spqr_jax.runtime.x64 import in_32_bits
 
 Dense = Float[Array | np.ndarray, "_ _"]
@@ -31,14 +30,6 @@ HEAD_PIECES = 8
 
 SHARE = 0.8
 """Share of the available memory that unpacked weights may take."""
-
-
-class Memory(StrEnum):
-    """Whether matrices stay packed in memory; `auto` unpacks them on a CPU with room for them."""
-
-    AUTO = "auto"
-    PACKED = "packed"
-    UNPACKED = "unpacked"
 
 
 def unpacks(params: Params, memory: Memory | str, bytes_per_weight: int) -> bool:

@@ -1,9 +1,10 @@
-"""Memory of the host: how much there is, arrays in large pages, and freed memory that the process still holds."""
+"""Memory of the host: how it is used, how much there is, arrays in large pages, and freed memory that is still held."""
 
 import ctypes
 import os
 import re
 import sys
+from enum import StrEnum
 from math import prod
 from pathlib import Path
 
@@ -12,6 +13,14 @@ from jax.typing import DTypeLike
 
 ALIGNMENT = 64
 """Bytes to which an array in host memory is aligned, so that JAX on a CPU uses it without a copy."""
+
+
+class Memory(StrEnum):
+    """Whether matrices stay packed in memory; `auto` unpacks them on a CPU with room for them."""
+
+    AUTO = "auto"
+    PACKED = "packed"
+    UNPACKED = "unpacked"
 
 
 def release_freed() -> None:

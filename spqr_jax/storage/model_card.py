@@ -93,7 +93,6 @@ def model_card(model: Decoder, entries: Entries, form: Form, origin: Origin = UN
       tags:
       - spqr
       ---
-      ...
       # tiny, quantized with SpQR
       ...
     """

@@ -17,7 +17,7 @@ from pallas_kernels.backends import table
 from pallas_kernels.backends.backend import Backend
 from pallas_kernels.backends.table import BACKENDS, choose
 from pallas_kernels.format.bit_layout import unpack_codes
-from spqr_jax.generation import generate
+from spqr_jax.generation import for_decoding, generate
 from spqr_jax.models import Llama
 
 MODEL = Llama(CONFIG)
@@ -61,11 +61,12 @@ def logits(params):
 def test_a_whole_model_runs_on_a_new_backend(monkeypatch, request):
     params = random_params(MODEL)
     prompts = [[1, 2, 3], [5]]
-    expected = logits(params), generate(MODEL, params, prompts, max_new_tokens=6)
+    packed = for_decoding(MODEL, params, "packed")
+    expected = logits(params), generate(MODEL, packed, prompts, max_new_tokens=6)
     request.getfixturevalue("toy")
     np.testing.assert_allclose(logits(params), expected[0], rtol=1e-4, atol=1e-4)
     assert calls == {"matmul": CONFIG.num_layers * MATRICES, "dequantize": CONFIG.num_layers * MATRICES}
-    assert generate(MODEL, params, prompts, max_new_tokens=6) == expected[1]
+    assert generate(MODEL, packed, prompts, max_new_tokens=6) == expected[1]
     assert calls["matmul"] > CONFIG.num_layers * MATRICES
 
 

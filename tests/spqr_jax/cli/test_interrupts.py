@@ -36,7 +36,7 @@ def interrupted_status() -> int:
     [
         "press()",
         # Dropped by Python: raised in a callback of garbage collection.
-        "class Late:\n    def __del__(self): press()\nLate()\nimport time\ntime.sleep(30)",
+        "class Late:\n    def __del__(self): press()\nLate()\nimport time\ntime.sleep(3)",
         # Turned into another error, as while an extension is imported.
         "try: press()\nexcept KeyboardInterrupt: raise ImportError('extension')",
     ],
