@@ -12,7 +12,7 @@ CUDA := $(addsuffix ==13.5.37,nvidia-cuda-nvcc nvidia-nvvm nvidia-cuda-runtime n
 # its fixtures is made twice; files run in the order of tests/conftest.py.
 IN_PARALLEL := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test check gpu aot-env lint types clean
+.PHONY: demo test check fast gpu aot-env lint types clean
 
 demo: $(VENV)/installed
 	$(BIN)/python -m spqr_jax.demo
@@ -43,7 +43,10 @@ gpu:
 aot-env: $(VENV)/aot/installed
 
 # Lint, types and the fast tests.
-check: lint types
+check: lint types fast
+
+# The fast tests alone, in an environment that is installed.
+fast:
 	$(BIN)/python -m pytest -q $(IN_PARALLEL)
 
 lint: $(VENV)/installed-test

@@ -177,11 +177,8 @@ def answer_file(
     started, tokens = time.perf_counter(), 0
     if done < len(prompts):
         params = for_decoding(model, params, memory)
-        steps = answer_batches(model, params, tokenizer, prompts, answers, batch=batch, seed=seed, **options)
-        try:
-            tokens = sum(console.track(steps, -(-(len(prompts) - done) // batch), "batches of prompts"))
-        except KeyboardInterrupt:
-            console.interrupted(resumes=True)
+        steps = answer_batches(model, params, tokenizer, prompts, answers, done, batch=batch, seed=seed, **options)
+        tokens = sum(console.track(steps, -(-(len(prompts) - done) // batch), "batches of prompts"))
     spent = time.perf_counter() - started
     counts = {"prompts": len(prompts), "answered_before": done, "tokens": tokens}
     return {"output": str(output), **counts, "seconds": spent, "tokens_per_second": tokens / spent if tokens else 0.0}
@@ -193,6 +190,7 @@ def answer_batches(
     tokenizer: PreTrainedTokenizerFast,
     prompts: Sequence[Prompt],
     output: AnswerFile,
+    done: int,
     *,
     batch: int,
     seed: int,
@@ -202,10 +200,11 @@ def answer_batches(
 
     Args:
       model: the language model.
-      params: its parameters.
+      params: its parameters, in the form of `for_decoding`.
       tokenizer: of the model.
       prompts: all prompts.
       output: the file of answers.
+      done: number of prompts that have an answer, of `AnswerFile.finished`.
       batch: prompts that are answered together.
       seed: of sampling; each batch has its own random numbers.
       options: of `generate`.
@@ -214,10 +213,9 @@ def answer_batches(
       An iterator over the numbers of new tokens of each batch.
 
     Raises:
-      SpqrError: as `generate` and `AnswerFile.finished`.
+      SpqrError: as `generate`.
     """
-    params = for_decoding(model, params)
-    for first in range(output.finished(prompts, batch), len(prompts), batch):
+    for first in range(done, len(prompts), batch):
         part = prompts[first : first + batch]
         # All batches have one shape, so they share a compiled program.
         filled = [prompt.ids for prompt in (*part, *itertools.repeat(part[-1], batch - len(part)))]

@@ -1,8 +1,9 @@
 """Calibration tokens as the commands take them, and the table of kinds of text files."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int
@@ -40,22 +41,15 @@ def read_running_text(file: Path, tokenizer: PreTrainedTokenizerFast | None) -> 
     return integer_ids(encode(tokenizer, read_text(file)))
 
 
-def read_json(file: Path, tokenizer: PreTrainedTokenizerFast | None) -> Int[np.ndarray, " tokens"]:
-    """Token ids of the texts or conversations in a file of JSON, see `documents`.
+def read_documents(
+    rows: Callable[[Path], list[Any]], file: Path, tokenizer: PreTrainedTokenizerFast | None
+) -> Int[np.ndarray, " tokens"]:
+    """Token ids of the texts or conversations in a file, whose rows a function of `documents` reads.
 
     Raises:
       SpqrError: the file cannot be read, or the checkpoint came without a tokenizer.
     """
-    return integer_ids(encode(tokenizer, joined_text(json_rows(file), tokenizer, str(file))))
-
-
-def read_parquet(file: Path, tokenizer: PreTrainedTokenizerFast | None) -> Int[np.ndarray, " tokens"]:
-    """Token ids of the texts or conversations in a Parquet file, see `documents`.
-
-    Raises:
-      SpqrError: the file cannot be read, or the checkpoint came without a tokenizer.
-    """
-    return integer_ids(encode(tokenizer, joined_text(parquet_rows(file), tokenizer, str(file))))
+    return integer_ids(encode(tokenizer, joined_text(rows(file), tokenizer, str(file))))
 
 
 def read_token_ids(file: Path, tokenizer: PreTrainedTokenizerFast | None) -> Int[np.ndarray, "sequences tokens"]:
@@ -82,12 +76,15 @@ def read_token_ids(file: Path, tokenizer: PreTrainedTokenizerFast | None) -> Int
 TEXT = Kind(read_running_text, running=True)
 """A text file in UTF-8: any suffix that is not in the table."""
 
+JSON = Kind(partial(read_documents, json_rows), running=True)
+"""A file of JSON, one row a line or one list of rows."""
+
 KINDS: Mapping[str, Kind] = {
-    ".json": Kind(read_json, running=True),
-    ".jsonl": Kind(read_json, running=True),
-    ".ndjson": Kind(read_json, running=True),
+    ".json": JSON,
+    ".jsonl": JSON,
+    ".ndjson": JSON,
     ".npy": Kind(read_token_ids, running=False),
-    ".parquet": Kind(read_parquet, running=True),
+    ".parquet": Kind(partial(read_documents, parquet_rows), running=True),
 }
 """Kinds of text files by suffix; the README of `spqr_jax` says how to add one."""
 

@@ -34,13 +34,26 @@ def messages_of(value: Any, origin: str) -> list[Message]:
     return [_with_role(message) for message in value]
 
 
-def rendered(messages: Sequence[Message], tokenizer: PreTrainedTokenizerFast | None, origin: str) -> str:
-    """A whole conversation in the tokenizer's chat template.
+def rendered(
+    messages: Sequence[Message], tokenizer: PreTrainedTokenizerFast | None, origin: str, **options: bool
+) -> str:
+    """A conversation in the tokenizer's chat template.
+
+    Args:
+      messages: of the conversation.
+      tokenizer: of the model; None if it has none.
+      origin: of the messages, named in errors.
+      options: of `prompts.chat_text`.
 
     Raises:
       SpqrError: there is no template, or it refuses the messages.
     """
-    return _rendered(messages, tokenizer, origin)
+    if tokenizer is None or not tokenizer.chat_template:
+        raise SpqrError(f"{origin} needs a chat template, but the tokenizer has none: give a text")
+    try:
+        return chat_text(tokenizer, [dict(message) for message in messages], **options)
+    except SpqrError as error:
+        raise SpqrError(f"{origin} cannot be rendered by the chat template: {error.__cause__}") from None
 
 
 def answer_prompt(messages: Sequence[Message], tokenizer: PreTrainedTokenizerFast | None, origin: str) -> list[int]:
@@ -50,18 +63,7 @@ def answer_prompt(messages: Sequence[Message], tokenizer: PreTrainedTokenizerFas
       SpqrError: there is no template, or it refuses the messages.
     """
     # The template has put the special tokens in place.
-    return encode(tokenizer, _rendered(messages, tokenizer, origin, add_generation_prompt=True))
-
-
-def _rendered(
-    messages: Sequence[Message], tokenizer: PreTrainedTokenizerFast | None, origin: str, **options: bool
-) -> str:
-    if tokenizer is None or not tokenizer.chat_template:
-        raise SpqrError(f"{origin} needs a chat template, but the tokenizer has none: give a text")
-    try:
-        return chat_text(tokenizer, [dict(message) for message in messages], **options)
-    except SpqrError as error:
-        raise SpqrError(f"{origin} cannot be rendered by the chat template: {error.__cause__}") from None
+    return encode(tokenizer, rendered(messages, tokenizer, origin, add_generation_prompt=True))
 
 
 def _with_role(message: Message) -> Message:

@@ -5,8 +5,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from huggingface_hub import dataset_info
-
 from pallas_kernels.errors import SpqrError
 
 TIMEOUT = 10.0
@@ -32,6 +30,9 @@ def hub_dataset(path: str, *, streaming: bool = False, **options: Any) -> Iterat
     load_dataset = _load_dataset()
     try:
         if streaming:
+            # Imported here: every command imports this module, and importing the hub takes a tenth of a second.
+            from huggingface_hub import dataset_info
+
             # Without a network this fails at once, where load_dataset tries again for 23 s and reports each time.
             dataset_info(path, timeout=TIMEOUT)
         yield load_dataset(path, streaming=streaming, **options)

@@ -16,7 +16,6 @@ from spqr_jax.cli.calibration import calibration_tokens, running_text
 from spqr_jax.cli.public_texts import DOCUMENTS, PUBLIC_TEXTS, Use
 from spqr_jax.cli.text_files import read_text
 from spqr_jax.cli.texts import evaluation_tokens
-from spqr_jax.measure import hub
 from spqr_jax.texts import random_windows
 
 TOKENIZER = byte_tokenizer()
@@ -187,7 +186,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list:
         return [{"text": str(i)} for i in range(2 * DOCUMENTS)]
 
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
-    monkeypatch.setattr(hub, "dataset_info", lambda path, timeout: None)
+    monkeypatch.setattr("huggingface_hub.dataset_info", lambda path, timeout: None)
     return calls
 
 
