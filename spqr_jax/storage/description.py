@@ -16,7 +16,9 @@ from spqr_jax.storage.layout import DESCRIPTION, is_checkpoint
 from spqr_jax.storage.manifest import read_manifest, verify
 from spqr_jax.storage.paths import resolved
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+# Version 2 has the arrays of a part in its directory; version 3, in `arrays` below it, where Orbax's API v1 puts them.
+READ_VERSIONS = (2, FORMAT_VERSION)
 
 
 class MatrixEntry(TypedDict):
@@ -106,10 +108,10 @@ def describe(directory: str | PathLike[str]) -> Description:
     if not is_checkpoint(root):
         raise CheckpointError(f"{root} is not a checkpoint of this library: it has no {DESCRIPTION}")
     content: Any = read_json(root / DESCRIPTION)
-    if content.get("version") != FORMAT_VERSION:
+    if content.get("version") not in READ_VERSIONS:
         raise CheckpointError(
             f"{root / DESCRIPTION} is of format version {content.get('version')!r}, but this release reads "
-            f"{FORMAT_VERSION}: use the release that wrote it"
+            f"{' and '.join(map(str, READ_VERSIONS))}: use the release that wrote it"
         )
     verify(root / DESCRIPTION, read_manifest(root).get(DESCRIPTION))
     return content

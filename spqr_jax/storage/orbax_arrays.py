@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
+from orbax.checkpoint import v1 as ocp
 
 from spqr_jax.storage.digests import identical
 from spqr_jax.storage.errors import CheckpointError
@@ -23,6 +23,8 @@ _LOCK = threading.Lock()
 
 _SPECIAL = re.compile(r"[][*?\\]")
 _DESCRIPTORS = Path("/proc/self/fd")
+# The name under which Orbax keeps the arrays of a directory.
+_ARRAYS = "arrays"
 
 
 def write_arrays(directory: Path, arrays: Mapping[str, np.ndarray]) -> None:
@@ -34,7 +36,7 @@ def write_arrays(directory: Path, arrays: Mapping[str, np.ndarray]) -> None:
     """
     directory.parent.mkdir(parents=True, exist_ok=True)
     with _without_special_characters(directory) as path:
-        _quietly(_checkpointer().save, path, dict(arrays))
+        _quietly(_write, path, dict(arrays))
     stored = read_arrays(directory)
     for name, array in arrays.items():
         if name not in stored or not identical(stored[name], array):
@@ -42,7 +44,7 @@ def write_arrays(directory: Path, arrays: Mapping[str, np.ndarray]) -> None:
 
 
 def read_arrays(directory: Path) -> dict[str, np.ndarray]:
-    """Reads the arrays of `write_arrays` into host memory.
+    """Reads the arrays of `write_arrays`, also those of format version 2, into host memory.
 
     Example:
       >>> write_arrays(Path("arrays").resolve(), {"a": np.arange(3)})
@@ -50,7 +52,7 @@ def read_arrays(directory: Path) -> dict[str, np.ndarray]:
       {'a': array([0, 1, 2])}
     """
     with _without_special_characters(directory) as path:
-        return _quietly(_checkpointer().restore, path)
+        return _quietly(_read, path)
 
 
 @contextmanager
@@ -72,12 +74,25 @@ def _without_special_characters(directory: Path) -> Iterator[Path]:
         os.close(parent)
 
 
-def _checkpointer() -> ocp.Checkpointer:
-    """A checkpointer that does not wait for other processes of a run, because only one of them writes."""
+def _write(directory: Path, arrays: dict[str, np.ndarray]) -> None:
+    with _alone():
+        ocp.save(directory, arrays, checkpointable_name=_ARRAYS)
+
+
+def _read(directory: Path) -> dict[str, np.ndarray]:
+    # Without a name, Orbax finds the arrays in the directory below or, in format version 2, in this one.
+    with _alone():
+        return ocp.load(directory)
+
+
+def _alone() -> ocp.Context:
+    """Makes Orbax not wait for other processes of a run, because only one of them writes."""
     own = jax.process_index()
-    alone = ocp.options.MultiprocessingOptions(own, active_processes={own}, barrier_sync_key_prefix=f"process_{own}")
-    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
-    return ocp.Checkpointer(handler, multiprocessing_options=alone)
+    context = ocp.Context()
+    context.multiprocessing.primary_host = own
+    context.multiprocessing.active_processes = {own}
+    context.multiprocessing.barrier_sync_key_prefix = f"process_{own}"
+    return context
 
 
 def _quietly(function: Callable[..., Any], *args: Any) -> Any:

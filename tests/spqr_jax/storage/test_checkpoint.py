@@ -385,7 +385,7 @@ def test_damage_is_found_and_named(saved):
     ("name", "old", "new", "message"),
     [
         ("spqr.json", '"norm_epsilon": 1e-05', '"norm_epsilon": 1e-06', "spqr.json is .* bytes .*manifest.json says"),
-        ("spqr.json", '"version": 2', '"version": 7', "of format version 7, but this release reads 2: use the release"),
+        ("spqr.json", '"version": 3', '"version": 7', "of format version 7, but this release reads 2 and 3: use "),
         ("spqr.json", "{", "[", r"spqr.json is not JSON: Expecting ',' delimiter: line 2 column 12"),
         ("manifest.json", "{", "", "manifest.json is not JSON: Extra data"),
         ("manifest.json", '": "', '": 3, "x": "', "but manifest.json says 3"),

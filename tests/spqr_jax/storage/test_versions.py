@@ -20,6 +20,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from pallas_kernels import SpqrTensor
 from spqr_jax import SpqrConfig, load, quantize_checkpoint
 from spqr_jax.models.decoder import Params
+from spqr_jax.storage.description import READ_VERSIONS
 from spqr_jax.storage.model_source import ModelSource
 from spqr_jax.storage.record import BlockReport, read_record
 
@@ -55,7 +56,7 @@ def dense_params(model: Any) -> Params:
     return unflatten_dict(weights, sep=".")
 
 
-@pytest.mark.parametrize("version", [2])
+@pytest.mark.parametrize("version", READ_VERSIONS)
 def test_checkpoints_of_a_version_load_bit_for_bit(tmp_path: Path, version: int) -> None:
     expected = extract(version, tmp_path)
     names = sorted(expected.keys() - {RESUMED})
@@ -64,6 +65,7 @@ def test_checkpoints_of_a_version_load_bit_for_bit(tmp_path: Path, version: int)
         model, params, tokenizer = load(tmp_path / name)
         assert digest(params) == expected[name]["arrays"], name
         assert (tokenizer is not None) == expected[name]["tokenizer"]
+        assert model.generation.content == expected[name].get("generation", {})
         assert (read_record(tmp_path / name) is not None) == expected[name]["record"]
         logits = np.asarray(jax.jit(model.apply)({"params": params}, TOKENS[:1]), np.float32)[0, -1, :8]
         # Activations in bfloat16 have 8 bits; sums differ between processors.
@@ -78,7 +80,7 @@ def test_checkpoints_of_a_version_load_bit_for_bit(tmp_path: Path, version: int)
     ]
 
 
-@pytest.mark.parametrize("version", [2])
+@pytest.mark.parametrize("version", READ_VERSIONS)
 def test_an_unfinished_run_of_a_version_resumes_to_the_same_bits(tmp_path: Path, version: int) -> None:
     expected = extract(version, tmp_path)
     # The run has the model and settings of this checkpoint, but no tokenizer.
