@@ -18,7 +18,7 @@ demo: $(VENV)/installed
 	$(BIN)/python -m spqr_jax.demo
 
 test: $(VENV)/installed-test
-	$(BIN)/python -m pytest -q -m 'not gpu' $(IN_PARALLEL) --durations 25
+	$(BIN)/python -m pytest -q -m 'not gpu and not devices' $(IN_PARALLEL) --durations 25
 
 # Everything that needs a GPU, in 9 minutes: tests, tuning, benchmarks. Installs nothing: $(PYTHON) must have JAX with
 # CUDA. The steps are independent: a failed one is reported at the end.

@@ -1,4 +1,4 @@
-"""Processes of tests that have several devices: how many there are is settled when JAX starts."""
+"""Several devices on one machine. JAX settles their number when it starts, so they need a process of their own."""
 
 import os
 

@@ -1,7 +1,5 @@
 """Rows of packed matrices, joined and split: weights stay what they are, to the bit."""
 
-import subprocess
-import sys
 from functools import partial
 from typing import Any
 
@@ -10,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.random_formats import DEQUANTIZE, OUTLIERS, formats, small_matrix
-from helpers.virtual_devices import environment
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding
@@ -163,10 +160,9 @@ def test_a_stack_is_not_split() -> None:
         split_rows(stack([tensor, tensor]), 2)
 
 
-def check_devices() -> None:
-    """Each of four devices computes its rows of a product."""
-    assert len(jax.devices()) == 4
-    mesh = jax.make_mesh((4,), ("model",))
+@pytest.mark.devices
+def test_each_device_computes_its_rows() -> None:
+    mesh = jax.make_mesh((4,), ("model",), devices=jax.devices()[:4])
     packed = small_matrix(0, out=128, permutation=np.random.default_rng(1).permutation(64), outliers="one row")
     x = np.random.default_rng(2).standard_normal((5, 64), np.float32)
 
@@ -179,11 +175,3 @@ def check_devices() -> None:
     y = jax.jit(product)(x, jax.device_put(split_rows(packed, 4), NamedSharding(mesh, P("model"))))
     assert len(y.sharding.device_set) == 4
     np.testing.assert_allclose(y, spqr_matmul(x, packed), rtol=1e-6, atol=1e-5)
-
-
-def test_each_device_computes_its_rows() -> None:
-    subprocess.run([sys.executable, __file__], env=environment(4), check=True)
-
-
-if __name__ == "__main__":
-    check_devices()

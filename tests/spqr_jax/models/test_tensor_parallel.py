@@ -1,7 +1,5 @@
 """Packed weights spread over the devices of a mesh: the numbers that one device computes."""
 
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -13,7 +11,6 @@ import numpy as np
 import pytest
 from helpers.packed_models import LOGITS, random_params
 from helpers.random_formats import DEQUANTIZE, OUTLIERS, formats, small_matrix
-from helpers.virtual_devices import environment
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -184,8 +181,9 @@ def assert_close(actual: Any, expected: Any) -> None:
     np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
 
 
-def check_products(implementation: Any) -> None:
-    """Products with both ways to split, and their derivatives."""
+@pytest.mark.devices
+@pytest.mark.parametrize("implementation", ["xla", "interpret"])
+def test_products_of_both_ways_to_split_and_their_derivatives(implementation: Any) -> None:
     rng = np.random.default_rng(0)
     x = rng.standard_normal((5, 256), np.float32)
     for axis_type, permutation in ((AxisType.Explicit, rng.permutation(256)), (AxisType.Auto, None)):
@@ -206,8 +204,9 @@ def check_products(implementation: Any) -> None:
             assert_close(jax.jit(jax.grad(lambda x, w, product=product: (product(x, w) ** 2).sum()))(x, split), slope)
 
 
-def check_memory() -> None:
-    """Every device holds an eighth of the matrices, but for offsets, permutations and padding."""
+@pytest.mark.devices
+def test_a_device_holds_an_eighth_of_the_matrices() -> None:
+    """But for offsets, permutations and padding."""
     model = Llama(LLAMA(**{"hidden_size": 512, "mlp_size": 2048, "num_layers": 1}, num_kv_heads=8, head_dim=64))
     params = random_params(model)
     sharded = shard_params(params, model, jax.make_mesh((2, 4), ("data", "model")))
@@ -221,9 +220,23 @@ def check_memory() -> None:
         assert {shard.data.nbytes for shard in array.addressable_shards} == {array.nbytes // 8}
 
 
-def check_model(name: str, count: str) -> None:
+@pytest.mark.devices
+@pytest.mark.parametrize(
+    ("name", "devices"),
+    [
+        ("llama", 4),
+        ("llama", 8),
+        ("llama, grouped queries and biases", 8),
+        ("falcon, multi-query", 2),
+        ("falcon, multi-query", 8),
+        ("falcon, grouped queries", 2),
+        ("falcon, grouped queries", 8),
+        ("falcon, sequential", 4),
+    ],
+)
+def test_devices_compute_what_one_does(name: str, devices: int) -> None:
     """Logits and greedy tokens of a model are those of one device, and each device keeps its heads of the cache."""
-    model, devices = MODELS[name], int(count)
+    model = MODELS[name]
     params = random_params(model)
     # A bias of the last norm would choose the tokens.
     params["norm"] = {name: np.full_like(array, name == "scale") for name, array in params["norm"].items()}
@@ -242,49 +255,3 @@ def check_model(name: str, count: str) -> None:
     heads = model.config.num_kv_heads
     assert {s.data.shape[2] for s in keys.addressable_shards} == {heads if heads % devices else heads // devices}
     assert len(keys.sharding.device_set) == devices
-
-
-def run(*arguments: str) -> None:
-    """A check in a process of its own."""
-    subprocess.run([sys.executable, __file__, *arguments], env=environment(8), check=True)
-
-
-@pytest.mark.slow
-def test_products_on_eight_devices() -> None:
-    run("check_products", "xla")
-
-
-@pytest.mark.slow
-def test_products_of_kernels_on_eight_devices() -> None:
-    run("check_products", "interpret")
-
-
-@pytest.mark.slow
-def test_memory_of_eight_devices() -> None:
-    run("check_memory")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["llama", "falcon, multi-query"])
-def test_eight_devices_compute_what_one_does(name: str) -> None:
-    run("check_model", name, "8")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "devices"),
-    [
-        ("llama", "4"),
-        ("llama, grouped queries and biases", "8"),
-        ("falcon, multi-query", "2"),
-        ("falcon, grouped queries", "2"),
-        ("falcon, grouped queries", "8"),
-        ("falcon, sequential", "4"),
-    ],
-)
-def test_devices_compute_what_one_does(name: str, devices: str) -> None:
-    run("check_model", name, devices)
-
-
-if __name__ == "__main__":
-    globals()[sys.argv[1]](*sys.argv[2:])

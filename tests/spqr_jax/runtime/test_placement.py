@@ -1,12 +1,6 @@
-"""Quantizing on a mesh of eight devices: the bits of one device, and no device with more than its share.
-
-JAX settles the number of devices when it starts: on one device, this file is run by pytest once more in a process with
-eight.
-"""
+"""Quantizing on a mesh of eight devices: the bits of one device, and no device with more than its share."""
 
 import dataclasses
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +12,6 @@ from helpers.byte_tokenizer import byte_tokenizer
 from helpers.same import assert_identical
 from helpers.tiny_models import random_tensors, tiny_config, write_checkpoint
 from helpers.trained_models import LENGTH, byte_tokens, calibration_tokens, trained
-from helpers.virtual_devices import environment
 
 from converters import open_pretrained
 from pallas_kernels.format.bit_layout import unpack_codes
@@ -32,7 +25,6 @@ from spqr_jax.storage.disk_to_disk import quantize_checkpoint
 
 DEVICES = 8
 CONFIG = SpqrConfig()
-on_devices = pytest.mark.skipif(jax.device_count() != DEVICES, reason=f"needs {DEVICES} devices")
 SIZES: dict[str, Any] = {
     "vocab_size": 256,
     "hidden_size": 256,
@@ -47,18 +39,6 @@ SMALL = {
     "falcon": Falcon(FalconConfig(arrangement="parallel", **SIZES | {"num_kv_heads": 1})),
 }
 TOKENS = np.random.default_rng(0).integers(0, 256, (32, 64)).astype(np.int32)
-
-
-@pytest.mark.skipif(jax.device_count() == DEVICES, reason="is what runs the others")
-@pytest.mark.slow
-@pytest.mark.parametrize("speed", ["not slow", "slow"])
-def test_on_eight_devices(speed: str) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", speed, __file__]
-    result = subprocess.run(
-        command, env=environment(DEVICES), cwd=Path(__file__).parents[3], capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stdout[-5000:]
-    assert " passed" in result.stdout
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +56,7 @@ def random_params(model: Any) -> dict[str, Any]:
     return jax.tree.map(draw, shapes)
 
 
-@on_devices
+@pytest.mark.devices
 def test_the_bits_are_those_of_one_device() -> None:
     model, params = SMALL["falcon"], random_params(SMALL["falcon"])
     expected, report = quantize(params, TOKENS, model=model, config=CONFIG)
@@ -87,8 +67,7 @@ def test_the_bits_are_those_of_one_device() -> None:
         assert reported[matrix].relative_error == pytest.approx(wanted.relative_error, rel=1e-4)
 
 
-@on_devices
-@pytest.mark.slow
+@pytest.mark.devices
 @pytest.mark.parametrize("change", [{"sequential": False, "outlier_threshold": None, "permutation": "identity"}, None])
 def test_other_settings_and_round_to_nearest(change: dict[str, Any] | None) -> None:
     model, params = SMALL["llama"], random_params(SMALL["llama"])
@@ -101,8 +80,7 @@ def test_other_settings_and_round_to_nearest(change: dict[str, Any] | None) -> N
     assert_identical(found, expected)
 
 
-@on_devices
-@pytest.mark.slow
+@pytest.mark.devices
 def test_a_trained_model_keeps_its_codes_and_its_perplexity() -> None:
     # Its blocks have two norms at once, which no other model here has.
     model, params = trained("falcon")
@@ -124,7 +102,7 @@ def _packed(params: dict[str, Any], model: Any) -> list[Any]:
     return [params[f"layers_{index}"][name]["kernel"] for index in range(model.config.num_layers) for name in names]
 
 
-@on_devices
+@pytest.mark.devices
 def test_a_device_has_its_share_of_weights_and_hessians(placement: Placement) -> None:
     model = SMALL["llama"]
     params = jax.tree.map(lambda leaf: placement.put_parameter(leaf), random_params(model)["layers_0"])
@@ -140,7 +118,7 @@ def test_a_device_has_its_share_of_weights_and_hessians(placement: Placement) ->
             assert len(array) == DEVICES
 
 
-@on_devices
+@pytest.mark.devices
 def test_the_compiled_solver_needs_an_eighth_on_each_device(placement: Placement) -> None:
     out, columns = 4096, 128
 
@@ -157,8 +135,7 @@ def test_the_compiled_solver_needs_an_eighth_on_each_device(placement: Placement
     assert shared < bytes_needed(Placement()) / 10
 
 
-@on_devices
-@pytest.mark.slow
+@pytest.mark.devices
 def test_the_sum_over_sequences_is_in_the_order_of_one_device(placement: Placement) -> None:
     model = SMALL["llama"]
     params, streams = random_params(model), start(embed(model, random_params(model), TOKENS), CONFIG)
@@ -177,8 +154,7 @@ def test_the_sum_over_sequences_is_in_the_order_of_one_device(placement: Placeme
     jax.tree.map(np.testing.assert_array_equal, eight, one)
 
 
-@on_devices
-@pytest.mark.slow
+@pytest.mark.devices
 def test_from_disk_to_disk(tmp_path: Path) -> None:
     config = tiny_config()
     directory = write_checkpoint(tmp_path / "model", config, random_tensors(config))
@@ -190,7 +166,7 @@ def test_from_disk_to_disk(tmp_path: Path) -> None:
     assert_identical(load(tmp_path / "out").params, expected)
 
 
-@on_devices
+@pytest.mark.devices
 def test_what_a_mesh_cannot_do_is_said() -> None:
     model, params, mesh = SMALL["llama"], random_params(SMALL["llama"]), jax.make_mesh((DEVICES,), ("data",))
     message = "20 calibration sequences cannot be shared evenly by 8 devices: give a multiple of 8"
@@ -200,7 +176,7 @@ def test_what_a_mesh_cannot_do_is_said() -> None:
         jax.jit(lambda params: quantize(params, TOKENS, model=model, config=CONFIG, mesh=mesh))(params)
 
 
-@on_devices
+@pytest.mark.devices
 def test_rows_of_zeros_fill_up_what_does_not_divide(placement: Placement) -> None:
     rng = np.random.default_rng(3)
     weights = tuple(rng.standard_normal((rows, 96), np.float32) for rows in (48, 160))
