@@ -198,7 +198,7 @@ def _dense(name: str, leaf: np.ndarray | SpqrTensor, dtype: DTypeLike) -> np.nda
 
 def _dequantized(tensor: SpqrTensor) -> Float32[np.ndarray, "out in"]:
     weight = weight_in_order(tensor)
-    return weight if tensor.permutation is None else weight[:, np.argsort(tensor.permutation)]
+    return weight if tensor.permutation is None else weight[:, np.argsort(np.asarray(tensor.permutation))]
 
 
 def _write(

@@ -1,9 +1,13 @@
 """The dense weight of a packed matrix."""
 
+from functools import partial
+
+import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from pallas_kernels.backends.backend import Backend
 from pallas_kernels.backends.table import Implementation, choose
 from pallas_kernels.format.tensor import SpqrTensor
 
@@ -25,4 +29,10 @@ def spqr_dequantize(
       >>> spqr_dequantize(packed, jnp.bfloat16)
       Array([[...]], dtype=bfloat16)
     """
-    return choose(implementation).dequantize(w, dtype)
+    return _dequantize(w, choose(implementation), jnp.dtype(dtype))
+
+
+@partial(jax.jit, static_argnames=("backend", "dtype"), inline=True)
+def _dequantize(w: SpqrTensor, backend: Backend, dtype: DTypeLike) -> Float[Array, "out in"]:
+    # One program where a caller is not in one, and not one for each operation.
+    return backend.dequantize(w, dtype)

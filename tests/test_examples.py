@@ -5,6 +5,7 @@ import importlib
 import pkgutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers import example_names
@@ -59,11 +60,18 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+@pytest.fixture(scope="module")
+def names(directory: Path) -> dict[str, Any]:
+    return example_names.names(directory)
+
+
 @pytest.mark.parametrize("example", list(examples()), ids=lambda example: example.name)
-def test_example(example: doctest.DocTest, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_example(
+    example: doctest.DocTest, directory: Path, names: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(directory)
     # What the module defines is known, as where its users import it.
-    example.globs = {**example_names.names(directory), **example.globs}
+    example.globs = {**names, **example.globs}
     report: list[str] = []
     result = doctest.DocTestRunner(optionflags=OPTIONS).run(example, out=report.append)
     assert not result.failed, "".join(report)

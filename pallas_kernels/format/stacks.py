@@ -5,6 +5,8 @@ from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Shaped
 
 from pallas_kernels.errors import SpqrError
 from pallas_kernels.format.tensor import SpqrTensor, trim
@@ -26,7 +28,18 @@ def stack(tensors: Sequence[SpqrTensor]) -> SpqrTensor:
       >>> y.shape
       (256, 64)
     """
-    return jax.tree.map(lambda *arrays: jnp.stack(arrays), *pad(tensors))
+    return jax.tree.map(stack_arrays, *pad(tensors))
+
+
+def stack_arrays(*arrays: Shaped[Array | np.ndarray, "..."]) -> Shaped[Array | np.ndarray, "stack ..."]:
+    """Gives arrays a leading axis. Those in host memory stay there.
+
+    Example:
+      >>> stack_arrays(np.zeros(3), np.ones(3)).shape
+      (2, 3)
+    """
+    host = all(isinstance(array, np.ndarray) for array in arrays)
+    return np.stack(arrays) if host else jnp.stack(arrays)
 
 
 def pad(tensors: Sequence[SpqrTensor]) -> list[SpqrTensor]:

@@ -1,13 +1,12 @@
 """Stacks the subtrees of all blocks along a leading axis, over which the forward pass scans, and unstacks them."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
 from pallas_kernels import SplitTensor, SpqrTensor
 from pallas_kernels.errors import SpqrError
-from pallas_kernels.format.stacks import element, pad, stack
+from pallas_kernels.format.stacks import element, pad, stack, stack_arrays
 from spqr_jax.models.decoder import Params, layer_name
 
 Leaf = Array | np.ndarray | SpqrTensor | SplitTensor
@@ -115,7 +114,7 @@ def _stack(*leaves: Leaf) -> Leaf:
     if packed := [leaf for leaf in leaves if isinstance(leaf, SpqrTensor)]:
         return stack(packed)
     # The parts of a split matrix have room for the same number of outliers in every block, and stay where they are.
-    return jax.tree.map(lambda *arrays: jnp.stack(arrays), *leaves)
+    return jax.tree.map(stack_arrays, *leaves)
 
 
 def _unstack(leaf: Leaf, index: int) -> Leaf:

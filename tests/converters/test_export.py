@@ -39,7 +39,10 @@ CASES = {
 }
 
 
-@pytest.fixture(scope="module", params=CASES)
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=pytest.mark.slow if name == "falcon 11B" else ()) for name in CASES],
+)
 def quantized(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pretrained:
     config, tensors = CASES[request.param]
     model, params, _ = from_pretrained(

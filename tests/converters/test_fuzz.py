@@ -30,7 +30,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("checkpoints")
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    "form", [pytest.param(form, marks=pytest.mark.slow if form == "official" else ()) for form in FORMS]
+)
 def test_damage(form: str, root: Path, tmp_path: Path) -> None:
     original = written(root, form)
 
@@ -42,7 +44,8 @@ def test_damage(form: str, root: Path, tmp_path: Path) -> None:
     run()
 
 
-@pytest.mark.parametrize("count", [50, pytest.param(600, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [300])
 @pytest.mark.skipif(sys.platform != "linux", reason="reads how much memory is mapped where Linux tells it")
 def test_neither_crash_nor_memory_nor_time(count: int, root: Path) -> None:
     forms = [form for form in FORMS if form not in NEED_TORCH or importlib.util.find_spec("torch")]

@@ -25,6 +25,7 @@ def digest(tokens: np.ndarray) -> str:
     return hashlib.sha256(np.ascontiguousarray(tokens).tobytes()).hexdigest()[:16]
 
 
+@pytest.mark.slow
 def test_texts_have_the_token_ids_of_transformers(smollm2: Pretrained) -> None:
     """The digests are those of ids that transformers made with PyTorch from the same texts."""
     test = encode(smollm2, wikitext2("test"))
@@ -54,7 +55,7 @@ def test_random_windows_are_pieces_of_the_text_and_follow_the_seed() -> None:
 
 @pytest.mark.slow
 def test_perplexity_is_that_of_pytorch(smollm2: Pretrained) -> None:
-    """23.296 is what transformers' model gives on these windows in float32."""
+    """23.0927 is what transformers' model gives on these windows in float32."""
     model, params, _ = smollm2
-    measured = perplexity(model, params, encode(smollm2, wikitext2("test")), max_windows=20)
-    assert measured == pytest.approx(23.296, rel=1e-3)
+    measured = perplexity(model, params, encode(smollm2, wikitext2("test")), max_windows=4)
+    assert measured == pytest.approx(23.0927, rel=1e-3)

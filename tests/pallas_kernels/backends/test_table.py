@@ -58,6 +58,7 @@ def logits(params):
     return jax.jit(MODEL.apply)({"params": params}, TOKENS)
 
 
+@pytest.mark.slow
 def test_a_whole_model_runs_on_a_new_backend(monkeypatch, request):
     params = random_params(MODEL)
     prompts = [[1, 2, 3], [5]]

@@ -130,7 +130,7 @@ def test_statistics_are_read_where_they_are(group_size, rng):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("dtype", [jnp.float16, jnp.float32])
+@pytest.mark.parametrize("dtype", [pytest.param(jnp.float16, marks=pytest.mark.slow), jnp.float32])
 def test_fma_in_other_types(dtype, implementation, rng):
     packed = random_packed(rng, OUT, 400)
     x = random_x(rng, 2, 400, dtype)
@@ -150,7 +150,7 @@ def test_mma_of_float16_and_more_tokens(tokens, out, implementation, rng):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("kernel", [fma_matmul, mma_matmul])
+@pytest.mark.parametrize("kernel", [pytest.param(fma_matmul, marks=pytest.mark.slow), mma_matmul])
 def test_activations_of_very_different_sizes(kernel, implementation, rng):
     """Float16 inside the kernels bounds neither large nor small bfloat16 activations."""
     packed = random_packed(rng, OUT, 1200, outliers="none")
@@ -183,6 +183,7 @@ def test_unwritten_results_are_nan_where_kernels_are_interpreted():
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.slow
 def test_vmap(implementation, rng):
     stack = [random_packed(rng, 32, 256, outliers="none") for _ in range(2)]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *stack)
@@ -218,6 +219,7 @@ def test_gradient_with_respect_to_inputs(implementation, rng):
     assert_close(gradient, np.asarray(cotangent, np.float64) @ weight, jnp.float32)
 
 
+@pytest.mark.slow
 def test_each_device_of_a_shard_map_runs_its_rows(rng):
     mesh = jax.make_mesh((1,), ("rows",), axis_types=(AxisType.Auto,))
     packed, x = random_packed(rng, 64, 256), random_x(rng, 2, 256, jnp.float16)

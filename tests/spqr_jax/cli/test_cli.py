@@ -72,6 +72,7 @@ def test_quantize_reports_and_saves(plain: Path, tmp_path: Path) -> None:
     assert len(report["seconds_per_block"]) == 2
 
 
+@pytest.mark.slow
 def test_where_nobody_watches_progress_is_lines(plain: Path, tmp_path: Path) -> None:
     arguments = ("--sequences", 4, "--sequence-length", 64, "--hidden-on-disk")
     done = spqr("quantize", plain, tmp_path / "out", *arguments, "--json")
@@ -96,6 +97,7 @@ def test_on_a_terminal_progress_is_a_bar(monkeypatch: pytest.MonkeyPatch) -> Non
         assert part in shown
 
 
+@pytest.mark.slow
 def test_a_stopped_command_goes_on_where_it_was(plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = ("quantize", plain, tmp_path / "out", "--sequences", 4, "--sequence-length", 64)
     with monkeypatch.context() as patch:
@@ -152,6 +154,7 @@ def test_generate_prints_text_as_it_says_in_json(quantized: Path) -> None:
     assert said.stdout.rstrip("\n") == told["text"].rstrip("\N{REPLACEMENT CHARACTER}").rstrip("\n")
 
 
+@pytest.mark.slow
 def test_analyze_writes_measures_and_pictures(plain: Path, tmp_path: Path) -> None:
     sizes = ("--sequences", 4, "--sequence-length", 64)
     told = result("analyze", plain, tmp_path / "out", *sizes, "--layers", "layers_0.q_proj, layers_1.*n_proj")

@@ -15,8 +15,9 @@ from spqr_jax.cli import dry_run
 from spqr_jax.cli.dry_run import Measurement
 from spqr_jax.models import Llama, LlamaConfig, RotaryConfig
 
-CONFIG = LlamaConfig(257, 64, 128, 5, 4, 2, 16, RotaryConfig())
-OPTIONS = ("--preset", "paper", "--sequences", 4, "--sequence-length", 64)
+CONFIG = LlamaConfig(257, 64, 128, 3, 4, 2, 16, RotaryConfig())
+# Without outliers, whose number differs between blocks, all blocks of the run have the size of those measured.
+OPTIONS = ("--method", "gptq", "--sequences", 4, "--sequence-length", 64)
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +33,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("most", [dry_run.MEASURED_TOKENS, 128])
 def test_sizes_are_those_of_the_run(most: int, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dry_run, "MEASURED_TOKENS", most)
@@ -40,10 +42,10 @@ def test_sizes_are_those_of_the_run(most: int, model: Path, tmp_path: Path, monk
     run = result("quantize", model, tmp_path / "out", *OPTIONS)
     assert found["blocks"] == len(run["seconds_per_block"])
     for name in ("bytes_on_disk", "bits_per_weight"):
-        assert found[name] == pytest.approx(run[name], rel=0.1)
+        assert found[name] == pytest.approx(run[name], rel=0.02)
     assert found["disk_bytes"] == found["bytes_on_disk"] + 2 * 2 * 4 * 64 * 64 * 4
     assert found["memory_bytes"] > 50_000_000
-    assert found["seconds"] > 5 * found["seconds_per_block"] > 0
+    assert found["seconds"] > 3 * found["seconds_per_block"] > 0
 
 
 def test_round_to_nearest_has_no_states(model: Path, tmp_path: Path) -> None:

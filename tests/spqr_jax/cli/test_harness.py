@@ -145,7 +145,8 @@ def found(plain: Path, tasks: Path) -> dict[str, Any]:
     return evaluated(SpqrLM(str(plain), batch_size=4), tasks)
 
 
-@pytest.mark.parametrize(("max_length", "fewshot"), [(None, None), pytest.param(64, 2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("max_length", "fewshot"), [(None, None), (64, 2)])
 def test_scores_are_those_of_the_model_for_hugging_face(
     plain: Path, tasks: Path, max_length: int | None, fewshot: int | None
 ) -> None:

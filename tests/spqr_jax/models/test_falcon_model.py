@@ -125,6 +125,7 @@ def test_inputs_that_are_the_same_are_one_feed(falcon: Pretrained) -> None:
     assert len(feeds) == (3 if shared else 4)
 
 
+@pytest.mark.slow
 def test_packed_weights_give_the_logits_of_their_dequantized_values(falcon: Pretrained, quantized: Any) -> None:
     params, report = quantized
     names = {f"layers_{index}.{matrix}" for index in range(2) for matrix in falcon.model.new_block().matrices()}

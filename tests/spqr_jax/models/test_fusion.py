@@ -91,9 +91,8 @@ def test_fusing_twice_changes_nothing(model: Decoder, params: Any) -> None:
     assert_equal(fuse_projections(fused, model), fused)
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param("llama", marks=pytest.mark.slow), "falcon, parallel, grouped queries and biases"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama", "falcon, parallel, grouped queries and biases"])
 def test_generation_and_perplexity_are_the_same(name: str) -> None:
     model, prompt = MODELS[name], TOKENS[0].tolist()
     params = random_params(model)

@@ -32,7 +32,12 @@ MODELS: dict[str, Decoder] = {
 TOLERANCE = 2e-3
 
 
-@pytest.fixture(scope="module", params=MODELS)
+SLOW = ("llama", "falcon, parallel, biases")
+
+
+@pytest.fixture(
+    scope="module", params=[pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in MODELS]
+)
 def model(request: pytest.FixtureRequest) -> Decoder:
     return MODELS[request.param]
 

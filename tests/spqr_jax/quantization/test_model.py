@@ -154,7 +154,7 @@ def expected_errors(quantized: dict[str, Any], config: SpqrConfig) -> dict[str, 
 SLOW = pytest.mark.slow
 CONFIGS = [
     pytest.param(FULL, id="full"),
-    pytest.param(PLAIN, id="plain"),
+    pytest.param(PLAIN, id="plain", marks=SLOW),
     pytest.param(SEQUENTIAL, id="sequential", marks=SLOW),
     pytest.param(GPTQ, id="gptq", marks=SLOW),
 ]

@@ -94,6 +94,7 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str
     return directory, list(sweep.sweep(SOURCE, directory, GRID, CALIBRATION, WINDOWS))
 
 
+@pytest.mark.slow
 def test_cells_are_what_quantize_gives(swept: tuple[Path, list[dict[str, Any]]]) -> None:
     original, *results = swept[1]
     text = WINDOWS.reshape(-1)
@@ -120,6 +121,7 @@ def test_cells_leave_no_programs_in_memory(tmp_path: Path) -> None:
     assert counts[-1] < counts[1] + 100
 
 
+@pytest.mark.slow
 def test_whole_rows_have_the_share_of_single_weights(swept: tuple[Path, list[dict[str, Any]]]) -> None:
     by_name = {result["name"]: result for result in swept[1]}
     rows = by_name[GRID[-1].name]
@@ -130,6 +132,7 @@ def test_whole_rows_have_the_share_of_single_weights(swept: tuple[Path, list[dic
     assert rows["outlier_threshold"] == single["outlier_threshold"] == 0.1
 
 
+@pytest.mark.slow
 def test_every_result_is_a_file_and_no_checkpoint_stays(swept: tuple[Path, list[dict[str, Any]]]) -> None:
     directory, results = swept
     assert {path.name for path in directory.iterdir()} == {
@@ -141,6 +144,7 @@ def test_every_result_is_a_file_and_no_checkpoint_stays(swept: tuple[Path, list[
     assert {"device", "machine", "versions", "date", "seconds"} <= results[1].keys()
 
 
+@pytest.mark.slow
 def test_nothing_finished_is_done_again(
     swept: tuple[Path, list[dict[str, Any]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -150,6 +154,7 @@ def test_nothing_finished_is_done_again(
     assert list(sweep.sweep(SOURCE, directory, GRID, CALIBRATION, WINDOWS)) == results
 
 
+@pytest.mark.slow
 def test_results_of_another_text_are_refused(swept: tuple[Path, list[dict[str, Any]]]) -> None:
     with pytest.raises(checkpoint.CheckpointError, match=r"text\.tokens"):
         next(sweep.sweep(SOURCE, swept[0], GRID, CALIBRATION, WINDOWS + 1 - 1 * (WINDOWS > 50)))
@@ -178,6 +183,7 @@ def test_a_cell_that_does_not_fit_the_model_is_told_before_long_work(tmp_path: P
     assert not (tmp_path / "results").exists()
 
 
+@pytest.mark.slow
 def test_tables_and_figure(swept: tuple[Path, list[dict[str, Any]]], tmp_path: Path) -> None:
     _, results = swept
     lines = table(results).splitlines()

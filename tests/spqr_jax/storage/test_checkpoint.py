@@ -187,6 +187,7 @@ def test_padding_is_not_saved(tmp_path, quantized):
     assert_identical(load(tmp_path / "stacked").params, quantized)
 
 
+@pytest.mark.slow
 def test_the_disk_use_of_a_small_language_model_is_that_of_its_arrays(tmp_path):
     rng = np.random.default_rng(0)
     shapes = {"q": (576, 576), "k": (192, 576), "v": (192, 576), "o": (576, 576)}
@@ -315,6 +316,7 @@ except CheckpointError as error:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_killed_save_never_looks_complete(tmp_path, quantized):
     """Kills saves, at events spread over the whole of one, by a hook on what Python asks the operating system for."""
     script = """
