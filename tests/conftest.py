@@ -32,6 +32,9 @@ os.environ["SPQR_JAX_CACHE_DIR"] = str(ROOT / ".cache" / "spqr-jax")
 
 # What one run has compiled, the next one reads.
 jax.config.update("jax_compilation_cache_dir", str(ROOT / ".cache" / "jax"))
+# Where in the source an operation stands is not of use here, and takes a tenth of the time to compile.
+jax.config.update("jax_include_full_tracebacks_in_locations", False)
+jax.config.update("jax_traceback_in_locations_limit", 0)
 # Small programs too: tracing and reading one took 25 ms of CPU, compiling it 137.
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 

@@ -68,7 +68,14 @@ def torch_perplexity(model: Any, tokens: np.ndarray) -> float:
     return float(torch.exp(loss))
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("float16", 5e-3), ("bfloat16", 5e-2)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [
+        ("float32", 1e-5),
+        pytest.param("float16", 5e-3, marks=pytest.mark.slow),
+        pytest.param("bfloat16", 5e-2, marks=pytest.mark.slow),
+    ],
+)
 def test_transformers_loads_the_dequantized_model(
     quantized: Pretrained, dtype: str, tolerance: float, tmp_path: Path
 ) -> None:

@@ -76,7 +76,8 @@ def test_the_type_stays_through_quantizing_saving_and_exporting(tmp_path: Path, 
     assert back.parts["layers_0"]()["q_proj"]["kernel"].dtype == dtype
 
 
-@pytest.mark.parametrize("family", [pytest.param("llama", marks=pytest.mark.slow), "falcon"])
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llama", "falcon"])
 def test_activations_beyond_float16_stay_finite(tmp_path: Path, family: str) -> None:
     """Products of the first block pass 65504 in a bfloat16 checkpoint, and so do its hidden states."""
     config = tiny_config() if family == "llama" else falcon_config()

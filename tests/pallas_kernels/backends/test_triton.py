@@ -164,7 +164,13 @@ def test_activations_of_very_different_sizes(kernel, implementation, rng):
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize(
-    ("batch", "dtype"), [((), jnp.float16), ((2, 3), jnp.float16), ((3, 50), jnp.float16), ((9,), jnp.float32)]
+    ("batch", "dtype"),
+    [
+        ((), jnp.float16),
+        pytest.param((2, 3), jnp.float16, marks=pytest.mark.slow),
+        pytest.param((3, 50), jnp.float16, marks=pytest.mark.slow),
+        ((9,), jnp.float32),
+    ],
 )
 def test_matmul_in_every_regime(batch, dtype, implementation, rng):
     packed = random_packed(rng, 64, 400)

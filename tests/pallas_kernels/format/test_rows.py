@@ -24,7 +24,7 @@ from pallas_kernels import (
 from pallas_kernels.format.stacks import element, stack
 
 
-@settings(max_examples=6)
+@settings(max_examples=4)
 @given(
     formats(),
     st.integers(0, 2**32 - 1),
@@ -46,7 +46,7 @@ def test_joined_rows_are_the_rows_that_were(options: dict[str, Any], seed: int, 
         assert joined.outliers.offsets.dtype == jnp.int32
 
 
-@settings(max_examples=6)
+@settings(max_examples=4)
 @given(formats(), st.integers(0, 2**32 - 1), st.sampled_from(OUTLIERS), st.integers(1, 3), st.integers(1, 2))
 def test_split_rows_are_the_rows_that_were(
     options: dict[str, Any], seed: int, outliers: str, parts: int, times: int

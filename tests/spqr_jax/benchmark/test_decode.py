@@ -45,6 +45,7 @@ def test_random_models_are_in_the_form_that_is_decoded(form):
 
 
 @FORMS
+@pytest.mark.slow
 def test_a_step_block_by_block_gives_the_logits_of_the_stack(form):
     model = TINY.clone(dtype=jnp.float32)
     params = random_params(model, form)

@@ -320,6 +320,7 @@ def test_errors_are_one_line_and_exit_status_1(
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.slow
 def test_a_process_of_its_own_says_the_same(quantized: Path) -> None:
     command = [sys.executable, "-m", "spqr_jax.cli", "inspect", str(quantized), "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -349,6 +350,7 @@ def test_sweep_writes_a_table_and_a_figure(plain: Path, tmp_path: Path) -> None:
     assert result("sweep", plain, tmp_path / "results", *options) == found
 
 
+@pytest.mark.slow
 def test_token_ids_of_a_file_are_calibrated_on(plain: Path, tmp_path: Path) -> None:
     np.save(tmp_path / "tokens.npy", np.arange(256, dtype=np.uint16).reshape(4, 64))
     done = spqr("quantize", plain, tmp_path / "out", "--calibration", tmp_path / "tokens.npy")

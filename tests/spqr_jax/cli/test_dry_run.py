@@ -48,6 +48,7 @@ def test_sizes_are_those_of_the_run(most: int, model: Path, tmp_path: Path, monk
     assert found["seconds"] > 3 * found["seconds_per_block"] > 0
 
 
+@pytest.mark.slow
 def test_round_to_nearest_has_no_states(model: Path, tmp_path: Path) -> None:
     found = result("quantize", model, tmp_path / "out", "--method", "rtn", "--dry-run")
     assert found["disk_bytes"] == found["bytes_on_disk"]

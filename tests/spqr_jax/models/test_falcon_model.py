@@ -26,7 +26,9 @@ LOGITS = jax.jit(
 )
 
 
-@pytest.fixture(scope="module", params=STYLES)
+@pytest.fixture(
+    scope="module", params=[pytest.param(name, marks=pytest.mark.slow if name == "11B" else ()) for name in STYLES]
+)
 def directory(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     # Not tied, and of a seed with which greedy decoding does not soon repeat itself in any style.
     config = falcon_config(**{**STYLES[request.param], "tie_word_embeddings": False, "ffn_hidden_size": 64})

@@ -42,7 +42,12 @@ APART = {
 }
 
 
-@pytest.fixture(scope="module", params=MODELS)
+SLOW = ("llama", "falcon, parallel")
+
+
+@pytest.fixture(
+    scope="module", params=[pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in MODELS]
+)
 def model(request: pytest.FixtureRequest) -> Decoder:
     return MODELS[request.param]
 

@@ -60,7 +60,7 @@ def contents(tensor: SpqrTensor) -> dict[str, np.ndarray]:
     return {"codes": UNPACK(tensor.codes, columns), "residuals": residuals, **present}
 
 
-@settings(max_examples=6)
+@settings(max_examples=4)
 @given(formats(), st.integers(0, 2**32 - 1), st.sampled_from(OUTLIERS), st.sampled_from((1, 3)))
 def test_split_columns_are_the_columns_that_were(options: dict[str, Any], seed: int, outliers: str, parts: int) -> None:
     tensor = small_matrix(seed, outliers=outliers, **options)

@@ -160,6 +160,7 @@ def test_results_of_another_text_are_refused(swept: tuple[Path, list[dict[str, A
         next(sweep.sweep(SOURCE, swept[0], GRID, CALIBRATION, WINDOWS + 1 - 1 * (WINDOWS > 50)))
 
 
+@pytest.mark.slow
 def test_a_cell_that_was_stopped_while_it_was_measured_is_not_quantized_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

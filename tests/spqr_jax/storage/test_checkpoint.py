@@ -164,6 +164,7 @@ def test_the_activations_type_and_the_tokenizer_are_kept(tmp_path, dense, tokeni
     assert (loaded.eos_token_id, loaded.chat_template) == (2, "{{ 1 }}")
 
 
+@pytest.mark.slow
 def test_a_fresh_process_computes_the_same_logits(tmp_path, saved, quantized):
     script = """
 import sys, jax, numpy as np

@@ -38,6 +38,7 @@ def smollm2() -> Any:
     return build_tokenizer(open_gguf(find_smollm2()).metadata)
 
 
+@pytest.mark.slow
 def test_smollm2_ids(smollm2: Any) -> None:
     assert smollm2.encode(TEXT) == SMOLLM2_IDS
     assert smollm2.decode(SMOLLM2_IDS) == TEXT
