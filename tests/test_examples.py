@@ -69,6 +69,8 @@ def names(directory: Path) -> dict[str, Any]:
 def test_example(
     example: doctest.DocTest, directory: Path, names: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if any("import torch" in line.source for line in example.examples):
+        pytest.importorskip("torch")
     monkeypatch.chdir(directory)
     # What the module defines is known, as where its users import it.
     example.globs = {**names, **example.globs}

@@ -47,6 +47,7 @@ def test_offline_hub_id_and_gguf_without_pytorch(tmp_path: Path) -> None:
     assert program.stdout.splitlines() == [line, line, "[]"]
 
 
+@pytest.mark.slow
 def test_tokenizer_of_a_directory(tmp_path: Path) -> None:
     tokenizer = build_tokenizer(open_gguf(find_smollm2()).metadata)
     write_checkpoint(tmp_path, tiny_config(), random_tensors(tiny_config()))

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 import pytest
 from helpers.byte_tokenizer import byte_tokenizer
@@ -34,6 +34,7 @@ def quantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory / "quantized"
 
 
+@pytest.mark.slow
 def test_the_name_is_stored(quantized: Path, tmp_path: Path) -> None:
     header = describe(quantized)
     assert (header["family"], header["alias"]) == ("llama", "mistral")
@@ -44,6 +45,7 @@ def test_the_name_is_stored(quantized: Path, tmp_path: Path) -> None:
     assert "alias" not in describe_model(Llama(model.config))
 
 
+@pytest.mark.slow
 def test_inspect_shows_the_name(quantized: Path) -> None:
     assert "alias: mistral" in spqr("inspect", quantized).stdout
     assert "family: mistral" in spqr("inspect", quantized.parent / "original").stdout
@@ -63,14 +65,13 @@ def test_transformers_runs_the_export_as_mistral(quantized: Path, tmp_path: Path
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         outputs = reference(torch.from_numpy(TOKENS.astype(np.int64)), attention_mask=mask, position_ids=positions)
     expected = outputs.logits.numpy()[MASK]
-    logits = model.apply({"params": params}, jnp.asarray(TOKENS), mask=jnp.asarray(MASK))
+    apply = jax.jit(model.apply)
+    logits = apply({"params": params}, TOKENS, mask=MASK)
     np.testing.assert_allclose(np.asarray(logits)[MASK], expected, rtol=0, atol=1e-4)
     cache = model.init_cache(params, batch=3, slots=24)
     pieces = []
     for piece in (slice(0, 20), slice(20, 21), slice(21, 24)):
-        part, cache = model.apply(
-            {"params": params}, jnp.asarray(TOKENS[:, piece]), mask=jnp.asarray(MASK[:, piece]), cache=cache
-        )
+        part, cache = apply({"params": params}, TOKENS[:, piece], mask=MASK[:, piece], cache=cache)
         pieces.append(part)
     np.testing.assert_allclose(np.concatenate(pieces, axis=1)[MASK], expected, rtol=0, atol=1e-4)
     prompts = [row[mask].tolist() for row, mask in zip(TOKENS, MASK, strict=True)]

@@ -57,6 +57,7 @@ def test_types_of_gguf(tmp_path: Path, kind: str, weights: str, activations: str
     assert source.parts["embed_tokens"]()["embedding"].dtype == weights
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", NAMES)
 def test_the_type_stays_through_quantizing_saving_and_exporting(tmp_path: Path, dtype: str) -> None:
     path = write_checkpoint(tmp_path / "model", tiny_config(), cast(dtype))

@@ -130,7 +130,8 @@ def test_statistics_are_read_where_they_are(group_size, rng):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("dtype", [pytest.param(jnp.float16, marks=pytest.mark.slow), jnp.float32])
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.float32])
+@pytest.mark.slow
 def test_fma_in_other_types(dtype, implementation, rng):
     packed = random_packed(rng, OUT, 400)
     x = random_x(rng, 2, 400, dtype)
@@ -150,7 +151,8 @@ def test_mma_of_float16_and_more_tokens(tokens, out, implementation, rng):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("kernel", [pytest.param(fma_matmul, marks=pytest.mark.slow), mma_matmul])
+@pytest.mark.parametrize("kernel", [fma_matmul, mma_matmul])
+@pytest.mark.slow
 def test_activations_of_very_different_sizes(kernel, implementation, rng):
     """Float16 inside the kernels bounds neither large nor small bfloat16 activations."""
     packed = random_packed(rng, OUT, 1200, outliers="none")

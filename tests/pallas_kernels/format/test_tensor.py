@@ -101,7 +101,7 @@ def expected_bits(arguments: dict[str, Any]) -> int:
     return total + (0 if arguments["permutation"] is None else 16 * columns)
 
 
-@settings(max_examples=10)
+@settings(max_examples=6)
 @given(pack_arguments())
 def test_what_is_packed_comes_back(arguments):
     untrimmed = PACK(**arguments)

@@ -138,6 +138,7 @@ def source_of(model: Decoder, params: dict[str, Any]) -> ModelSource:
     return ModelSource(model, {name: partial(params.__getitem__, name) for name in params}, None)
 
 
+@pytest.mark.slow
 def test_a_model_is_followed_as_it_is():
     """The Hessians here are those of a forward pass through the original blocks, each in one piece."""
     params = tiny_params(0)

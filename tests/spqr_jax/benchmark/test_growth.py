@@ -20,6 +20,7 @@ def test_exponents_are_those_of_the_data():
     assert fitted("rows", [1, 2, 4, 8], seconds=lambda n: n**2.5, operations=lambda n: n**2.0).is_worse
 
 
+@pytest.mark.slow
 def test_every_growth_has_four_sizes_and_each_is_measured(monkeypatch):
     calls = []
     monkeypatch.setattr(growth, "_model", lambda blocks: Llama(replace(CONFIG, num_layers=blocks)))

@@ -40,6 +40,7 @@ def rows(file: Path) -> list[dict]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_answers_are_those_of_single_prompts(model: Path, prompts: Path, tmp_path: Path) -> None:
     output = tmp_path / "answers.jsonl"
     counts = result("generate", model, "--prompts", prompts, "--output", output, *OPTIONS)

@@ -118,6 +118,7 @@ def test_round_to_nearest_needs_no_text(plain: Path, tmp_path: Path) -> None:
     assert report["bits_per_weight"] == 4 + 32 / 64
 
 
+@pytest.mark.slow
 def test_eval_reads_plain_and_quantized_models(plain: Path, quantized: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("The quick brown fox jumps over the lazy dog. " * 20)

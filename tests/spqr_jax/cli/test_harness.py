@@ -227,6 +227,7 @@ def test_chat_template(plain: Path) -> None:
 
 
 @pytest.mark.usefixtures("_only_own_tasks")
+@pytest.mark.slow
 def test_the_command_prints_what_lm_eval_finds(plain: Path, tasks: Path, found: dict[str, Any]) -> None:
     arguments = ("tasks", plain, "--tasks", "choice,perplexity", "--limit", 3, "--batch", 4, "--include-path", tasks)
     told = result(*arguments)

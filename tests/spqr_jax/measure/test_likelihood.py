@@ -60,7 +60,7 @@ def assert_close(found: list[Likelihood], wanted: list[Likelihood]) -> None:
     assert [x.greedy for x in found] == [x.greedy for x in wanted]
 
 
-@pytest.mark.parametrize("batch_size", [1, 4, pytest.param(64, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("batch_size", [4, *(pytest.param(size, marks=pytest.mark.slow) for size in (1, 64))])
 def test_likelihoods_are_those_of_whole_passes(batch_size):
     assert_close(in_order(MODEL, PARAMS, PAIRS, batch_size=batch_size), [expected(MODEL, PARAMS, *p) for p in PAIRS])
 

@@ -32,11 +32,11 @@ MODELS: dict[str, Decoder] = {
 TOLERANCE = 2e-3
 
 
-SLOW = ("llama", "falcon, parallel, biases")
+FAST = "llama, tied, biases"
 
 
 @pytest.fixture(
-    scope="module", params=[pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in MODELS]
+    scope="module", params=[pytest.param(name, marks=() if name == FAST else pytest.mark.slow) for name in MODELS]
 )
 def model(request: pytest.FixtureRequest) -> Decoder:
     return MODELS[request.param]

@@ -219,6 +219,7 @@ def test_the_whole_can_be_jitted(config, calibrated):
     jax.tree.map(np.testing.assert_array_equal, rest_of(quantized), rest_of(expected))
 
 
+@pytest.mark.slow
 def test_first_matrix_is_solved_on_the_hessian_of_its_inputs():
     quantized, _ = quantized_model(replace(PLAIN, shrinkage=0.0))
     x = flat(run_block(PARAMS["layers_0"], embedded())[1]["q_proj"])

@@ -22,6 +22,9 @@ from spqr_jax.storage.totals import summarize_described
 TOKENS = np.random.default_rng(0).integers(0, 257, (4, 64)).astype(np.int32)
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("cards")
