@@ -41,7 +41,7 @@ CASES = {
 
 @pytest.fixture(
     scope="module",
-    params=[pytest.param(name, marks=pytest.mark.slow if name in ("falcon 11B", "mistral") else ()) for name in CASES],
+    params=[pytest.param(name, marks=() if name == "llama" else pytest.mark.slow) for name in CASES],
 )
 def quantized(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pretrained:
     config, tensors = CASES[request.param]

@@ -72,7 +72,7 @@ def test_what_greedy_decoding_writes_is_greedy():
     assert [x.greedy for x in found] == [True, False, True]
 
 
-@pytest.mark.parametrize("alibi", [False, True])
+@pytest.mark.parametrize("alibi", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_falcon(alibi):
     model = Falcon(FalconConfig(61, 32, 48, 2, 4, 1, "parallel", tiny_llama.CONFIG.rotary, alibi=alibi))
     params = tiny_llama.tiny_params(1, model)

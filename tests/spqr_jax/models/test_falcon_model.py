@@ -26,11 +26,11 @@ LOGITS = jax.jit(
 )
 
 
-SLOW = ("11B", "RW")
+FAST = "40B"
 
 
 @pytest.fixture(
-    scope="module", params=[pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in STYLES]
+    scope="module", params=[pytest.param(name, marks=() if name == FAST else pytest.mark.slow) for name in STYLES]
 )
 def directory(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     # Not tied, and of a seed with which greedy decoding does not soon repeat itself in any style.

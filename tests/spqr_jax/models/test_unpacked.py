@@ -66,6 +66,7 @@ def test_logits_are_those_of_the_packed_model(model: Decoder, params: dict[str, 
     assert_close(LOGITS(model, form, TOKENS[:1, :1]), LOGITS(model, params, TOKENS[:1, :1]), TOLERANCE)
 
 
+@pytest.mark.slow
 def test_dense_models_keep_their_values(model: Decoder, params: dict[str, Any]) -> None:
     plain = dequantized(params)
     expected = LOGITS(model, plain, TOKENS)
@@ -76,6 +77,7 @@ def test_dense_models_keep_their_values(model: Decoder, params: dict[str, Any]) 
     assert_close(LOGITS(model, form, TOKENS), LOGITS(model, short, TOKENS), 1e-5)
 
 
+@pytest.mark.slow
 def test_some_blocks_may_be_dense(model: Decoder, params: dict[str, Any]) -> None:
     partly = params | {"layers_1": dequantized(params["layers_1"])}
     expected = LOGITS(model, params, TOKENS)
