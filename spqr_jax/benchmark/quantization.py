@@ -5,7 +5,6 @@ the growth with size. The official times were measured once, in PyTorch on anoth
 them holds only on such a machine.
 """
 
-import resource
 import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -23,6 +22,7 @@ from spqr_jax.cli.models import encode
 from spqr_jax.config import SpqrConfig
 from spqr_jax.quantization.model import quantize_blocks
 from spqr_jax.quantization.solver import quantize_shared
+from spqr_jax.runtime.memory import peak_bytes
 from spqr_jax.storage.totals import summarize
 from spqr_jax.texts import REFERENCE_STARTS, wikitext2, windows_at
 
@@ -102,7 +102,7 @@ def whole_model() -> dict[str, float]:
         "official_seconds": OFFICIAL_MODEL_SECONDS,
         "bits_per_weight": summarize(blocks).bits_per_weight,
         "outlier_share": summarize(blocks).outlier_share,
-        "peak_gigabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
+        "peak_gigabytes": peak_bytes() / 1e9,
     }
 
 

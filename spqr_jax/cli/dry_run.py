@@ -6,8 +6,6 @@ does not grow after these two. One block is quantized before, because a run that
 JAX's persistent cache: for SmolLM2 the first block then takes 19 s instead of 60, on two busy cores.
 """
 
-import resource
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -25,6 +23,7 @@ from spqr_jax.config import SpqrConfig
 from spqr_jax.models.decoder import layer_name
 from spqr_jax.quantization.hidden_states import SEQUENCES_AT_ONCE
 from spqr_jax.quantization.refit import follows_original
+from spqr_jax.runtime.memory import peak_bytes
 from spqr_jax.storage.checkpoint import describe
 from spqr_jax.storage.destination import check_destination
 from spqr_jax.storage.directories import bytes_on_disk, existing_parent
@@ -123,7 +122,7 @@ def estimate(
         "blocks": blocks,
         "seconds": measured.run_seconds(blocks),
         "seconds_per_block": measured.block_seconds,
-        "memory_bytes": _peak_memory() + (0 if hidden_on_disk else round((1 - measured.share) * held)),
+        "memory_bytes": peak_bytes() + (0 if hidden_on_disk else round((1 - measured.share) * held)),
         "disk_bytes": size + 2 * stored,  # a state is deleted after the next one is complete
         "bytes_on_disk": size,
         "bits_per_weight": totals.bits_per_weight,
@@ -169,9 +168,3 @@ def _bytes_of_states(
     hidden = source.model.config.hidden_size
     # Before a stage, the hidden states; after it, these and the inputs of the next matrices.
     return number * hidden, number * (2 * hidden + widest)
-
-
-def _peak_memory() -> int:
-    """Bytes of the largest resident set that this process has had."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -3,6 +3,7 @@
 import ctypes
 import os
 import re
+import resource
 import sys
 from enum import StrEnum
 from math import prod
@@ -32,6 +33,17 @@ def release_freed() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)
+
+
+def peak_bytes() -> int:
+    """Bytes of the largest resident set that this process has had.
+
+    Example:
+      >>> peak_bytes() > 10_000_000
+      True
+    """
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def available_bytes(meminfo: Path = Path("/proc/meminfo"), limit: Path = Path("/sys/fs/cgroup/memory.max")) -> int:

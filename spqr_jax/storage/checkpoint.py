@@ -29,6 +29,7 @@ from spqr_jax.models.decoder import Params
 from spqr_jax.models.layers import mesh_of
 from spqr_jax.models.stacked_blocks import unstack_blocks
 from spqr_jax.storage.description import (
+    Description,
     Entries,
     describe,
     described_model,
@@ -126,7 +127,7 @@ def complete(
 ) -> None:
     """Writes tokenizer, `spqr.json`, the card and, last, the manifest into a directory that has all its parts.
 
-    Then reads everything as `load` does, so that nothing gets a name that cannot be loaded.
+    Then reads every part as `load` does, so that nothing gets a name that cannot be loaded.
     """
     if tokenizer is not None:
         write_tokenizer(root / TOKENIZER, tokenizer)
@@ -134,7 +135,8 @@ def complete(
     write_description(root, model, joined, tokenizer=tokenizer is not None)
     write_card(root, model, joined, CHECKPOINT, origin)
     write_manifest(root)
-    for read in open_checkpoint(root).parts.values():
+    # Not `open_checkpoint`, which verifies the checksums that were just taken.
+    for read in _source(root, describe(root)).parts.values():
         read()
 
 
@@ -169,6 +171,11 @@ def open_checkpoint(directory: str | PathLike[str]) -> ModelSource:
     root = resolved(directory)
     description = describe(root)
     verify_all(root)
+    return _source(root, description)
+
+
+def _source(root: Path, description: Description) -> ModelSource:
+    """The model of a directory, its parameters read part by part."""
     model = described_model(description, root)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(root / TOKENIZER) if description["tokenizer"] else None
     parts = {name: partial(read_part, root, description, name) for name in part_names(description)}

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import orbax.checkpoint as orbax
 from orbax.checkpoint import v1 as ocp
 
 from spqr_jax.storage.digests import identical
@@ -75,8 +76,26 @@ def _without_special_characters(directory: Path) -> Iterator[Path]:
 
 
 def _write(directory: Path, arrays: dict[str, np.ndarray]) -> None:
+    if jax.process_count() > 1:
+        _write_alone(directory, arrays)
+        return
     with _alone():
         ocp.save(directory, arrays, checkpointable_name=_ARRAYS)
+
+
+def _write_alone(directory: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Writes the same files by Orbax's former API.
+
+    `save` of API v1 (Orbax 0.12.8) compares the directories of all processes, also of those that are not active, and so
+    waits for processes that do not write.
+    """
+    options = _alone().multiprocessing.v0()
+    handler = orbax.CompositeCheckpointHandler(
+        composite_options=orbax.CompositeOptions(multiprocessing_options=options),
+        **{_ARRAYS: orbax.PyTreeCheckpointHandler(multiprocessing_options=options)},
+    )
+    args = orbax.args.Composite(**{_ARRAYS: orbax.args.PyTreeSave(arrays)})
+    orbax.Checkpointer(handler, multiprocessing_options=options).save(directory, args=args)
 
 
 def _read(directory: Path) -> dict[str, np.ndarray]:
