@@ -1,5 +1,6 @@
 import os
 import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,6 +28,8 @@ if shutil.which("nvidia-smi") is None:
         "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters",
     )
     os.environ.setdefault("XLA_FLAGS", " ".join(options))
+# A shell's background ignores Ctrl-C, and so would the processes that tests start and interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # Tiles that were tuned on this machine do not change what tests compile.
 os.environ["SPQR_JAX_CACHE_DIR"] = str(ROOT / ".cache" / "spqr-jax")
 
