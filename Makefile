@@ -9,7 +9,7 @@ TORCH := torch==2.13.0 accelerate
 CUDA := $(addsuffix ==13.5.37,nvidia-cuda-nvcc nvidia-nvvm nvidia-cuda-runtime nvidia-cuda-crt nvidia-cuda-nvdisasm)
 
 # One more than there are cores: some tests wait for other processes, or for the disk.
-WORKERS := $(shell python3 -c 'import os; print(os.cpu_count() + 1)')
+WORKERS := $(shell $(PYTHON) -c 'import os; print(os.cpu_count() + 1)')
 # Each worker compiles for itself, mostly on one core, and takes up to 3 GB. A file stays in one worker, so that none of
 # its fixtures is made twice; files run in the order of tests/conftest.py.
 IN_PARALLEL := -n $(WORKERS) --maxprocesses 4 --dist loadfile --no-loadscope-reorder

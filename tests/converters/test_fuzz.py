@@ -45,9 +45,8 @@ def test_damage(form: str, root: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("count", [300])
 @pytest.mark.skipif(sys.platform != "linux", reason="reads how much memory is mapped where Linux tells it")
-def test_neither_crash_nor_memory_nor_time(count: int, root: Path) -> None:
+def test_neither_crash_nor_memory_nor_time(root: Path) -> None:
     forms = [form for form in FORMS if form not in NEED_TORCH or importlib.util.find_spec("torch")]
     for form in forms:
         written(root, form)
@@ -56,7 +55,7 @@ def test_neither_crash_nor_memory_nor_time(count: int, root: Path) -> None:
         import pathlib
         import conftest
         from helpers.damaged_checkpoints import batch
-        batch(pathlib.Path({str(root)!r}), {forms}, {count})
+        batch(pathlib.Path({str(root)!r}), {forms}, 300)
     """
     command = [sys.executable, "-X", "faulthandler", "-c", program]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)

@@ -56,7 +56,7 @@ def test_a_neighbour_that_matches_the_path_as_a_pattern_is_left_alone(tmp_path: 
 
 def test_one_of_several_processes_writes_the_same_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def layout(name: str) -> set[str]:
-        return {path.relative_to(tmp_path / name).parts[0] for path in (tmp_path / name).iterdir()}
+        return {path.name for path in (tmp_path / name).iterdir()}
 
     write_arrays(tmp_path / "one", ARRAYS)
     monkeypatch.setattr(orbax_arrays, "_write", orbax_arrays._write_alone)
