@@ -31,7 +31,7 @@ ROUNDS = 5
 NEW_TOKENS = 16
 PROMPT_TOKENS = 32
 BATCH = 8
-WINDOWS = 2
+WINDOWS = 16
 REST = 0.2
 """Seconds between two timings: PyTorch's threads spin after a product, and would take a core from the next timing."""
 

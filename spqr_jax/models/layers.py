@@ -160,6 +160,7 @@ def extend_cache(
     keys, values = keys.transpose(0, 2, 1, 3), values.transpose(0, 2, 3, 1)
     if "keys" not in state:
         return state, keys, values
+    keys, values = keys.astype(state["keys"].dtype), values.astype(state["values"].dtype)
     zero = jnp.int32(0)  # of the offset's type, with `JAX_ENABLE_X64` too
     if layer is None:
         keys = jax.lax.dynamic_update_slice(state["keys"], keys, (zero, zero, offset, zero))
@@ -223,7 +224,7 @@ def _attend_all(queries: Array, keys: Array, values: Array, mask: Array, bias: A
     if bias is not None:
         scores = scores + bias.reshape(batch, kv_heads, -1, 1, slots)
     scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
+    weights = jax.nn.softmax(scores, axis=-1).astype(queries.dtype)
     weights = weights.reshape(*rows.shape[:2], slots)
-    attended = jnp.einsum("nrs,nds->nrd", weights, values, preferred_element_type=jnp.float32).astype(values.dtype)
+    attended = jnp.einsum("nrs,nds->nrd", weights, values, preferred_element_type=jnp.float32).astype(queries.dtype)
     return attended.reshape(batch, heads, tokens, head_dim).transpose(0, 2, 1, 3)
