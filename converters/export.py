@@ -29,7 +29,6 @@ from converters.pretrained import open_pretrained
 from pallas_kernels import SpqrTensor
 from spqr_jax.models import Decoder
 from spqr_jax.models.decoder import Params
-from spqr_jax.models.generation_options import END
 from spqr_jax.models.layers import mesh_of
 from spqr_jax.models.stacked_blocks import unstack_blocks
 from spqr_jax.prompts import end_tokens
@@ -237,12 +236,11 @@ def _write(
 
 def _special_tokens(options: Mapping[str, Any], tokenizer: PreTrainedTokenizerFast | None) -> dict[str, Any]:
     """Entries of `config.json`, without which transformers would end a text at the family's default tokens."""
-    special = {name: options[name] for name in SPECIAL if name in options}
+    special = {name: options.get(name) for name in SPECIAL}
     if tokenizer is not None:
         for name in ("bos_token_id", "pad_token_id"):
             found = getattr(tokenizer, name)
             special[name] = special.get(name) if found is None else found
-        special.setdefault(END, None)
     return special
 
 

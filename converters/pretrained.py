@@ -1,6 +1,7 @@
 """Loads models of other projects, from checkpoints of any form."""
 
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
@@ -19,7 +20,7 @@ from converters.formats.gguf.file import GgufFile
 from converters.formats.gguf.tokenizer import build_tokenizer
 from converters.formats.own_types import OwnTypes, own_types
 from converters.formats.source import Source
-from converters.layout import Params, part_readers
+from converters.layout import Params, StoredTensor, part_readers
 from spqr_jax.models import Decoder
 from spqr_jax.storage.json_files import read_json
 from spqr_jax.storage.model_source import ModelSource
@@ -97,10 +98,22 @@ def open_pretrained(path_or_hub_id: str | PathLike[str], *, dtype: DTypeLike | N
     tokenizer = _tokenizer(source)
     layout = family.layout(config, source.naming)
     types = own_types(source) if dtype is None else OwnTypes(jnp.dtype(dtype), jnp.dtype(dtype))
-    parts = part_readers(layout, source.tensors, dtype=types.weights, origin=source.path)
+    tensors = _of_language_model(source, family)
+    parts = part_readers(layout, tensors, dtype=types.weights, origin=source.path)
     generation = generation_options(source)
     model = family.model(config, dtype=types.activations, alias=family.alias, generation=generation)
     return ModelSource(model, parts, tokenizer, _name(path_or_hub_id))
+
+
+def _of_language_model(source: Source, family: Family) -> Mapping[str, StoredTensor]:
+    """The tensors under the layout's names; of the others a warning tells."""
+    if family.rename is None:
+        return source.tensors
+    names = {name: family.rename(name) for name in source.tensors}
+    left_out = sorted({".".join(name.split(".")[:2]) for name, own in names.items() if own is None})
+    if left_out:
+        warnings.warn(f"{source.path}: only the text model is read, not {', '.join(left_out)}", stacklevel=3)
+    return {own: source.tensors[name] for name, own in names.items() if own is not None}
 
 
 def _name(path_or_hub_id: str | PathLike[str]) -> str:

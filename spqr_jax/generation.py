@@ -18,6 +18,7 @@ from pallas_kernels.errors import SpqrError
 from spqr_jax.models.decoder import Decoder, KVCache, Params
 from spqr_jax.models.fusion import fuse_projections
 from spqr_jax.models.overflow import describe_overflow
+from spqr_jax.models.precision import cache_type
 from spqr_jax.models.stacked_blocks import level_blocks, stack_blocks
 from spqr_jax.models.token_ids import check_vocabulary
 from spqr_jax.models.unpacked import in_rows, unpacks
@@ -221,7 +222,7 @@ def start(
     batch, length = tokens.shape
     capacity = _round_up(max_new_tokens)
     state = State(
-        cache=model.init_cache(params, batch, length + capacity),
+        cache=model.init_cache(params, batch, length + capacity, cache_type(model)),
         tokens=jnp.zeros((batch, capacity), jnp.int32),
         stopped=jnp.zeros(batch, bool),
         finite=jnp.ones(batch, bool),

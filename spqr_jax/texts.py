@@ -143,6 +143,7 @@ def random_windows(
     length: int,
     seed: int = 0,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    first: int | None = None,
 ) -> Int32[np.ndarray, "sequences length"]:
     """Cuts windows at random places of a text, for calibration.
 
@@ -152,6 +153,7 @@ def random_windows(
       length: tokens of each.
       seed: of their places.
       tokenizer: of strings.
+      first: token in the place of each window's first one, see `Decoder.first_token`.
 
     Raises:
       SpqrError: as `token_ids`, the text is shorter than one window, or a number is out of its range.
@@ -166,7 +168,20 @@ def random_windows(
     _check_windows(ids, sequences, length)
     # The last window is drawn only where it is the only one: drawing it too would move all windows of a seed.
     starts = np.random.default_rng(seed).integers(0, max(len(ids) - length, 1), sequences)
-    return windows_at(ids, starts, length)
+    return begun_with(first, windows_at(ids, starts, length - (first is not None)))
+
+
+def begun_with(
+    first: int | None, windows: Int[np.ndarray, "sequences length"]
+) -> Int[np.ndarray, "sequences length_and_first"]:
+    """Puts a token in front of each window; none where it is None.
+
+    Example:
+      >>> begun_with(2, np.array([[5, 6], [7, 8]]))
+      array([[2, 5, 6],
+             [2, 7, 8]])
+    """
+    return windows if first is None else np.pad(windows, ((0, 0), (1, 0)), constant_values=first)
 
 
 def windows_at(

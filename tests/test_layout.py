@@ -23,7 +23,10 @@ ROOMS = {
         *("_version", "config", "texts", "runtime", "models", "prompts", "generation", "quantization", "storage"),
         *("measure", "_public", "search", "analyze", "figures", "cli", "benchmark", "demo"),
     ),
-    "converters": ("errors", "layout", "formats", "families", "pretrained", "export", "smollm2"),
+    "converters": (
+        *("errors", "layout", "formats", "families", "pretrained", "export"),
+        *("smollm2", "gemma3", "gguf_tokenizer"),
+    ),
 }
 # Commands may import every package inside functions.
 COMMANDS = ("spqr_jax.cli", "spqr_jax.benchmark", "spqr_jax.demo", "pallas_kernels.benchmark")

@@ -29,6 +29,7 @@ def test_sweep_and_ablation():
     results = committed("sweep-smollm2")
     assert table(results) in RESULTS
     assert ablation_table(results) in RESULTS
+    assert table(committed("sweep-gemma3-270m")) in RESULTS
 
 
 @pytest.mark.parametrize("text", [RESULTS, README], ids=["RESULTS.md", "README.md"])

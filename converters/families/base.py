@@ -1,7 +1,7 @@
 """The base of all families: their description, their sizes, and their tensors in both spellings."""
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, NamedTuple, TypedDict, TypeVar
 
@@ -29,14 +29,15 @@ class Family(Generic[Config]):
       model: the Flax module, made from a configuration.
       read: makes a configuration from the content of `config.json`.
       write: makes the content of `config.json` from a configuration.
-      read_gguf: makes a configuration from a GGUF file and the prefix of its keys.
       layout: lists the checkpoint's tensors, under the names of either project.
+      read_gguf: makes a configuration from a GGUF file and the prefix of its keys.
       gguf: GGUF's `general.architecture`, the prefix of its keys; of several families with one prefix, the first in
-        the table reads it.
+        the table reads it. None where llama.cpp does not have the family.
       alias: the name that models keep, and are exported under; None for the family itself.
       defaults: options that `config.json` may leave out, with their values, where `read` has others.
       neutral: options of `config.json` that change the model, with the values under which they do not.
       constants: options that are written in addition to those of `write`.
+      rename: the layout's name of a stored tensor, or None for one that belongs to no language model and is left out.
     """
 
     name: str
@@ -44,13 +45,14 @@ class Family(Generic[Config]):
     model: type[Decoder]
     read: Callable[[Options], Config]
     write: Callable[[Config], dict[str, object]]
-    read_gguf: Callable[[GgufFile, str], Config]
     layout: Callable[[Config, Naming], Layout]
-    gguf: str
+    read_gguf: Callable[[GgufFile, str], Config] | None = None
+    gguf: str | None = None
     alias: str | None = None
     defaults: Options = field(default_factory=dict)
     neutral: Neutral = field(default_factory=dict)
     constants: Options = field(default_factory=dict)
+    rename: Callable[[str], str | None] | None = None
 
     def from_huggingface(self, content: Options) -> Config:
         """Configuration from the content of `config.json`.
@@ -74,6 +76,8 @@ class Family(Generic[Config]):
         Raises:
           ConversionError: a size is missing, differs from block to block, or an option is not supported.
         """
+        assert self.gguf is not None
+        assert self.read_gguf is not None
         return self.read_gguf(file, self.gguf)
 
 
@@ -186,15 +190,32 @@ class Matrix:
     from_gguf: Transform = np.asarray
 
 
+@dataclass(frozen=True)
+class Norm:
+    """A norm of a block.
+
+    Attributes:
+      names: its names.
+      features: their number.
+      bias: whether it has a bias.
+    """
+
+    names: Names
+    features: int
+    bias: bool = False
+
+
 def decoder_layout(
     config: ModelConfig,
     naming: Naming,
     *,
     parts: Parts,
-    norms: Sequence[Names],
-    norm_bias: bool,
+    norms: Sequence[Norm],
     matrices: Sequence[Matrix],
-    frequencies: str,
+    ignored: str,
+    ends: Sequence[Target] | None = None,
+    norm_bias: bool = False,
+    from_gguf: Transform = np.asarray,
 ) -> Layout:
     """The tensors of a checkpoint of a decoder-only model.
 
@@ -203,36 +224,45 @@ def decoder_layout(
       naming: whose names the tensors have.
       parts: Hugging Face's names of the model's parts; GGUF's are those of every family.
       norms: of a block.
-      norm_bias: whether all norms have a bias.
       matrices: of a block.
-      frequencies: matches the names of the rotary embedding's frequencies, which the configuration gives already.
+      ignored: matches the names of tensors that are no parameters, as frequencies that the configuration gives already.
+      ends: tensors before the first and after the last block, where they are not an embedding, a norm and a head.
+      norm_bias: whether the norm after the last block has a bias.
+      from_gguf: makes the weight of a norm from that of GGUF.
     """
     parts = GGUF_PARTS if naming == "gguf" else parts
-    vocabulary, copies = _vocabulary(config, parts)
-    targets = [*vocabulary, *_norm(config, ("norm",), parts.norm, norm_bias)]
+    scaled = from_gguf if naming == "gguf" else np.asarray
+    embedding, head = f"{parts.embedding}.weight", f"{parts.head}.weight"
+    copies = {head: embedding} if config.tie_embeddings else {}
+    targets = list(vocabulary(config, parts, config.hidden_size) if ends is None else ends)
+    if ends is None:
+        targets += norm_targets(("norm",), parts.norm, config.hidden_size, norm_bias, scaled)
     for index in range(config.num_layers):
         prefix, layer = f"{parts.block}.{index}", layer_name(index)
         for norm in norms:
-            targets += _norm(config, (layer, norm.module), f"{prefix}.{getattr(norm, naming)}", norm_bias)
+            name = f"{prefix}.{getattr(norm.names, naming)}"
+            targets += norm_targets((layer, norm.names.module), name, norm.features, norm.bias, scaled)
         for matrix in matrices:
             targets += _linear(matrix, layer, f"{prefix}.{getattr(matrix.names, naming)}", naming)
-    return Layout(tuple(targets), copies, re.compile(frequencies))
+    return Layout(tuple(targets), copies, re.compile(ignored))
 
 
-def _vocabulary(config: ModelConfig, parts: Parts) -> tuple[list[Target], Mapping[str, str]]:
-    """Targets and copies of embedding and head: a tied head may be stored as well, and must be equal."""
-    embedding, head = f"{parts.embedding}.weight", f"{parts.head}.weight"
-    shape = config.vocab_size, config.hidden_size
-    targets = [Target(("embed_tokens", "embedding"), embedding, shape)]
+def vocabulary(config: ModelConfig, parts: Parts, features: int) -> list[Target]:
+    """Embedding and head; a tied head may be stored as well, and must be equal."""
+    shape = config.vocab_size, features
+    targets = [Target(("embed_tokens", "embedding"), f"{parts.embedding}.weight", shape)]
     if config.tie_embeddings:
-        return targets, {head: embedding}
-    return [*targets, Target(("lm_head", "kernel"), head, shape, np.transpose)], {}
+        return targets
+    return [*targets, Target(("lm_head", "kernel"), f"{parts.head}.weight", shape, np.transpose)]
 
 
-def _norm(config: ModelConfig, path: tuple[str, ...], name: str, bias: bool) -> Iterator[Target]:
-    yield Target((*path, "scale"), f"{name}.weight", (config.hidden_size,))
+def norm_targets(
+    path: tuple[str, ...], name: str, features: int, bias: bool = False, transform: Transform = np.asarray
+) -> Iterator[Target]:
+    """The tensors of a norm."""
+    yield Target((*path, "scale"), f"{name}.weight", (features,), transform)
     if bias:
-        yield Target((*path, "bias"), f"{name}.bias", (config.hidden_size,))
+        yield Target((*path, "bias"), f"{name}.bias", (features,))
 
 
 def _linear(matrix: Matrix, layer: str, name: str, naming: Naming) -> Iterator[Target]:

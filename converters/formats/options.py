@@ -52,6 +52,14 @@ def number(content: Options, key: str, default: float | None = None) -> float:
     return float(value)
 
 
+def numbers(content: Options, key: str) -> tuple[float, ...]:
+    """A list of finite numbers."""
+    values = content.get(key)
+    if not isinstance(values, list | tuple):
+        raise ConversionError(f"{key} must be a list of numbers, found {values!r}")
+    return tuple(number({key: value}, key) for value in values)
+
+
 def flag(content: Options, key: str, default: bool) -> bool:
     """True or false, nothing else: readers differ in whether null means false or the default."""
     value = content.get(key, default)

@@ -22,8 +22,9 @@ from spqr_jax.benchmark.random_model import fused_shapes, random_params
 from spqr_jax.benchmark.results import Row
 from spqr_jax.generation import Policy
 from spqr_jax.models import Decoder, layer_name
+from spqr_jax.models.attention import attend
 from spqr_jax.models.decoder import Params
-from spqr_jax.models.layers import attend, linear
+from spqr_jax.models.layers import linear
 
 T = TypeVar("T")
 
@@ -78,9 +79,9 @@ def empty_row(model: Decoder, form: Format | None, batch: int, prefix: int) -> R
     """
     params = jax.eval_shape(lambda: random_params(model, form))
     state = jax.eval_shape(lambda: start(model, params, batch, prefix)[0])
-    weight_bytes, cache_bytes = (
-        sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)) for tree in (params, state.cache.blocks)
-    )
+    weight_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
+    # The row may be a prediction for a GPU, where the cache has the type of the activations.
+    cache_bytes = sum(leaf.size for leaf in jax.tree.leaves(state.cache.blocks)) * jnp.dtype(model.dtype).itemsize
     row = Row("bfloat16" if form is None else str(form), batch, prefix, weight_bytes, cache_bytes)
     limit = memory_limit()
     if ROOM * (weight_bytes + cache_bytes) < limit:

@@ -50,7 +50,9 @@ def analyze(
     opened = open_model(source, dtype)
     middle = opened.model.config.num_layers // 2
     drawn = matching(layers or f"{layer_name(middle)}.*", matrix_names(opened.model))
-    tokens = calibration_tokens(opened.tokenizer, calibration, sequences, sequence_length, seed)
+    tokens = calibration_tokens(
+        opened.tokenizer, calibration, sequences, sequence_length, seed, opened.model.first_token
+    )
     sizes = {"sequences": sequences, "tokens": sequence_length, "seed": seed}
     content = write_study(destination, opened, tokens, config, sizes, drawn)
     if as_json:

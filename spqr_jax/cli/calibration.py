@@ -90,7 +90,12 @@ KINDS: Mapping[str, Kind] = {
 
 
 def calibration_tokens(
-    tokenizer: PreTrainedTokenizerFast | None, texts: Sequence[str] | None, sequences: int, length: int, seed: int
+    tokenizer: PreTrainedTokenizerFast | None,
+    texts: Sequence[str] | None,
+    sequences: int,
+    length: int,
+    seed: int,
+    first: int | None = None,
 ) -> Int[np.ndarray, "sequences tokens"]:
     """Calibration sequences: cut out of a running text at random places, or as files of token ids have them.
 
@@ -101,19 +106,20 @@ def calibration_tokens(
       sequences: number of sequences to cut out of a running text.
       length: tokens of each.
       seed: of their places.
+      first: token in front of each of them, see `Decoder.first_token`.
 
     Raises:
       SpqrError: a text cannot be read, or is shorter than one sequence, or files of token ids do not fit each other.
     """
     parts = read_texts(tokenizer, texts, Use.CALIBRATION)
     if all(part.ndim == 1 for part in parts):
-        return random_windows(np.concatenate(parts), sequences, length, seed)
+        return random_windows(np.concatenate(parts), sequences, length, seed, first=first)
     if any(part.ndim == 1 or part.shape[1] != parts[0].shape[1] for part in parts):
         shapes = ", ".join(str(list(part.shape)) for part in parts)
         raise SpqrError(f"calibration has tokens of shapes {shapes}: give text only, or sequences of one length")
     ids = np.concatenate(parts)
     if len(ids) == 1 and ids.size > length:
-        return random_windows(ids, sequences, length, seed)
+        return random_windows(ids, sequences, length, seed, first=first)
     return ids
 
 

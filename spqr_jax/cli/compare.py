@@ -49,7 +49,7 @@ def compare(
         raise SpqrError(f"{original} and {quantized} are not the same model: {model.config} and {other.config}")
     started = time.perf_counter()
     ids = evaluation_tokens(tokenizer, text, protocol, window)
-    parts = cut_windows(ids, window=window, max_windows=windows)
+    parts = cut_windows(ids, window=window, max_windows=windows, first=model.first_token)
     first, second = (for_measuring(params, memory) for params in (before, after))
     divergences = console.track(window_divergences(model, first, second, parts), len(parts), "distributions")
     divergence = mean_divergence(list(divergences))

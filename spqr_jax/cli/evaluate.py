@@ -36,7 +36,7 @@ def evaluate(
     model, params, tokenizer = load_model(source, dtype)
     started = time.perf_counter()
     ids = evaluation_tokens(tokenizer, text, protocol, window)
-    parts, counted = counted_windows(ids, window=window, stride=stride, max_windows=windows)
+    parts, counted = counted_windows(ids, window=window, stride=stride, max_windows=windows, first=model.first_token)
     losses = console.track(token_losses(model, for_measuring(params, memory), parts), len(parts), "perplexity")
     totals = summarize(params)
     result: dict[str, Any] = {

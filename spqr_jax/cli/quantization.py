@@ -75,7 +75,7 @@ def prepare(
         return Prepared(*search(source, destination, text, sequences, length, seed, mesh), started)
     tokens = None
     if settings.method is not Method.RTN:
-        tokens = calibration_tokens(source.tokenizer, texts, sequences, length, seed)
+        tokens = calibration_tokens(source.tokenizer, texts, sequences, length, seed, source.model.first_token)
     return Prepared(config, tokens, None, time.perf_counter())
 
 
@@ -96,7 +96,14 @@ def search(
       SpqrError: no configuration is near-lossless, or the text is too short to hold a part of it out.
     """
     positions = source.model.config.max_positions
-    held = near_lossless.hold_out(text, sequences=sequences, length=length, seed=seed, max_positions=positions)
+    held = near_lossless.hold_out(
+        text,
+        sequences=sequences,
+        length=length,
+        seed=seed,
+        max_positions=positions,
+        first=source.model.first_token,
+    )
     directory = destination.with_name(f"{destination.name}.search")
     found = near_lossless.smallest_near_lossless(source, directory, held.calibration_tokens, held.windows, mesh=mesh)
     for result in found.tried:

@@ -61,8 +61,10 @@ def sweep(
     new_figure((1, 1))  # reports a missing matplotlib before long work
     chosen = cells(DEFAULT_GRID if grid is None else read_grid(grid))
     opened = open_model(source, dtype)
-    tokens = calibration_tokens(opened.tokenizer, calibration, sequences, sequence_length, seed)
-    parts = cut_windows(evaluation_tokens(opened.tokenizer, text, None, window), window=window, max_windows=windows)
+    first = opened.model.first_token
+    tokens = calibration_tokens(opened.tokenizer, calibration, sequences, sequence_length, seed, first)
+    ids = evaluation_tokens(opened.tokenizer, text, None, window)
+    parts = cut_windows(ids, window=window, max_windows=windows, first=first)
     steps = sweep(opened, directory, chosen, tokens, parts, mesh=mesh_of_all_devices())
     results = list(console.track(steps, len(chosen) + 1, "cells"))
     (directory / "table.md").write_text(table(results), encoding="utf-8")

@@ -15,6 +15,7 @@ from spqr_jax.generation import for_decoding, pad_left
 from spqr_jax.measure.perplexity import HEAD_POSITIONS
 from spqr_jax.models.decoder import Decoder, KVCache, Params, State
 from spqr_jax.models.overflow import describe_overflow
+from spqr_jax.models.precision import cache_type
 from spqr_jax.models.token_ids import check_vocabulary
 from spqr_jax.runtime.x64 import steps_in_32_bits
 
@@ -116,7 +117,8 @@ def _score(
     cache = None
     if contexts.shape[1]:
         # As many slots as tokens: attention then processes the queries in parts, in less memory.
-        empty = model.init_cache(params, *contexts.shape)
+        batch, slots = contexts.shape
+        empty = model.init_cache(params, batch, slots, cache_type(model))
         _, cache = apply(contexts, mask=mask, cache=empty, method="hidden_states")
         cache = _branch(cache, rows, inputs.shape[1])
     hidden, _ = apply(inputs, cache=cache, method="hidden_states")

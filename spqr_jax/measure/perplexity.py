@@ -19,7 +19,7 @@ from spqr_jax.models.overflow import describe_overflow
 from spqr_jax.models.token_ids import check_vocabulary
 from spqr_jax.models.unpacked import for_measuring
 from spqr_jax.runtime.x64 import steps_in_32_bits
-from spqr_jax.texts import token_ids
+from spqr_jax.texts import begun_with, token_ids
 
 HEAD_POSITIONS = 256
 """Positions whose logits are in memory at once: those of a whole window may take hundreds of megabytes."""
@@ -58,7 +58,8 @@ def perplexity(
       >>> perplexity(model, params, tokenizer.encode(text), window=64, max_windows=2) > 1
       True
     """
-    windows, counted = counted_windows(tokens, window=window, stride=stride, max_windows=max_windows)
+    first = model.first_token
+    windows, counted = counted_windows(tokens, window=window, stride=stride, max_windows=max_windows, first=first)
     return counted_perplexity(token_losses(model, params, windows), counted)
 
 
@@ -74,7 +75,7 @@ def counted_perplexity(losses: Iterable[Float[np.ndarray, " _"]], counted: Itera
 
 
 def cut_windows(
-    tokens: ArrayLike, *, window: int = 1024, max_windows: int | None = None
+    tokens: ArrayLike, *, window: int = 1024, max_windows: int | None = None, first: int | None = None
 ) -> Int[np.ndarray, "windows window"]:
     """Cuts a text into adjacent windows; an incomplete window at its end is dropped.
 
@@ -82,6 +83,7 @@ def cut_windows(
       tokens: ids of the text: `[tokens]`, `[1, tokens]`, or lists of ids, which are joined.
       window: tokens per window.
       max_windows: use at most this number of windows.
+      first: token in front of each window, and one of its tokens, see `Decoder.first_token`.
 
     Raises:
       SpqrError: the ids are not integers, `window` or `max_windows` is out of its range, or the text is shorter than
@@ -97,14 +99,20 @@ def cut_windows(
         raise SpqrError(f"window is {window}, but must be at least 2, because the first token has no loss")
     if max_windows is not None and max_windows < 1:
         raise SpqrError(f"max_windows is {max_windows}, but must be at least 1")
-    if len(tokens) < window:
-        raise SpqrError(f"the text has {len(tokens)} tokens, fewer than one window of {window}: give a longer text")
-    count = len(tokens) // window
-    return tokens[: count * window].reshape(count, window)[:max_windows]
+    length = window - (first is not None)
+    if len(tokens) < length:
+        raise SpqrError(f"the text has {len(tokens)} tokens, fewer than one window of {length}: give a longer text")
+    count = len(tokens) // length
+    return begun_with(first, tokens[: count * length].reshape(count, length)[:max_windows])
 
 
 def counted_windows(
-    tokens: ArrayLike, *, window: int = 1024, stride: int | None = None, max_windows: int | None = None
+    tokens: ArrayLike,
+    *,
+    window: int = 1024,
+    stride: int | None = None,
+    max_windows: int | None = None,
+    first: int | None = None,
 ) -> tuple[Int[np.ndarray, "windows window"], list[int]]:
     """Windows of a text, and the number of losses that count at the end of each.
 
@@ -113,6 +121,7 @@ def counted_windows(
       window: tokens per window.
       stride: tokens from one start to the next, with the last window at the end of the text; None gives `cut_windows`.
       max_windows: use at most this number of windows.
+      first: token in front of each window, and one of its tokens, see `Decoder.first_token`.
 
     Returns:
       The windows, and for each the number of tokens at its end that no earlier window predicts.
@@ -125,16 +134,17 @@ def counted_windows(
       (array([[ 5,  6,  7,  8],
               [ 7,  8,  9, 10]], dtype=int32), [3, 2])
     """
-    windows = cut_windows(tokens, window=window, max_windows=max_windows)
+    windows = cut_windows(tokens, window=window, max_windows=max_windows, first=first)
     if stride is None:
         return windows, [window - 1] * len(windows)
     if not 1 <= stride < window:
         raise SpqrError(f"stride is {stride}, but must be between 1 and {window - 1}, so that windows overlap")
     tokens = token_ids(tokens)
-    last = len(tokens) - window
+    length = window - (first is not None)
+    last = len(tokens) - length
     starts = [*range(0, last, stride), last][:max_windows]
     counted = [window - 1, *(after - before for before, after in itertools.pairwise(starts))]
-    return np.stack([tokens[start : start + window] for start in starts]), counted
+    return begun_with(first, np.stack([tokens[start : start + length] for start in starts])), counted
 
 
 def window_losses(model: Decoder, params: Params, windows: Int[np.ndarray, "windows window"]) -> Iterator[float]:

@@ -17,10 +17,11 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, DTypeLike, Float, Int, Integer
 
-from pallas_kernels.backends.devices import platform
+from spqr_jax.models.attention import AttentionKind, attend, extend_cache, in_window, rotation
 from spqr_jax.models.generation_options import GenerationOptions
 from spqr_jax.models.layers import Linear, linear, mesh_of
 from spqr_jax.models.model_config import ModelConfig
+from spqr_jax.models.rotary import rotate
 
 Params = dict[str, Any]
 State = dict[str, Float[Array, "..."]]
@@ -37,12 +38,14 @@ class Stage:
         writes an entry, and the next stage removes it, by `Block.project`.
       restores: the entry whose one matrix can correct the error that quantization has left in `hidden`, because the
         next stage adds its product there. If several products are added, name one; otherwise each would correct the
-        same error.
+        same error. None where the product is not added as it is, as behind a norm.
+      multiplier: factor of that product when it is added.
     """
 
     method: str
     feeds: Mapping[str, tuple[str, ...]]
     restores: str | None = None
+    multiplier: float = 1.0
 
 
 @flax.struct.dataclass
@@ -83,9 +86,15 @@ class KVCache:
 
 
 class Block(nn.Module):
-    """A decoder block as a chain of stages over a state, which starts and ends as `{"hidden": x}`."""
+    """A decoder block as a chain of stages over a state, which starts and ends as `{"hidden": x}`.
+
+    Attributes:
+      config: sizes and options of the model.
+      index: number of the block, which decides its kind of attention; not read where blocks are stacked.
+    """
 
     config: ModelConfig
+    index: int = 0
     by_columns: ClassVar[tuple[str, ...]]
     """Names of the matrices that `shard_params` splits by columns; it splits the others by rows."""
 
@@ -126,6 +135,44 @@ class Block(nn.Module):
                 products |= dict(zip(names, self._products(state.pop(feed), names), strict=True))
         return state, products
 
+    def attend(
+        self,
+        state: State,
+        queries: Float[Array, "batch tokens heads head_dim"],
+        keys: Float[Array, "batch tokens kv_heads head_dim"],
+        values: Float[Array, "batch tokens kv_heads head_dim"],
+        context: Context,
+        *,
+        bias: Float[Array, "batch heads slots"] | None = None,
+        divisor: float | None = None,
+        cap: float | None = None,
+    ) -> State:
+        """Adds `attention_output` to a state: `attention.attend` of rotated queries and keys, in the block's window.
+
+        Where one more token changes the rotation of those before it, the cache holds keys that are not rotated yet.
+        """
+        kinds = tuple(dict.fromkeys(map(self.config.attention, range(self.config.num_layers))))
+        kind = self._kind(kinds, context)
+        turn = rotation(kinds, kind, self.config.head_dim, context.positions.max() + 1)
+        late = any(one.rotary is not None and one.rotary.depends_on_length for one in kinds)
+        if turn is not None:
+            queries = rotate(queries, context.positions, *turn)
+        if turn is not None and not late:
+            keys = rotate(keys, context.positions, *turn)
+        state, keys, values = extend_cache(state, keys, values, context.offset, context.layer)
+        if turn is not None and late:
+            keys = rotate(keys.swapaxes(1, 2), context.slot_positions, *turn).swapaxes(1, 2)
+        mask = in_window(context.mask, kinds, kind, context.offset)
+        attended = attend(queries, keys, values, mask, bias, context.mesh, divisor, cap)
+        return {**state, "attention_output": attended.reshape(*attended.shape[:2], -1)}
+
+    def _kind(self, kinds: tuple[AttentionKind, ...], context: Context) -> Int[Array, ""] | int:
+        """Index of the block's kind of attention; traced where blocks are stacked."""
+        if context.layer is None or len(kinds) == 1:
+            return kinds.index(self.config.attention(self.index))
+        of_blocks = [kinds.index(self.config.attention(index)) for index in range(self.config.num_layers)]
+        return jnp.array(of_blocks)[context.layer]
+
     def _products(self, x: Array, names: tuple[str, ...]) -> list[Array]:
         layers = [getattr(self, name) for name in names]
         fused: Params | None = self.get_variable("params", fused_name(names)) if len(names) > 1 else None
@@ -163,14 +210,26 @@ class Decoder(nn.Module):
     alias: str | None = None
     generation: GenerationOptions = field(default=GenerationOptions(), compare=False)
     block: ClassVar[type[Block]]
+    begins_with_bos: ClassVar[bool] = False
+    """The model is far worse on texts without a BOS token in front of them."""
+
+    @property
+    def first_token(self) -> int | None:
+        """Token to be put in front of each text that is cut out of a longer one: BOS, for families that need it."""
+        bos = self.generation.content.get("bos_token_id")
+        return bos if self.begins_with_bos and isinstance(bos, int) else None
 
     def norm_module(self) -> nn.Module:
         """The norm after the last block."""
         raise NotImplementedError
 
+    def embedding_module(self) -> nn.Module:
+        """The embedding of tokens: a module with an array `embedding`, and `attend` for a tied head."""
+        return nn.Embed(self.config.vocab_size, self.config.hidden_size, dtype=self.dtype)
+
     def setup(self) -> None:
-        self.embed_tokens = nn.Embed(self.config.vocab_size, self.config.hidden_size, dtype=self.dtype)
-        self.layers = [self.block(self.config) for _ in range(self.config.num_layers)]
+        self.embed_tokens: Any = self.embedding_module()
+        self.layers = [self.block(self.config, index) for index in range(self.config.num_layers)]
         self.norm = self.norm_module()
         # Of a tied model, only `unpacked.in_rows` makes parameters for it.
         self.lm_head = Linear(self.config.vocab_size)
@@ -198,7 +257,7 @@ class Decoder(nn.Module):
         mask = jnp.ones(tokens.shape, bool) if mask is None else mask
         context, valid = make_context(mask, cache)
         context = replace(context, mesh=mesh_of(self.variables))
-        hidden = self.embed(tokens)
+        hidden = self.embed(tokens, context.positions)
         blocks: Any = None if cache is None else cache.blocks
         if "blocks" in self.variables["params"]:
             hidden, blocks = self._scan(hidden, blocks, context)
@@ -232,12 +291,20 @@ class Decoder(nn.Module):
         stacked = jnp.arange(self.config.num_layers), self.variables["params"]["blocks"]
         return jax.lax.scan(step, (hidden, caches or {}), stacked)[0]
 
-    def new_block(self) -> Block:
-        """Makes one block, not bound to parameters: `block.apply({"params": params["layers_0"]}, state, context)`."""
-        return self.block(self.config, parent=None)
+    def new_block(self, index: int = 0) -> Block:
+        """Makes one block, not bound to parameters: `block.apply({"params": params["layers_0"]}, state, context)`.
 
-    def embed(self, tokens: Integer[Array | np.ndarray, "batch tokens"]) -> Float[Array, "batch tokens hidden"]:
-        """Input of the first block."""
+        Blocks of one kind are equal, so that they share compiled programs.
+        """
+        alike = (one for one in range(index + 1) if self.config.attention(one) == self.config.attention(index))
+        return self.block(self.config, next(alike), parent=None)
+
+    def embed(
+        self,
+        tokens: Integer[Array | np.ndarray, "batch tokens"],
+        positions: Int[Array, "batch tokens"] | None = None,
+    ) -> Float[Array, "batch tokens hidden"]:
+        """Input of the first block; without positions, those of sequences without padding."""
         # Converted after the lookup: `nn.Embed` converts before it, which XLA would do with the whole table.
         return jnp.take(self.embed_tokens.embedding, tokens, axis=0).astype(self.dtype)
 
@@ -247,16 +314,16 @@ class Decoder(nn.Module):
             return self.embed_tokens.attend(hidden)
         return self.lm_head(hidden)
 
-    def init_cache(self, params: Params, batch: int, slots: int) -> KVCache:
-        """An empty cache for `slots` tokens of each of `batch` sequences, stacked where the parameters are."""
+    def init_cache(self, params: Params, batch: int, slots: int, dtype: DTypeLike | None = None) -> KVCache:
+        """An empty cache for `slots` tokens of each of `batch` sequences, stacked where the parameters are.
+
+        Its type is that of the activations, unless given.
+        """
         count, heads, head_dim = self.config.num_layers, self.config.num_kv_heads, self.config.head_dim
-        # XLA for CPUs converts all of a bfloat16 array to write a part of it: 284 ms a step of 8 sequences, not 92.
-        narrow = self.dtype == jnp.bfloat16 and platform() == "cpu"
-        dtype = jnp.dtype(jnp.float32) if narrow else self.dtype
 
         def empty(*leading: int) -> State:
             shapes = {"keys": (batch, heads, slots, head_dim), "values": (batch, heads, head_dim, slots)}
-            return {name: jnp.zeros((*leading, *shape), dtype) for name, shape in shapes.items()}
+            return {name: jnp.zeros((*leading, *shape), dtype or self.dtype) for name, shape in shapes.items()}
 
         return KVCache(
             blocks=empty(count) if "blocks" in params else tuple(empty() for _ in range(count)),

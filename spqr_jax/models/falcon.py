@@ -1,48 +1,16 @@
 """The Falcon family: layer norm, grouped-query attention from one matrix, rotary or ALiBi (Almazrouei et al. 2023)."""
 
 import math
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
+from spqr_jax.models.alibi import alibi_bias
 from spqr_jax.models.decoder import Block, Context, Decoder, Stage, State
-from spqr_jax.models.layers import LayerNorm, Linear, RotaryConfig, attend, extend_cache, rotate
-
-
-@dataclass(frozen=True)
-class FalconConfig:
-    """Sizes and options of a Falcon.
-
-    Attributes:
-      num_kv_heads: key-value heads; 1 is multi-query attention (7B), `num_heads` is plain attention (RW).
-      arrangement: `sequential` runs the MLP after the attention, each with a norm of its own (RW); `parallel` runs both
-        on one norm's output (7B, 11B), `parallel_two_norms` on that of a norm each (40B, 180B).
-      alibi: attention is biased by position instead of rotated, and `rotary` has no meaning (RW).
-      bias: the four matrices of a block have biases.
-    """
-
-    vocab_size: int
-    hidden_size: int
-    mlp_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    arrangement: Literal["sequential", "parallel", "parallel_two_norms"]
-    rotary: RotaryConfig
-    alibi: bool = False
-    bias: bool = False
-    norm_epsilon: float = 1e-5
-    tie_embeddings: bool = True
-    max_positions: int = 2048
-
-    @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.num_heads
+from spqr_jax.models.falcon_config import FalconConfig
+from spqr_jax.models.layers import LayerNorm, Linear
 
 
 class FalconBlock(Block):
@@ -134,12 +102,7 @@ class FalconBlock(Block):
         bias = None
         if c.alibi:
             bias = alibi_bias(context.slot_positions, c.num_heads) / math.sqrt(c.head_dim)
-        else:
-            queries = rotate(queries, context.positions, c.rotary)
-            keys = rotate(keys, context.positions, c.rotary)
-        state, keys, values = extend_cache(state, keys, values, context.offset, context.layer)
-        attended = attend(queries, keys, values, context.mask, bias, context.mesh)
-        return {**state, "attention_output": attended.reshape(batch, tokens, -1)}
+        return self.attend(state, queries, keys, values, context, bias=bias)
 
 
 class Falcon(Decoder):
@@ -155,28 +118,3 @@ class Falcon(Decoder):
 def gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """x · Φ(x), exactly: not the approximation by a tanh."""
     return jax.nn.gelu(x, approximate=False)
-
-
-def alibi_slopes(num_heads: int) -> Float[np.ndarray, " heads"]:
-    """Amount by which each head reduces q·k per token of distance (Press et al. 2022).
-
-    2^(−8i/n) for i = 1 … n, with n the largest power of two up to the number of heads; the heads beyond n take every
-    other slope, from the first on, of the series for 2n.
-    """
-    n = 2 ** (num_heads.bit_length() - 1)
-    first, beyond = np.arange(1, n + 1), np.arange(1, 2 * (num_heads - n), 2)
-    return 2.0 ** (-8 / n * np.concatenate([first, beyond / 2]))
-
-
-def alibi_bias(slot_positions: Int[Array, "batch slots"], num_heads: int) -> Float[Array, "batch heads slots"]:
-    """slope · position of the key; in the softmax over a row of scores it equals −slope · distance.
-
-    Slopes, positions and products are rounded to bfloat16, as in the code that Falcon was released with.
-    """
-    slopes, positions = _bfloat16(alibi_slopes(num_heads)[:, None]), _bfloat16(slot_positions[:, None, :])
-    return _bfloat16(slopes * positions)
-
-
-def _bfloat16(x: Array | np.ndarray) -> Array:
-    """Rounds to bfloat16 but returns float32: XLA may remove a cast to bfloat16 and back."""
-    return jax.lax.reduce_precision(jnp.asarray(x, jnp.float32), exponent_bits=8, mantissa_bits=7)

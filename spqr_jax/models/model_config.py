@@ -3,6 +3,8 @@
 from dataclasses import Field
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
+from spqr_jax.models.attention import AttentionKind
+
 
 @runtime_checkable
 class ModelConfig(Protocol):
@@ -44,3 +46,7 @@ class ModelConfig(Protocol):
 
     @property
     def tie_embeddings(self) -> bool: ...
+
+    def attention(self, index: int) -> AttentionKind:
+        """How a block attends."""
+        ...

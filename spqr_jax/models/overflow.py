@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Integer
 
-from spqr_jax.models.decoder import Decoder, Params, make_context
+from spqr_jax.models.decoder import Block, Context, Decoder, Params, make_context
 from spqr_jax.models.layers import mesh_of
 from spqr_jax.models.stacked_blocks import block_names, unstack_blocks
 
@@ -61,10 +61,17 @@ def _outputs(
     context = replace(context, mesh=mesh_of(params))
     hidden = apply(tokens, method="embed")
     yield "embed_tokens", hidden
-    run: Any = jax.jit(model.new_block().apply)
-    for name in block_names(params):
-        hidden = run({"params": params[name]}, {"hidden": hidden}, context)["hidden"]
+    for index, name in enumerate(block_names(params)):
+        hidden = _run(model.new_block(index), params[name], hidden, context)
         yield name, hidden
     hidden = apply(hidden, method=lambda module, hidden: module.norm(hidden))
     yield "norm", hidden
     yield "head", apply(hidden, method="head")
+
+
+@partial(jax.jit, static_argnums=0)
+def _run(
+    block: Block, params: Params, hidden: Float[Array, "batch tokens hidden"], context: Context
+) -> Float[Array, "batch tokens hidden"]:
+    after: Any = block.apply({"params": params}, {"hidden": hidden}, context)
+    return after["hidden"]

@@ -27,6 +27,20 @@ def computing_type(own: DTypeLike, platform: str | None = None) -> jnp.dtype:
     return jnp.dtype(jnp.float32 if (platform or jax.default_backend()) == "cpu" else own)
 
 
+def cache_type(model: Decoder, platform: str | None = None) -> jnp.dtype:
+    """Type of the KV cache of a model: of its activations, but on a CPU float32 instead of bfloat16.
+
+    XLA for CPUs converts all of a bfloat16 cache to write one token. With SmolLM2, a step of 8 sequences at 576 slots
+    takes 284 ms then, and 92 with float32.
+
+    Example:
+      >>> [cache_type(model.clone(dtype=jnp.bfloat16), platform).name for platform in ("cpu", "gpu")]
+      ['float32', 'bfloat16']
+    """
+    own = jnp.dtype(model.dtype)
+    return computing_type(own, platform) if own == jnp.bfloat16 else own
+
+
 def for_computing(model: Decoder) -> Decoder:
     """The model with activations of `computing_type`; to store it, keep the model with its own type.
 

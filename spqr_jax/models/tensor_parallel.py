@@ -68,7 +68,7 @@ def shard_params(params: Params, model: Decoder, mesh: Mesh) -> Params:
     rest = {key: _whole(params[key], over) for key in params if key not in (*layers, "blocks")}
     embedding = params["embed_tokens"]["embedding"]
     if len(embedding) % over.shares == 0:
-        rest["embed_tokens"] = {"embedding": over.put(embedding, 0)}
+        rest["embed_tokens"] |= {"embedding": over.put(embedding, 0)}
     if "lm_head" in params:
         (rest["lm_head"],) = _linear_layers([params["lm_head"]], "rows", None, over)
     return {**rest, **sharded}

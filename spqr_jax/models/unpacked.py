@@ -103,7 +103,7 @@ def in_rows(params: Params, model: Decoder) -> Params:
         head = RowMajor(embedding, jnp.ones(table.shape[1]))
     else:
         head = _head(table.T if model.config.tie_embeddings else params["lm_head"]["kernel"])
-    rest["embed_tokens"] = {"embedding": embedding}
+    rest["embed_tokens"] = {**params["embed_tokens"], "embedding": embedding}
     rest["lm_head"] = {**rest.get("lm_head", {}), "kernel": replace(head, pieces=HEAD_PIECES)}
     return jax.device_put({**rest, "blocks": {**_others(blocks), **entries}})
 
@@ -161,7 +161,7 @@ def _dense(params: Params) -> Params:
 
 
 def _by_name(unpack: Callable[[str], Params], names: Sequence[str]) -> Params:
-    """What a function returns for each name, computed and compiled by as many threads as there are cores."""
+    """Calls a function for each name, with as many threads as cores: the calls compile and compute side by side."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         # Whether numbers have 32 bits is set for each thread.
         return dict(zip(names, pool.map(in_32_bits(unpack), names), strict=True))

@@ -181,6 +181,8 @@ def _local_step(
         drift, residual = total[feed].drift, None
         if drift is not None and drift.residual is not None:
             residual = residual_difference(reference["hidden"], state["hidden"])
+            if stage.multiplier != 1.0:
+                residual = residual / stage.multiplier
         sums[feed] = moment_sums(state[feed], reference and reference[feed], residual)
     return jax.tree.map(add, total, sums), Streams(state, reference)
 

@@ -100,7 +100,6 @@ def quantize_blocks(
         raise SpqrError("with a mesh, quantize cannot be traced: call it outside jax.jit, it compiles its parts itself")
     placement = Placement(mesh)
     params = unstack_blocks(params)
-    block = model.new_block()
     check_weights(params, model, config)
     streams = None
     if calibration_tokens is not None:
@@ -110,5 +109,5 @@ def quantize_blocks(
         streams = start(embed(model, params, tokens), config)
     for index in range(model.config.num_layers):
         name = layer_name(index)
-        finished, streams = quantize_block(block, name, params[name], streams, config, placement)
+        finished, streams = quantize_block(model.new_block(index), name, params[name], streams, config, placement)
         yield finished

@@ -125,7 +125,6 @@ def walk_original(
       [('q_proj', 'k_proj', 'v_proj'), ('o_proj',), ('gate_proj', 'up_proj'), ('down_proj',)]
     """
     tokens = np.asarray(calibration_tokens)
-    block = model.new_block()
     first = parts[layer_name(0)]()
     check_weights({layer_name(0): first}, model, config)
     check_tokens(tokens, first, model)
@@ -136,7 +135,7 @@ def walk_original(
         check_weights({layer_name(depth): part}, model, config)
         params = jax.tree.map(ONE_DEVICE.put_parameter, part)
         del part
-        walk = BlockWalk(block, params, streams.pop())
+        walk = BlockWalk(model.new_block(depth), params, streams.pop())
         for shared in walk:
             yield depth, params, shared
         streams.append(walk.finish())

@@ -51,7 +51,13 @@ class HeldOut(NamedTuple):
 
 
 def hold_out(
-    tokens: Int[np.ndarray, " tokens"], *, sequences: int, length: int, max_positions: int, seed: int = 0
+    tokens: Int[np.ndarray, " tokens"],
+    *,
+    sequences: int,
+    length: int,
+    max_positions: int,
+    seed: int = 0,
+    first: int | None = None,
 ) -> HeldOut:
     """Splits a calibration text: its start is calibrated on, its end is held out to measure perplexity.
 
@@ -64,6 +70,7 @@ def hold_out(
       length: tokens of each.
       max_positions: positions of the model, which limit a window.
       seed: of the places of the calibration windows.
+      first: token in front of each window, see `Decoder.first_token`.
 
     Raises:
       SpqrError: the text is too short to hold one window out, or to cut a calibration window.
@@ -81,7 +88,8 @@ def hold_out(
             f"{HELD_OUT_SHARE * window}: give a longer text"
         )
     split = len(tokens) - count * window
-    return HeldOut(random_windows(tokens[:split], sequences, length, seed), cut_windows(tokens[split:], window=window))
+    calibration = random_windows(tokens[:split], sequences, length, seed, first=first)
+    return HeldOut(calibration, cut_windows(tokens[split:], window=window, first=first))
 
 
 class Search(NamedTuple):

@@ -4,12 +4,13 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict, cast, get_type_hints
+from typing import Any, NotRequired, TypedDict, cast, get_args, get_type_hints
 
 import jax.numpy as jnp
 
 from spqr_jax.models import FAMILIES, Decoder
 from spqr_jax.models.generation_options import GenerationOptions
+from spqr_jax.models.optional import as_dict
 from spqr_jax.storage.errors import CheckpointError
 from spqr_jax.storage.json_files import read_json, write_json
 from spqr_jax.storage.layout import DESCRIPTION, is_checkpoint
@@ -149,7 +150,7 @@ def describe_model(model: Decoder) -> ModelEntry:
         "family": family_name(model),
         **({} if model.alias is None else {"alias": model.alias}),
         "dtype": jnp.dtype(model.dtype).name,
-        "config": dataclasses.asdict(model.config),
+        "config": as_dict(model.config),
     }
     return cast(ModelEntry, content)
 
@@ -188,6 +189,15 @@ def family_name(model: Decoder) -> str:
 
 
 def _from_dict(cls: Any, values: Mapping[str, Any]) -> Any:
-    """Inverse of `dataclasses.asdict`."""
-    nested = {name: kind for name, kind in get_type_hints(cls).items() if dataclasses.is_dataclass(kind)}
-    return cls(**{name: _from_dict(nested[name], v) if name in nested else v for name, v in values.items()})
+    """Inverse of `as_dict`."""
+    kinds = get_type_hints(cls)
+    return cls(**{name: _value(kinds.get(name), value) for name, value in values.items()})
+
+
+def _value(kind: Any, value: Any) -> Any:
+    """A value of a field: JSON has an object for a dataclass and a list for a tuple."""
+    if isinstance(value, list):
+        return tuple(value)
+    options = [kind, *get_args(kind)]
+    nested = next((option for option in options if dataclasses.is_dataclass(option)), None)
+    return _from_dict(nested, value) if nested is not None and isinstance(value, Mapping) else value

@@ -176,10 +176,10 @@ def _states(job: _Job, run: PartialRun, state: RunState) -> Iterator[RunState]:
     structure: Any = jax.tree.structure(streams)
     if not state.blocks:
         state = _start(job, run)
-    block = job.source.model.new_block()
     started = time.perf_counter()
     for name, params in _read_ahead(job.source.parts, job.blocks[len(state.blocks) :], job.placement):
         streams = jax.tree.unflatten(structure, state.hidden)
+        block = job.source.model.new_block(len(state.blocks))
         finished, streams = quantize_block(block, name, params, streams, job.config, job.placement)
         entries = dict(state.entries)
         if is_first():

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from helpers.tiny_falcon import STYLES, falcon_config, falcon_tensors, write_falcon_gguf
-from helpers.tiny_models import mistral_config, tiny_config, write_checkpoint
+from helpers.tiny_models import mistral_config, random_tensors, tiny_config, write_checkpoint
 
 from converters import ConversionError, from_pretrained
 from converters.families.table import FAMILIES, family_of
@@ -42,7 +42,7 @@ def message(path: Path) -> str:
         ({"bias": 1}, "bias must be true or false, found 1"),
         ({"architectures": ["FalconForSequenceClassification"]}, "FalconForSequenceClassification"),
         ({"quantization_config": {"quant_method": "gptq"}}, "gptq"),
-        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "'dynamic'"),
+        ({"rope_scaling": {"type": "proportional", "factor": 2.0}}, "'proportional'"),
         ({"num_hidden_layers": True}, "num_hidden_layers .*True"),
         ({"vocab_size": None}, "vocab_size"),
         (
@@ -91,7 +91,7 @@ def test_all_misfitting_falcon_tensors_in_one_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"sliding_window": 128}, "sliding_window 128 is not supported, only its absence"),
+        ({"sliding_window": 0}, "sliding_window must be a positive integer .*0"),
         ({"attention_bias": True}, "attention_bias True"),
         ({"mlp_bias": True}, "mlp_bias True"),
         ({"architectures": ["LlamaForCausalLM"]}, "LlamaForCausalLM.*MistralForCausalLM"),
@@ -105,7 +105,8 @@ def test_mistral_option(tmp_path: Path, options: dict, named: str) -> None:
 
 def test_the_sliding_window_that_mistral_has_by_default(tmp_path: Path) -> None:
     config = {key: value for key, value in mistral_config().items() if key != "sliding_window"}
-    assert "sliding_window 4096 is not supported" in message(write_checkpoint(tmp_path, config, {}))
+    model, _, _ = from_pretrained(write_checkpoint(tmp_path, config, random_tensors(config)))
+    assert model.config.attention(0).window == 4096
 
 
 @pytest.mark.parametrize("key", ["attention_bias", "mlp_bias", "tie_word_embeddings"])

@@ -90,9 +90,9 @@ def test_a_context_is_run_once_for_all_its_continuations(monkeypatch):
     widths = []
     cache = Llama.init_cache
 
-    def init_cache(self, params, batch, slots):
+    def init_cache(self, params, batch, slots, dtype):
         widths.append((batch, slots))
-        return cache(self, params, batch, slots)
+        return cache(self, params, batch, slots, dtype)
 
     monkeypatch.setattr(Llama, "init_cache", init_cache)
     jax.clear_caches()

@@ -30,12 +30,28 @@ from pallas_kernels.format.rows import ROW_FIELDS
 from pallas_kernels.format.stacks import element, pad, stack
 from spqr_jax import CheckpointError, SpqrConfig, fuse_projections, generate, perplexity, quantize, save, shard_params
 from spqr_jax.generation import Policy, extend, for_decoding, start
-from spqr_jax.models import Decoder, Falcon, FalconConfig, Llama, LlamaConfig, RotaryConfig
+from spqr_jax.models import (
+    Decoder,
+    Falcon,
+    FalconConfig,
+    Gemma,
+    GemmaConfig,
+    Llama,
+    LlamaConfig,
+    Olmo2,
+    Olmo2Config,
+    Opt,
+    OptConfig,
+    Phi3,
+    Phi3Config,
+    RotaryConfig,
+)
 from spqr_jax.models.stacked_blocks import level_blocks, stack_blocks, unstack_blocks
 
 SIZES = {"vocab_size": 64, "hidden_size": 128, "mlp_size": 256, "num_layers": 2, "num_heads": 8, "max_positions": 256}
 LLAMA = partial(LlamaConfig, **SIZES, head_dim=16, rotary=RotaryConfig())
 FALCON = partial(FalconConfig, **SIZES, rotary=RotaryConfig())
+GATED: dict[str, Any] = {**SIZES, "head_dim": 16, "rotary": RotaryConfig()}
 MODELS: dict[str, Decoder] = {
     "llama": Llama(LLAMA(num_kv_heads=8)),
     "llama, grouped queries and biases": Llama(LLAMA(num_kv_heads=2, attention_bias=True, mlp_bias=True)),
@@ -43,6 +59,10 @@ MODELS: dict[str, Decoder] = {
     "falcon, multi-query": Falcon(FALCON(num_kv_heads=1, arrangement="parallel")),
     "falcon, grouped queries": Falcon(FALCON(num_kv_heads=2, arrangement="parallel_two_norms", tie_embeddings=False)),
     "falcon, sequential": Falcon(FALCON(num_kv_heads=8, arrangement="sequential", alibi=True)),
+    "olmo2": Olmo2(Olmo2Config(**GATED, num_kv_heads=8)),
+    "phi3": Phi3(Phi3Config(**GATED, num_kv_heads=4)),
+    "gemma": Gemma(GemmaConfig(**GATED, num_kv_heads=2, window=5, windowed=(True, False))),
+    "opt": Opt(OptConfig(**SIZES, embedding_size=128, tie_embeddings=False)),
 }
 UNPACK = jax.jit(unpack_codes, static_argnums=1)
 TOKENS = np.random.default_rng(1).integers(0, 64, (2, 12)).astype(np.int32)
@@ -232,6 +252,10 @@ def test_a_device_holds_an_eighth_of_the_matrices() -> None:
         ("falcon, grouped queries", 2),
         ("falcon, grouped queries", 8),
         ("falcon, sequential", 4),
+        ("olmo2", 8),
+        ("phi3", 4),
+        ("gemma", 2),
+        ("opt", 4),
     ],
 )
 def test_devices_compute_what_one_does(name: str, devices: int) -> None:
@@ -239,7 +263,9 @@ def test_devices_compute_what_one_does(name: str, devices: int) -> None:
     model = MODELS[name]
     params = random_params(model)
     # A bias of the last norm would choose the tokens.
-    params["norm"] = {name: np.full_like(array, name == "scale") for name, array in params["norm"].items()}
+    params["norm"] = jax.tree.map_with_path(
+        lambda path, array: np.full_like(array, path[-1].key == "scale"), params["norm"]
+    )
     mesh = Mesh(jax.devices()[:devices], "model")
     sharded = shard_params(params, model, mesh)
     blocks = sharded["layers_0"]
