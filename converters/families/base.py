@@ -36,7 +36,6 @@ class Family(Generic[Config]):
       alias: the name that models keep, and are exported under; None for the family itself.
       defaults: options that `config.json` may leave out, with their values, where `read` has others.
       neutral: options of `config.json` that change the model, with the values under which they do not.
-      constants: options that are written in addition to those of `write`.
       rename: the layout's name of a stored tensor, or None for one that belongs to no language model and is left out.
     """
 
@@ -51,7 +50,6 @@ class Family(Generic[Config]):
     alias: str | None = None
     defaults: Options = field(default_factory=dict)
     neutral: Neutral = field(default_factory=dict)
-    constants: Options = field(default_factory=dict)
     rename: Callable[[str], str | None] | None = None
 
     def from_huggingface(self, content: Options) -> Config:
@@ -68,7 +66,7 @@ class Family(Generic[Config]):
     def to_huggingface(self, config: Config) -> dict[str, object]:
         """Content of `config.json`; inverse of `from_huggingface`."""
         own = {"architectures": [self.architectures[0]], "model_type": self.name}
-        return {**own, **self.write(config), **self.constants}
+        return {**own, **self.write(config)}
 
     def from_gguf(self, file: GgufFile) -> Config:
         """Configuration from a GGUF file; what its keys do not say shows in its tensors.

@@ -120,7 +120,6 @@ def gated_family(
     alias: str | None = None,
     defaults: Options | None = None,
     neutral: Neutral | None = None,
-    constants: Options | None = None,
 ) -> Family:
     """The `Family` of a LLaMA-like model; arguments are its attributes, `own` is what the base does not know."""
     return Family(
@@ -135,7 +134,6 @@ def gated_family(
         alias=alias,
         defaults=defaults or {},
         neutral={**_NEUTRAL, **(neutral or {})},
-        constants=constants or {},
     )
 
 
@@ -257,6 +255,11 @@ def _halves_from_pairs(rows: Float[np.ndarray, "out *in"], head_dim: int) -> Flo
     return pairs.swapaxes(1, 2).reshape(rows.shape)
 
 
+def read_window(content: Options) -> int | None:
+    """The window of all blocks, from `sliding_window`."""
+    return None if content.get("sliding_window") is None else size(content, "sliding_window")
+
+
 def windows(content: Options, default: Callable[[int], bool]) -> Fields:
     """Fields of the windows, from `sliding_window` and `layer_types`.
 
@@ -279,11 +282,11 @@ def windows(content: Options, default: Callable[[int], bool]) -> Fields:
         if unknown:
             raise ConversionError(f"layer_types {unknown[0]!r} is not supported, only {' and '.join(names)}")
         windowed = tuple(names[kind] for kind in types)
-    if content.get("sliding_window") is None:
+    window = read_window(content)
+    if window is None:
         if types is not None and any(windowed):
             raise ConversionError("layer_types has sliding_attention, but there is no sliding_window; give its tokens")
         return {}
-    window = size(content, "sliding_window")
     if not any(windowed):
         return {}
     return {"window": window, "windowed": () if all(windowed) else windowed}

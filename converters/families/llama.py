@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from converters.families.gated import Fields, Gated, gated_family
-from converters.formats.options import Options, size
+from converters.families.gated import Fields, Gated, gated_family, read_window
+from converters.formats.options import Options
 from spqr_jax.models import Llama, LlamaConfig
 
 LLAMA = gated_family(
@@ -19,7 +19,7 @@ LLAMA = gated_family(
 
 
 def _read(content: Options) -> Fields:
-    return {"window": None if content.get("sliding_window") is None else size(content, "sliding_window")}
+    return {"window": read_window(content)}
 
 
 def _write(config: Any) -> dict[str, object]:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from converters.families.gated import Fields, Gated, gated_family
+from converters.families.gated import Fields, Gated, gated_family, read_window
 from converters.families.rotary import longrope_attention, rotary_from_huggingface, rotary_to_huggingface
 from converters.formats.options import Options, size
 from spqr_jax.models import Phi3, Phi3Config
@@ -19,7 +19,7 @@ def read(content: Options) -> Fields:
     max_positions = size(content, "max_position_embeddings", 4096)
     return {
         "rotary": rotary_from_huggingface(content, max_positions, partial=True),
-        "window": None if content.get("sliding_window") is None else size(content, "sliding_window"),
+        "window": read_window(content),
     }
 
 
@@ -27,7 +27,7 @@ def write(config: Any) -> dict[str, object]:
     """Rotation and window; transformers 4 takes a longrope of three entries and no more."""
     options = {**rotary_to_huggingface(config.rotary), "partial_rotary_factor": config.rotary.share}
     rope: Any = options["rope_scaling"]
-    context = size({}, "", config.max_positions)
+    context = config.max_positions
     if rope is not None and rope["rope_type"] == "longrope":
         context = config.rotary.original_context
         derived = config.max_positions / context

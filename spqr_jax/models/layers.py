@@ -57,6 +57,12 @@ class Linear(nn.Module):
         return linear(x, kernel, bias)
 
 
+def _divided_by_rms(x: Float[Array, "*batch features"], epsilon: float) -> Float[Array, "*batch features"]:
+    """x / sqrt(mean(x²) + epsilon) in float32."""
+    x32 = x.astype(jnp.float32)
+    return x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + epsilon)
+
+
 class RMSNorm(nn.Module):
     """x · scale / sqrt(mean(x²) + epsilon), the mean taken in float32 (Zhang and Sennrich 2019)."""
 
@@ -65,8 +71,7 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "*batch features"]) -> Float[Array, "*batch features"]:
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
-        x32 = x.astype(jnp.float32)
-        normal = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.epsilon)
+        normal = _divided_by_rms(x, self.epsilon)
         return normal.astype(x.dtype) * scale.astype(x.dtype)
 
 
@@ -78,8 +83,7 @@ class OffsetRMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "*batch features"]) -> Float[Array, "*batch features"]:
         scale = self.param("scale", nn.initializers.zeros, (x.shape[-1],))
-        x32 = x.astype(jnp.float32)
-        normal = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.epsilon)
+        normal = _divided_by_rms(x, self.epsilon)
         return (normal * (1.0 + scale.astype(jnp.float32))).astype(x.dtype)
 
 

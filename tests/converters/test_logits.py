@@ -18,6 +18,7 @@ from helpers.tiny_models import (
     write_checkpoint,
     write_gguf,
 )
+from helpers.torch_logits import torch_logits_of
 
 from converters import Pretrained, from_pretrained
 
@@ -87,13 +88,7 @@ MISTRAL_OPTIONS = {
 
 
 def torch_logits(directory: Path) -> np.ndarray:
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        directory, dtype=torch.float32, attn_implementation="eager"
-    )
-    mask = torch.from_numpy(MASK.astype(np.int64))
-    with torch.no_grad():
-        outputs = model(torch.from_numpy(TOKENS), attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0))
-    return outputs.logits.numpy()
+    return torch_logits_of(directory, TOKENS, MASK)
 
 
 def flax_logits(pretrained: Pretrained) -> np.ndarray:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.tiny_families import ARCHITECTURES, family_config, write_family, write_family_gguf
+from helpers.torch_logits import torch_logits_of
 from safetensors.numpy import load_file, save_file
 
 from converters import ConversionError, Pretrained, export_huggingface, from_pretrained
@@ -109,13 +110,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def torch_logits(directory: Path) -> np.ndarray:
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        directory, dtype=torch.float32, attn_implementation="eager"
-    )
-    mask = torch.from_numpy(MASK.astype(np.int64))
-    with torch.no_grad():
-        outputs = model(torch.from_numpy(TOKENS), attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0))
-    return outputs.logits.numpy()
+    return torch_logits_of(directory, TOKENS, MASK)
 
 
 def assert_close(actual: Any, expected: np.ndarray) -> None:
