@@ -203,12 +203,18 @@ def for_decoding(model: Decoder, params: Params, memory: Memory | str = Memory.A
 
 @in_32_bits
 def start(
-    model: Decoder, params: Params, prompts: Sequence[Sequence[int]], max_new_tokens: int, seed: int = 0
+    model: Decoder,
+    params: Params,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    seed: int = 0,
+    platform: str | None = None,
 ) -> tuple[State, Int[np.ndarray, "batch tokens"], Bool[np.ndarray, "batch tokens"]]:
     """Prepares the first new token: the arguments of `extend`, which are the state and the prompts, padded on the left.
 
     Args:
       params: in the form of `for_decoding`; the cache has its structure.
+      platform: of the device that will decode, see `cache_type`; None for JAX's default device.
 
     Example:
       >>> params = for_decoding(model, params)
@@ -222,7 +228,7 @@ def start(
     batch, length = tokens.shape
     capacity = _round_up(max_new_tokens)
     state = State(
-        cache=model.init_cache(params, batch, length + capacity, cache_type(model)),
+        cache=model.init_cache(params, batch, length + capacity, cache_type(model, platform)),
         tokens=jnp.zeros((batch, capacity), jnp.int32),
         stopped=jnp.zeros(batch, bool),
         finite=jnp.ones(batch, bool),

@@ -25,6 +25,7 @@ from spqr_jax.models import Decoder, layer_name
 from spqr_jax.models.attention import attend
 from spqr_jax.models.decoder import Params
 from spqr_jax.models.layers import linear
+from spqr_jax.models.precision import cache_type
 
 T = TypeVar("T")
 
@@ -69,19 +70,26 @@ def measured_rows(
                     yield _measured(model, ready, row, products)
 
 
-def empty_row(model: Decoder, form: Format | None, batch: int, prefix: int) -> Row:
+def empty_row(model: Decoder, form: Format | None, batch: int, prefix: int, platform: str | None = None) -> Row:
     """A row without times. It is marked as skipped if the device has too little memory.
+
+    Args:
+      model: the model.
+      form: format of the packed matrices; None for a dense model.
+      batch: number of sequences.
+      prefix: length of the prompts.
+      platform: of the device that the row is for; None for JAX's default device.
 
     Example:
       >>> from spqr_jax.benchmark.random_model import MODELS
       >>> empty_row(MODELS["tiny"], None, batch=2, prefix=0).cache_bytes
-      196608
+      393216
     """
     params = jax.eval_shape(lambda: random_params(model, form))
-    state = jax.eval_shape(lambda: start(model, params, batch, prefix)[0])
-    weight_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
-    # The row may be a prediction for a GPU, where the cache has the type of the activations.
-    cache_bytes = sum(leaf.size for leaf in jax.tree.leaves(state.cache.blocks)) * jnp.dtype(model.dtype).itemsize
+    state = jax.eval_shape(lambda: start(model, params, batch, prefix, platform)[0])
+    weight_bytes, cache_bytes = (
+        sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)) for tree in (params, state.cache.blocks)
+    )
     row = Row("bfloat16" if form is None else str(form), batch, prefix, weight_bytes, cache_bytes)
     limit = memory_limit()
     if ROOM * (weight_bytes + cache_bytes) < limit:
@@ -96,12 +104,12 @@ def memory_limit() -> float:
 
 
 def start(
-    model: Decoder, params: Params, batch: int, prefix: int
+    model: Decoder, params: Params, batch: int, prefix: int, platform: str | None = None
 ) -> tuple[generation.State, Int[np.ndarray, "batch length"], Bool[np.ndarray, "batch length"]]:
     """Starts generation from random prompts of one length: the state, the prompt tokens, and their mask."""
     size = batch, max(prefix, 1)
     prompts = np.random.default_rng(0).integers(0, model.config.vocab_size, size).tolist()
-    return generation.start(model, params, prompts, NEW_TOKENS)
+    return generation.start(model, params, prompts, NEW_TOKENS, platform=platform)
 
 
 def products_seconds(model: Decoder, params: Params, batch: int) -> float:
@@ -120,7 +128,7 @@ def attention_seconds(model: Decoder, batch: int, slots: int) -> float:
     """Seconds of the attention of all blocks over the cache in one step."""
     config = model.config
     queries = jnp.ones((batch, 1, config.num_heads, config.head_dim), model.dtype)
-    keys = jnp.zeros((batch, config.num_kv_heads, slots, config.head_dim), model.dtype)
+    keys = jnp.zeros((batch, config.num_kv_heads, slots, config.head_dim), cache_type(model))
     cache = {"keys": keys, "values": keys.swapaxes(2, 3)}
     mask = jnp.ones((batch, 1, slots), bool)
     one = seconds_per_call(lambda x, cache: attend(x, cache["keys"], cache["values"], mask), queries, cache)

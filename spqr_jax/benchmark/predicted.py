@@ -80,7 +80,7 @@ def predicted_rows(
     settings = list(itertools.product(batches, (form, None), prefixes))
     steps = run_apart(functools.partial(compiled_step, name, target), *zip(*settings, strict=True))
     for (batch, packed, prefix), step in zip(settings, steps, strict=True):
-        row = empty_row(model, packed, batch, prefix)
+        row = empty_row(model, packed, batch, prefix, "gpu")
         yield _predicted(row, step, [] if packed is None else ours[batch], model, gpu)
 
 
@@ -95,7 +95,7 @@ def compiled_step(name: str, target: str, batch: int, form: Format | None, prefi
 def compiled_decode(model: Decoder, gpu: Gpu, batch: int, form: Format | None, prefix: int) -> Program:
     """Compiles the decode loop for a GPU. Call it in a process of `run_apart`."""
     params = jax.eval_shape(lambda: random_params(model, form))
-    state = jax.eval_shape(lambda: start(model, params, batch, prefix)[0])
+    state = jax.eval_shape(lambda: start(model, params, batch, prefix, "gpu")[0])
     function = jax.jit(functools.partial(generation.decode, model, Policy()), donate_argnums=1)
     return compile_program(function, params, state, jax.ShapeDtypeStruct((), jnp.int32), gpu=gpu)
 

@@ -77,8 +77,8 @@ def test_command(monkeypatch, tmp_path):
     for row, form in ((packed, FORM), (dense, None)):
         assert (row.batch, row.prefix, row.skipped, row.launches) == (2, 0, None, None)
         assert row.weight_bytes == nbytes(random_params(TINY, form))
-        # Keys and values, 2 blocks, 2 sequences, 64 + 128 slots, 64 features, 2 bytes.
-        assert row.cache_bytes == 2 * 2 * 2 * 192 * 64 * 2
+        # Keys and values, 2 blocks, 2 sequences, 64 + 128 slots, 64 features, 4 bytes on a CPU.
+        assert row.cache_bytes == 2 * 2 * 2 * 192 * 64 * 4
         assert row.first_token_seconds > 0
         assert row.step_quartiles[0] <= row.step_seconds <= row.step_quartiles[1]
         assert min(row.products_seconds, row.attention_seconds) > 0
@@ -190,7 +190,7 @@ def test_weights_and_caches_are_read_where_they_are(programs, setting):
     step = [kernel for kernel in program.kernels if kernel.in_loop]
     others = sum(kernel.accessed_bytes for kernel in step if not kernel.name.startswith(predicted.OURS))
     # The other kernels read the cache and the dense weights once, and little else.
-    least = decode.empty_row(TWO_BLOCKS, form, batch, 1024).cache_bytes + 2 * 32000 * 4096
+    least = decode.empty_row(TWO_BLOCKS, form, batch, 1024, "gpu").cache_bytes + 2 * 32000 * 4096
     if form is None:
         least += sum(2 * 2 * out * columns for out, columns in fused_shapes(TWO_BLOCKS).values())
     assert least <= others <= 1.1 * least
