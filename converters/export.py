@@ -27,6 +27,7 @@ from converters.formats.source import CONFIG
 from converters.formats.tokenizer_files import write_tokenizer
 from converters.pretrained import open_pretrained
 from pallas_kernels import SpqrTensor
+from pallas_kernels.format.stacks import element
 from spqr_jax.models import Decoder
 from spqr_jax.models.decoder import Params
 from spqr_jax.models.layers import mesh_of
@@ -126,7 +127,8 @@ def export_hf_spqr(
 
     Raises:
       ConversionError: the directory exists, writing failed, projections are fused, matrices are split over devices, no
-        matrix is packed, one is packed in another format, or one has a bias, which the official module lacks.
+        matrix is packed, one is packed in another format, or one has a bias or is of an expert, which the official
+        module lacks.
 
     Example:
       >>> quantized, _ = quantize(params, None, model=model, config=SpqrConfig(outlier_threshold=None))
@@ -134,6 +136,10 @@ def export_hf_spqr(
       >>> open_pretrained("hf-spqr").parts["layers_0"]()["q_proj"]["kernel"].bits
       3
     """
+    if model.new_block().experts():
+        raise ConversionError(
+            f"a {type(model).__name__} has experts, which the official SpQR format cannot hold: export it as hf"
+        )
     weights = dict(_weights(model, params))
     packed = {name.removesuffix(".weight"): leaf for name, leaf in weights.items() if isinstance(leaf, SpqrTensor)}
     if not packed:
@@ -177,6 +183,8 @@ def _weights(model: Decoder, params: Params) -> Iterator[Named]:
                 f"{'.'.join(target.path)} is missing; where projections are fused, export the original parameters"
             )
         leaf = flat[target.path]
+        if target.place is not None:
+            leaf = element(leaf, target.place[0]) if isinstance(leaf, SpqrTensor) else leaf[target.place[0]]
         yield target.source, leaf.T if target.path[-1] == "kernel" and not isinstance(leaf, SpqrTensor) else leaf
 
 

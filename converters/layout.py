@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import numpy as np
 from jax.typing import DTypeLike
@@ -55,12 +56,14 @@ class Target:
       source: its name in the checkpoint.
       shape: its shape in the checkpoint.
       transform: makes the parameter from it.
+      place: its index, and how many there are, where the parameter is a stack of tensors; else None.
     """
 
     path: tuple[str, ...]
     source: str
     shape: tuple[int, ...]
     transform: Transform = np.asarray
+    place: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -119,7 +122,7 @@ def _read(targets: Iterable[Target], stored: Mapping[str, StoredTensor], dtype: 
         parent = params
         for key in target.path[1:-1]:
             parent = parent.setdefault(key, {})
-        value = stored[target.source].read()
+        value: Any = stored[target.source].read()
         if not isinstance(value, SpqrTensor):
             # A copy, in C order: nothing in the tree refers to the file's memory.
             with np.errstate(over="ignore"):
@@ -128,13 +131,19 @@ def _read(targets: Iterable[Target], stored: Mapping[str, StoredTensor], dtype: 
                 raise ConversionError(
                     f"{origin}: {target.source} has {bad} of {value.size} values, as {value.dtype}, NaN or infinite"
                 )
-        parent[target.path[-1]] = value
+        if target.place is None:
+            parent[target.path[-1]] = value
+            continue
+        index, count = target.place
+        if index == 0:
+            parent[target.path[-1]] = np.empty((count, *value.shape), value.dtype)
+        parent[target.path[-1]][index] = value
     return params
 
 
 def _misfits(layout: Layout, stored: Mapping[str, StoredTensor]) -> Iterator[str]:
     expected = {target.source: target.shape for target in layout.targets}
-    kernels = {target.source for target in layout.targets if target.path[-1] == "kernel"}
+    kernels = {target.source for target in layout.targets if target.path[-1] == "kernel" and target.place is None}
     for name in expected.keys() | stored.keys():
         if name in layout.copies and layout.copies[name] in stored:
             if not _same(stored[name], stored[layout.copies[name]]):

@@ -180,12 +180,14 @@ class Matrix:
       shape: (out, in).
       bias: whether it has a bias.
       from_gguf: puts rows, of weight or bias, from GGUF's order into that of Hugging Face.
+      experts: their number, where each has one, under Hugging Face's name with its own number for `{}`; else None.
     """
 
     names: Names
     shape: tuple[int, int]
     bias: bool = False
     from_gguf: Transform = np.asarray
+    experts: int | None = None
 
 
 @dataclass(frozen=True)
@@ -266,11 +268,18 @@ def norm_targets(
 def _linear(matrix: Matrix, layer: str, name: str, naming: Naming) -> Iterator[Target]:
     path = layer, matrix.names.module
     rows = matrix.from_gguf if naming == "gguf" else np.asarray
-    yield Target((*path, "kernel"), f"{name}.weight", matrix.shape, _transposed(rows))
+    if matrix.experts is None:
+        yield Target((*path, "kernel"), f"{name}.weight", matrix.shape, _transposed(rows))
+    elif naming == "gguf":
+        yield Target((*path, "kernel"), f"{name}.weight", (matrix.experts, *matrix.shape), _transposed(rows))
+    else:
+        for index in range(matrix.experts):
+            place = index, matrix.experts
+            yield Target((*path, "kernel"), f"{name.format(index)}.weight", matrix.shape, _transposed(rows), place)
     if matrix.bias:
         yield Target((*path, "bias"), f"{name}.bias", matrix.shape[:1], rows)
 
 
 def _transposed(rows: Transform) -> Transform:
-    """A PyTorch weight is `[out, in]`, a Flax kernel `[in, out]`."""
-    return lambda weight: rows(weight).T
+    """A PyTorch weight is `[out, in]`, a Flax kernel `[in, out]`; stacks of them alike."""
+    return lambda weight: rows(weight).swapaxes(-1, -2)

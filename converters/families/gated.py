@@ -51,8 +51,16 @@ MATRICES = {
     "up_proj": Names("up_proj", "mlp.up_proj", "ffn_up"),
     "gate_up_proj": Names("gate_up_proj", "mlp.gate_up_proj", "ffn_up"),
     "down_proj": Names("down_proj", "mlp.down_proj", "ffn_down"),
+    "router": Names("router", "mlp.gate", "ffn_gate_inp"),
 }
 """Names of the matrices of a block."""
+
+OF_EXPERTS = {
+    "gate_proj": Names("gate_proj", "mlp.experts.{}.gate_proj", "ffn_gate_exps"),
+    "up_proj": Names("up_proj", "mlp.experts.{}.up_proj", "ffn_up_exps"),
+    "down_proj": Names("down_proj", "mlp.experts.{}.down_proj", "ffn_down_exps"),
+}
+"""Names of the matrices that every expert has."""
 
 NORMS = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
 """GGUF's name of each norm of a LLaMA's block."""
@@ -194,9 +202,9 @@ def read_gguf(make: type[GatedConfig], own: Gated, file: GgufFile, prefix: str) 
     Raises:
       ConversionError: a size is missing, differs from block to block, or an option is not supported.
     """
-    neutral = {"attention.sliding_window": (0,), **own.gguf_neutral}
+    neutral = {"attention.sliding_window": (0,), **_GGUF_NEUTRAL, **own.gguf_neutral}
     neutral = {key: values for key, values in neutral.items() if key not in own.gguf_known}
-    content = gguf_options(file.metadata, prefix, _GGUF_KNOWN | own.gguf_known, {**_GGUF_NEUTRAL, **neutral})
+    content = gguf_options(file.metadata, prefix, _GGUF_KNOWN | own.gguf_known, neutral)
     sizes = gguf_sizes(content, file)
     head_dim = size(content, "attention.key_length", sizes["hidden_size"] // sizes["num_heads"])
     require_even(head_dim)
@@ -218,7 +226,13 @@ def layout(own: Gated, config: GatedConfig, naming: Naming) -> Layout:
     """The tensors of a checkpoint with this configuration, under Hugging Face's names or GGUF's."""
     halves = partial(_halves_from_pairs, head_dim=config.head_dim) if own.pairs else np.asarray
     matrices = [
-        Matrix(MATRICES[name], shape, name in config.biased, halves if name in ("q_proj", "k_proj") else np.asarray)
+        Matrix(
+            names=OF_EXPERTS[name] if name in config.stacks else MATRICES[name],
+            shape=shape,
+            bias=name in config.biased,
+            from_gguf=halves if name in ("q_proj", "k_proj") else np.asarray,
+            experts=config.stacks.get(name),
+        )
         for name, shape in config.matrices.items()
     ]
     norms = [Norm(Names(name, name, gguf), config.hidden_size) for name, gguf in own.norms.items()]

@@ -11,6 +11,7 @@ from converters.families.olmo2 import OLMO2
 from converters.families.opt import OPT
 from converters.families.phi3 import PHI3
 from converters.families.qwen import QWEN2, QWEN3
+from converters.families.qwen3_moe import QWEN3_MOE
 from converters.families.refined_web import REFINED_WEB, REFINED_WEB_MODEL
 from converters.families.smollm3 import SMOLLM3
 from spqr_jax.models import Decoder
@@ -24,6 +25,7 @@ _ALL: tuple[Family, ...] = (
     REFINED_WEB_MODEL,
     QWEN2,
     QWEN3,
+    QWEN3_MOE,
     SMOLLM3,
     GRANITE,
     OLMO2,

@@ -43,7 +43,7 @@ def split_columns(
       >>> bool(jnp.allclose(y, spqr_matmul(x, w), atol=1e-4))
       True
     """
-    if tensor.codes.ndim > 3:
+    if tensor.stack:
         raise SpqrError(f"a stack of {len(tensor.codes)} matrices cannot be split by columns; split each of them")
     columns = tensor.in_features
     if parts < 1 or columns % (parts * tensor.group_size):

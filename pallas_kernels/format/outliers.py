@@ -83,10 +83,10 @@ class Outliers:
         return jnp.cumsum(starts[:-1])
 
     def trim(self) -> "Outliers":
-        """The outliers without padding."""
-        count = int(np.asarray(self.offsets)[-1])
+        """The outliers without padding; of a stack, without what is padding in all of its matrices."""
+        count = int(np.max(np.asarray(self.count), initial=0))
         # Copy: a view would keep the padding in memory.
-        entries = (jax.device_put(np.asarray(a)[:count].copy()) for a in (self.columns, self.values))
+        entries = (jax.device_put(np.asarray(a)[..., :count].copy()) for a in (self.columns, self.values))
         return Outliers(self.offsets, *entries)
 
     def pad(self, capacity: int) -> "Outliers":

@@ -54,7 +54,7 @@ def concatenate_rows(tensors: Sequence[SpqrTensor]) -> SpqrTensor:
     if reason := why_not_one(tensors):
         raise SpqrError(reason)
     first = tensors[0]
-    if first.codes.ndim > 3:
+    if first.stack:
         elements = [[element(tensor, index) for tensor in tensors] for index in range(len(first.codes))]
         return stack([concatenate_rows(matrices) for matrices in elements])
     joined: dict[str, Any] = {
@@ -107,7 +107,7 @@ def split_rows(tensor: SpqrTensor, parts: int) -> SpqrTensor:
       >>> bool(jnp.allclose(y, spqr_matmul(x, packed), atol=1e-4))
       True
     """
-    if tensor.codes.ndim > 3:
+    if tensor.stack:
         raise SpqrError(f"a stack of {len(tensor.codes)} matrices cannot be split by rows; split each of them")
     out, _ = tensor.shape
     unit = rows_together(tensor)
@@ -148,13 +148,13 @@ def slice_rows(tensor: SpqrTensor, start: int, stop: int) -> SpqrTensor:
 def rows_together(tensor: SpqrTensor) -> int:
     """Number of rows whose statistics are quantized together, so that they cannot be split."""
     levels = (tensor.scale_scale, tensor.zero_scale)
-    return math.lcm(*(tensor.shape[0] // len(level) for level in levels if level is not None))
+    return math.lcm(*(tensor.shape[0] // level.shape[-2] for level in levels if level is not None))
 
 
 def _shared_by_rows(tensor: SpqrTensor) -> dict[str, Any]:
     """The properties that all rows of a matrix share, except the permutation."""
     return {
-        "leading axes": tensor.codes.shape[:-3],
+        "leading axes": tensor.stack,
         "input features": tensor.in_features,
         "bits": tensor.bits,
         "group size": tensor.group_size,

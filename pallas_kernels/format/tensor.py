@@ -1,5 +1,6 @@
 """The packed matrix as a pytree: its arrays, packing, and its size in bits."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import NamedTuple
@@ -73,6 +74,16 @@ class SpqrTensor:
         return self.codes.shape[-2], self.in_features
 
     @property
+    def stack(self) -> tuple[int, ...]:
+        """Numbers of matrices along the leading axes of a stack, see `stacks`; () for a single matrix."""
+        return self.codes.shape[:-3]
+
+    @property
+    def size(self) -> int:
+        """Number of weights, of all matrices of a stack."""
+        return math.prod((*self.stack, *self.shape))
+
+    @property
     def bits(self) -> int:
         """Width of a weight code."""
         return self.codes.shape[-3]
@@ -122,7 +133,7 @@ def bits_per_weight(tensor: SpqrTensor) -> float:
       >>> bits_per_weight(pack(jnp.zeros((32, 64), jnp.uint8), statistics, statistics, bits=3, group_size=16))
       5.0
     """
-    return 8 * tensor.nbytes / _weights(tensor)
+    return 8 * tensor.nbytes / tensor.size
 
 
 def outlier_share(tensor: SpqrTensor) -> Float[Array, ""]:
@@ -132,7 +143,7 @@ def outlier_share(tensor: SpqrTensor) -> Float[Array, ""]:
       >>> float(outlier_share(packed)) < 0.05
       True
     """
-    return jnp.zeros(()) if tensor.outliers is None else jnp.sum(tensor.outliers.count) / _weights(tensor)
+    return jnp.zeros(()) if tensor.outliers is None else jnp.sum(tensor.outliers.count) / tensor.size
 
 
 def pack(
@@ -255,8 +266,3 @@ def _statistics(
         f"{name}_scale": None,
         f"{name}_zero": None,
     }
-
-
-def _weights(tensor: SpqrTensor) -> int:
-    stack = tensor.codes.shape[0] if tensor.codes.ndim == 4 else 1
-    return stack * tensor.shape[0] * tensor.shape[1]

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.errors import SpqrError
 from spqr_jax.config import SpqrConfig
 from spqr_jax.models.decoder import Block, layer_name
+from spqr_jax.models.experts import kernel_of
 from spqr_jax.quantization.checks import check_matrix
 from spqr_jax.quantization.factorize import Factor, factorize
 from spqr_jax.quantization.group_fit import decode, encode, fit_group
@@ -118,7 +119,7 @@ def sensitivities(
         name = f"{layer_name(depth)}: the input of {', '.join(shared.matrices)}"
         factor = _factor(name, shared.take_moments().hessian / tokens.size, config)
         for kind in shared.matrices:
-            found = _of_factored(params[kind]["kernel"].T, factor, config)
+            found = _of_factored(kernel_of(params, kind).T, factor, config)
             yield Matrix(kind, depth, found, heads.get(kind))
 
 

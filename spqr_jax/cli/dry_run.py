@@ -164,7 +164,7 @@ def _bytes_of_states(
     """Bytes of all hidden states: as an unfinished run stores them, and the most that are in memory at once."""
     number = tokens.size * jnp.dtype(source.model.dtype).itemsize * (2 if follows_original(config) else 1)
     block = source.parts[layer_name(0)]()
-    widest = max(block[matrix]["kernel"].shape[0] for matrix in source.model.new_block().matrices())
+    widest = max(block[matrix]["kernel"].shape[-2] for matrix in source.model.new_block().matrices())
     hidden = source.model.config.hidden_size
     # Before a stage, the hidden states; after it, these and the inputs of the next matrices.
     return number * hidden, number * (2 * hidden + widest)

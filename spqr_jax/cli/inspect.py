@@ -1,5 +1,6 @@
 """The command `spqr inspect`."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -34,7 +35,7 @@ def inspect_own(directory: str) -> tuple[dict[str, Any], Table]:
     columns = ("out x in", "bits", "group", "statistics", "outliers", "bits/weight")
     table = Table(Column("matrix", no_wrap=True), *columns, box=None)
     for path, matrix in header["matrices"].items():
-        weights = matrix["shape"][0] * matrix["shape"][1]
+        weights = math.prod(matrix["shape"])
         matrix["bits_per_weight"] = 8 * matrix["bytes"] / weights
         matrix["outlier_share"] = (matrix["outliers"] or 0) / weights
         statistics = "16 bit" if matrix["scale_bits"] is None else f"{matrix['scale_bits']} bit"

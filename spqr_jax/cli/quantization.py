@@ -156,10 +156,12 @@ def estimated(source: ModelSource, destination: Path, prepared: Prepared, **opti
 def describe_run(destination: Path, blocks: Sequence[BlockReport], seconds: float) -> dict[str, Any]:
     """The result of a run, as the command prints it."""
     totals = summarize_described(describe(destination))
+    pooled = sum(matrix.pooled for block in blocks for matrix in block.matrices.values())
     return {
         "destination": str(destination),
         "bits_per_weight": totals.bits_per_weight,
         "outlier_share": totals.outlier_share,
+        **({"matrices_of_experts_with_too_few_tokens": pooled} if pooled else {}),
         "seconds": seconds,
         "bytes_on_disk": bytes_on_disk(destination),
         "seconds_per_block": [block.seconds for block in blocks],

@@ -26,7 +26,7 @@ from spqr_jax.storage.model_source import ModelSource
 
 def matrix_names(model: Decoder) -> list[str]:
     """The names of a model's matrices, `layers_0.q_proj` first."""
-    kinds = model.new_block().matrices()
+    kinds = model.new_block().single_matrices()
     return [f"{layer_name(depth)}.{kind}" for depth in range(model.config.num_layers) for kind in kinds]
 
 

@@ -7,6 +7,7 @@ import dataclasses
 import math
 import os
 import re
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
@@ -18,8 +19,9 @@ from markupsafe import Markup
 
 from pallas_kernels.errors import SpqrError
 from spqr_jax.figures.report_plots import bars, lines
+from spqr_jax.models.experts import matrix_names
 from spqr_jax.quantization.report import MatrixReport
-from spqr_jax.storage.description import Description, describe
+from spqr_jax.storage.description import Description, MatrixEntry, describe
 from spqr_jax.storage.directories import bytes_on_disk, write_text
 from spqr_jax.storage.paths import absolute
 from spqr_jax.storage.record import Record, read_record
@@ -36,7 +38,7 @@ class Matrix(NamedTuple):
       name: such as `layers_3.q_proj`.
       block: 3; None outside the blocks.
       kind: `q_proj`.
-      shape: (out, in).
+      shape: (out, in), or (experts, out, in).
       bytes: of its packed arrays.
       outliers: their number.
       report: its report, where one was recorded.
@@ -45,7 +47,7 @@ class Matrix(NamedTuple):
     name: str
     block: int | None
     kind: str
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     bytes: int
     outliers: int
     report: MatrixReport | None
@@ -135,14 +137,29 @@ def _matrices(header: Description, record: Record | None) -> list[Matrix]:
                 name=name,
                 block=int(place[1]) if place else None,
                 kind=place[2] if place else name,
-                shape=(entry["shape"][0], entry["shape"][1]),
+                shape=tuple(entry["shape"]),
                 bytes=entry["bytes"],
                 outliers=entry["outliers"] or 0,
-                report=reports.get(name),
+                report=reports.get(name) or _of_experts(name, entry, reports),
             )
         )
-    order = {name: number for number, name in enumerate(reports)}
+    # A stack stands where its first matrix does.
+    order = {name.removesuffix("[0]"): number for number, name in enumerate(reports)}
     return sorted(found, key=lambda m: (math.inf if m.block is None else m.block, order.get(m.name, 0)))
+
+
+def _of_experts(name: str, entry: MatrixEntry, reports: Mapping[str, MatrixReport]) -> MatrixReport | None:
+    """One report on the matrices of all experts: their mean error, and their seconds together."""
+    found = [reports[own] for own in matrix_names(name, entry["shape"][0]) if own in reports]
+    if not found:
+        return None
+    return MatrixReport(
+        bits_per_weight=statistics.mean(report.bits_per_weight for report in found),
+        outlier_share=statistics.mean(report.outlier_share for report in found),
+        relative_error=statistics.mean(report.relative_error for report in found),
+        seconds=sum(report.seconds for report in found),
+        pooled=any(report.pooled for report in found),
+    )
 
 
 def _bits(matrices: Sequence[Matrix]) -> float:
@@ -168,6 +185,9 @@ def _totals(header: Description, record: Record | None, matrices: Sequence[Matri
     }
     if record is not None:
         seconds = sum(block.seconds for block in record.blocks)
+        pooled = sum(report.pooled for block in record.blocks for report in block.matrices.values())
+        if pooled:
+            totals["experts' matrices solved for the tokens of all experts, having too few"] = f"{pooled:,}"
         totals["seconds to quantize"] = f"{seconds:,.1f} for {len(record.blocks):,} blocks"
     errors = {m.name: m.report.relative_error for m in matrices if m.report and math.isfinite(m.report.relative_error)}
     if errors:

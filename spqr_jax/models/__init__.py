@@ -15,6 +15,7 @@ from spqr_jax.models.opt_config import OptConfig
 from spqr_jax.models.phi3 import Phi3, Phi3Config
 from spqr_jax.models.qwen2 import Qwen2, Qwen2Config
 from spqr_jax.models.qwen3 import Qwen3, Qwen3Config
+from spqr_jax.models.qwen3_moe import Qwen3Moe, Qwen3MoeConfig
 from spqr_jax.models.rotary import RotaryConfig
 from spqr_jax.models.smollm3 import SmolLM3, SmolLM3Config
 from spqr_jax.models.tensor_parallel import shard_params
@@ -29,6 +30,7 @@ FAMILIES: dict[str, type[Decoder]] = {
     "phi3": Phi3,
     "qwen2": Qwen2,
     "qwen3": Qwen3,
+    "qwen3_moe": Qwen3Moe,
     "smollm3": SmolLM3,
 }
 """Name of each family in `spqr.json`, and its module."""
@@ -59,6 +61,8 @@ __all__ = [
     "Qwen2Config",
     "Qwen3",
     "Qwen3Config",
+    "Qwen3Moe",
+    "Qwen3MoeConfig",
     "RotaryConfig",
     "SmolLM3",
     "SmolLM3Config",

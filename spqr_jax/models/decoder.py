@@ -15,16 +15,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, DTypeLike, Float, Int, Integer
+from jaxtyping import Array, Bool, DTypeLike, Float, Int, Integer, Num
 
 from spqr_jax.models.attention import AttentionKind, attend, extend_cache, in_window, rotation
+from spqr_jax.models.experts import experts_linear, matrix_names
 from spqr_jax.models.generation_options import GenerationOptions
 from spqr_jax.models.layers import Linear, linear, mesh_of
 from spqr_jax.models.model_config import ModelConfig
 from spqr_jax.models.rotary import rotate
 
 Params = dict[str, Any]
-State = dict[str, Float[Array, "..."]]
+State = dict[str, Num[Array, "..."]]
 """Arrays `[batch, tokens, …]` of a block, and its part of the KV cache."""
 
 
@@ -40,12 +41,15 @@ class Stage:
         next stage adds its product there. If several products are added, name one; otherwise each would correct the
         same error. None where the product is not added as it is, as behind a norm.
       multiplier: factor of that product when it is added.
+      routed_by: the entry that names the experts of each token, where the matrices are stacks of those of all experts,
+        see `experts`; else None.
     """
 
     method: str
     feeds: Mapping[str, tuple[str, ...]]
     restores: str | None = None
     multiplier: float = 1.0
+    routed_by: str | None = None
 
 
 @flax.struct.dataclass
@@ -113,8 +117,16 @@ class Block(nn.Module):
         return {feed: names for stage in self.stages for feed, names in stage.feeds.items()}
 
     def matrices(self) -> tuple[str, ...]:
-        """Names of the matrices that are quantized, in the order in which they are used."""
+        """Names of the matrices that are quantized, or of stacks of them, in the order in which they are used."""
         return tuple(name for names in self.feeds().values() for name in names)
+
+    def experts(self) -> Mapping[str, int]:
+        """For each name of `matrices` that stands for a stack, the number of experts."""
+        return {}
+
+    def single_matrices(self) -> tuple[str, ...]:
+        """Names of all matrices, see `experts.matrix_names`, in the order of `matrices`."""
+        return tuple(name for layer in self.matrices() for name in matrix_names(layer, self.experts().get(layer)))
 
     def heads(self) -> dict[str, int]:
         """For each matrix whose rows are those of heads, their number; `shard_params` splits no head."""
@@ -130,9 +142,11 @@ class Block(nn.Module):
         """
         state = dict(state)
         products: State = {}
-        for feed, names in self.feeds().items():
-            if feed in state:
-                products |= dict(zip(names, self._products(state.pop(feed), names), strict=True))
+        for stage in self.stages:
+            for feed, names in stage.feeds.items():
+                if feed in state:
+                    chosen = () if stage.routed_by is None else (state[stage.routed_by],)
+                    products |= dict(zip(names, self._products(state.pop(feed), names, *chosen), strict=True))
         return state, products
 
     def attend(
@@ -173,12 +187,14 @@ class Block(nn.Module):
         of_blocks = [kinds.index(self.config.attention(index)) for index in range(self.config.num_layers)]
         return jnp.array(of_blocks)[context.layer]
 
-    def _products(self, x: Array, names: tuple[str, ...]) -> list[Array]:
+    def _products(self, x: Array, names: tuple[str, ...], *chosen: Int[Array, "*batch count"]) -> list[Array]:
+        """The products of x with matrices, or with those of the experts that are chosen."""
         layers = [getattr(self, name) for name in names]
         fused: Params | None = self.get_variable("params", fused_name(names)) if len(names) > 1 else None
         if fused is None:
-            return [layer(x) for layer in layers]
-        return jnp.split(linear(x, **fused), np.cumsum([layer.features for layer in layers])[:-1], axis=-1)
+            return [layer(x, *chosen) for layer in layers]
+        product = experts_linear(x, fused["kernel"], *chosen) if chosen else linear(x, **fused)
+        return jnp.split(product, np.cumsum([layer.features for layer in layers])[:-1], axis=-1)
 
 
 class Decoder(nn.Module):

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 
 from spqr_jax.models.attention import AttentionKind
 from spqr_jax.models.decoder import Block, Context, Decoder, Stage, State
+from spqr_jax.models.experts import ExpertsLinear
 from spqr_jax.models.layers import Linear, OffsetRMSNorm, RMSNorm
 from spqr_jax.models.optional import optional
 from spqr_jax.models.rotary import RotaryConfig
@@ -73,9 +74,14 @@ class GatedConfig:
         }
 
     @property
+    def stacks(self) -> Mapping[str, int]:
+        """The number of experts, for each matrix that every expert has."""
+        return {}
+
+    @property
     def biased(self) -> tuple[str, ...]:
         """Names of the matrices that have a bias."""
-        in_mlp = ("gate_proj", "up_proj", "down_proj")
+        in_mlp = ("gate_proj", "up_proj", "down_proj", "router")
         return tuple(name for name in self.matrices if (self.mlp_bias if name in in_mlp else self.attention_bias))
 
     @property
@@ -137,13 +143,18 @@ class GatedBlock(Block):
         """The activation of the gates."""
         return jax.nn.silu(gates)
 
+    def experts(self) -> Mapping[str, int]:
+        return self.config.stacks
+
     def heads(self) -> dict[str, int]:
         c = self.config
         return {"q_proj": c.num_heads, "k_proj": c.num_kv_heads, "v_proj": c.num_kv_heads}
 
     def setup(self) -> None:
         for name, (out, _) in self.config.matrices.items():
-            setattr(self, name, Linear(out, name in self.config.biased))
+            experts = self.config.stacks.get(name)
+            layer = Linear(out, name in self.config.biased) if experts is None else ExpertsLinear(experts, out)
+            setattr(self, name, layer)
         for name in self.norms.values():
             setattr(self, name, self.norm(self.config.norm_epsilon))
         if self.config.head_norms is not None:

@@ -6,9 +6,10 @@ devices ends the attention and the MLP. The blocks declare which matrices are sp
 """
 
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.sharding import Mesh
@@ -16,7 +17,7 @@ from jax.sharding import Mesh
 from pallas_kernels import SplitTensor, SpqrTensor, split_columns, split_rows
 from pallas_kernels.errors import SpqrError
 from pallas_kernels.format.rows import rows_together
-from pallas_kernels.format.stacks import pad
+from pallas_kernels.format.stacks import element, pad
 from pallas_kernels.sharded import By
 from spqr_jax.models.decoder import Decoder, Params, fused_name
 from spqr_jax.models.stacked_blocks import alike_layers, unstack_blocks
@@ -98,7 +99,7 @@ def _divides(kernel: Dense | SpqrTensor, by: By, heads: int | None, devices: int
     if isinstance(kernel, SpqrTensor):
         (out, columns), rows, group_size = kernel.shape, rows_together(kernel), kernel.group_size
     else:
-        (columns, out), rows, group_size = kernel.shape, 1, 1
+        (*_, columns, out), rows, group_size = kernel.shape, 1, 1
     if by == "columns":
         return columns % (devices * group_size) == 0
     return out % (devices * rows) == 0 and (heads or devices) % devices == 0
@@ -109,16 +110,22 @@ def _split(kernels: Sequence[Dense | SpqrTensor], by: By, over: Placement) -> li
     packed = [kernel for kernel in kernels if isinstance(kernel, SpqrTensor)]
     if not packed:
         dense = [kernel for kernel in kernels if not isinstance(kernel, SpqrTensor)]
-        return [over.put(kernel, 1 if by == "rows" else 0) for kernel in dense]
+        return [over.put(kernel, kernel.ndim - (1 if by == "rows" else 2)) for kernel in dense]
     # In host memory until all of them are known: no device needs room for more than one whole matrix.
-    split = [
-        jax.device_get((split_rows(kernel, over.shares), None) if by == "rows" else split_columns(kernel, over.shares))
-        for kernel in packed
-    ]
+    split = [jax.device_get(_parts(kernel, by, over.shares)) for kernel in packed]
     padded = pad([parts for parts, _ in split])
     assert over.mesh is not None
     pairs = jax.tree.map(lambda array: over.put(array, 0), list(zip(padded, [f for _, f in split], strict=True)))
     return [SplitTensor(parts, features, by=by, mesh=over.mesh) for parts, features in pairs]
+
+
+def _parts(kernel: SpqrTensor, by: By, count: int) -> tuple[SpqrTensor, Dense | None]:
+    """`split_rows` or `split_columns`; of a stack, of each matrix, the stack's axis behind that of the parts."""
+    if not kernel.stack:
+        return (split_rows(kernel, count), None) if by == "rows" else split_columns(kernel, count)
+    parts, features = zip(*(_parts(element(kernel, i), by, count) for i in range(kernel.stack[0])), strict=True)
+    pairs: list[Any] = list(zip(pad(parts), features, strict=True))
+    return cast("tuple[SpqrTensor, Dense | None]", jax.tree.map(lambda *arrays: jnp.stack(arrays, axis=1), *pairs))
 
 
 def _whole(tree: Tree, over: Placement) -> Tree:

@@ -24,7 +24,7 @@ from spqr_jax.models.stacked_blocks import block_names, stack_blocks
 from spqr_jax.runtime.memory import ALIGNMENT, Memory, aligned, available_bytes
 from spqr_jax.runtime.x64 import in_32_bits
 
-Dense = Float[Array | np.ndarray, "_ _"]
+Dense = Float[Array | np.ndarray, "*stack _ _"]
 Kernels = tuple[Dense | SpqrTensor, ...]
 
 HEAD_PIECES = 8
@@ -69,7 +69,7 @@ def unpacked_bytes(params: Params, bytes_per_weight: int) -> int:
     """
 
     def size(leaf: Array | np.ndarray | SpqrTensor) -> int:
-        return int(np.prod(leaf.shape)) * bytes_per_weight if isinstance(leaf, SpqrTensor) else leaf.nbytes
+        return leaf.size * bytes_per_weight if isinstance(leaf, SpqrTensor) else leaf.nbytes
 
     return sum(map(size, jax.tree.leaves(params, is_leaf=_is_packed)))
 
@@ -89,10 +89,8 @@ def in_rows(params: Params, model: Decoder) -> Params:
       >>> sorted(in_rows(quantized, model)["blocks"]["q_proj+k_proj+v_proj"])
       ['kernel']
     """
-    blocks = [params[name] for name in block_names(params)]
-    layers = {
-        fused_name(fused): fused for names in model.new_block().feeds().values() for fused in _fusable(blocks, names)
-    }
+    blocks, block = [params[name] for name in block_names(params)], model.new_block()
+    layers = {fused_name(fused): fused for names in block.feeds().values() for fused in _fusable(blocks, names)}
     entries = _by_name(lambda name: _linear_in_rows(blocks, layers[name]), list(layers))
     rest = {key: value for key, value in params.items() if key not in block_names(params)}
     table = np.asarray(params["embed_tokens"]["embedding"])
@@ -105,7 +103,7 @@ def in_rows(params: Params, model: Decoder) -> Params:
         head = _head(table.T if model.config.tie_embeddings else params["lm_head"]["kernel"])
     rest["embed_tokens"] = {**params["embed_tokens"], "embedding": embedding}
     rest["lm_head"] = {**rest.get("lm_head", {}), "kernel": replace(head, pieces=HEAD_PIECES)}
-    return jax.device_put({**rest, "blocks": {**_others(blocks), **entries}})
+    return jax.device_put({**rest, "blocks": {**_others(blocks, [*entries, *block.matrices()]), **entries}})
 
 
 @in_32_bits
@@ -157,7 +155,7 @@ def _dense(params: Params) -> Params:
 
     entries = _by_name(columns, [name for name, part in blocks[0].items() if "kernel" in part])
     rest = {key: value for key, value in params.items() if key not in block_names(params)}
-    return jax.device_put({**rest, "blocks": {**_others(blocks), **entries}})
+    return jax.device_put({**rest, "blocks": {**_others(blocks, [*entries]), **entries}})
 
 
 def _by_name(unpack: Callable[[str], Params], names: Sequence[str]) -> Params:
@@ -223,9 +221,9 @@ def _biases(blocks: Sequence[Params], names: tuple[str, ...]) -> Params:
     return {"bias": np.stack([np.concatenate([np.asarray(layer["bias"]) for layer in block]) for block in layers])}
 
 
-def _others(blocks: Sequence[Params]) -> Params:
-    """The stacked parameters of blocks that are no matrices: norms."""
-    kept = [{name: part for name, part in block.items() if "kernel" not in part} for block in blocks]
+def _others(blocks: Sequence[Params], names: Sequence[str]) -> Params:
+    """The stacked parameters of blocks under other names: norms, and matrices that are not quantized."""
+    kept = [{name: part for name, part in block.items() if name not in names} for block in blocks]
     return jax.tree.map(lambda *leaves: np.stack([np.asarray(leaf) for leaf in leaves]), *kept)
 
 
@@ -267,26 +265,28 @@ def _device(array: np.ndarray) -> Array:
 
 
 @partial(jax.jit, static_argnames="dtype")
-def _rows(kernels: Kernels, dtype: str) -> tuple[Float[Array, "out in"], Float[Array, " in"]]:
+def _rows(kernels: Kernels, dtype: str) -> tuple[Float[Array, "*stack out in"], Float[Array, "*stack in"]]:
     """The weights `[out, in]` of kernels, one below the other, in a type, and their divisors."""
-    weight = jnp.concatenate([_unpacked(kernel) for kernel in kernels])
-    divisor = jnp.ones(weight.shape[1])
+    weight = jnp.concatenate([_unpacked(kernel) for kernel in kernels], axis=-2)
+    divisor = jnp.ones((*weight.shape[:-2], weight.shape[-1]))
     if dtype == "float16":
-        largest = jnp.max(jnp.abs(weight), axis=0)
+        largest = jnp.max(jnp.abs(weight), axis=-2)
         _, exponent = jnp.frexp(largest)
         divisor = jnp.ldexp(divisor, jnp.where(largest > 0, 15 - exponent, 0))
-    return (weight * divisor).astype(dtype), divisor
+    return (weight * divisor[..., None, :]).astype(dtype), divisor
 
 
 @jax.jit
-def _columns(kernels: Kernels) -> Float[Array, "in out"]:
+def _columns(kernels: Kernels) -> Float[Array, "*stack in out"]:
     (kernel,) = kernels
     # Unpacking in the order of the columns takes twice as long as unpacking and transposing.
-    return jax.lax.optimization_barrier(_unpacked(kernel)).T
+    return jax.lax.optimization_barrier(_unpacked(kernel)).swapaxes(-1, -2)
 
 
-def _unpacked(kernel: Dense | SpqrTensor) -> Float[Array, "out in"]:
-    return spqr_dequantize(kernel) if isinstance(kernel, SpqrTensor) else jnp.asarray(kernel, jnp.float32).T
+def _unpacked(kernel: Dense | SpqrTensor) -> Float[Array, "*stack out in"]:
+    if not isinstance(kernel, SpqrTensor):
+        return jnp.asarray(kernel, jnp.float32).swapaxes(-1, -2)
+    return jax.lax.map(spqr_dequantize, kernel) if kernel.stack else spqr_dequantize(kernel)
 
 
 def _is_matrix(leaf: object) -> bool:

@@ -7,18 +7,19 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from pallas_kernels import SpqrTensor, join_rows, trim
 from pallas_kernels.errors import SpqrError
 from spqr_jax.config import SpqrConfig
 from spqr_jax.models.decoder import Block, Params
+from spqr_jax.models.experts import kernel_of, with_kernels
 from spqr_jax.quantization.checks import check_hidden
 from spqr_jax.quantization.hidden_states import Streams
 from spqr_jax.quantization.refit import refit_kernels
 from spqr_jax.quantization.report import MatrixReport, relative_errors, report_matrix
 from spqr_jax.quantization.solver import quantize_shared
-from spqr_jax.quantization.walk import BlockWalk, SharedInput, with_kernels
+from spqr_jax.quantization.walk import BlockWalk, SharedInput
 from spqr_jax.runtime.lapack import in_one_thread
 from spqr_jax.runtime.memory import release_freed
 from spqr_jax.runtime.placement import ONE_DEVICE, Placement, to_host
@@ -75,7 +76,7 @@ def quantize_block(
     dense = jax.tree.map(placement.put_parameter, params)
     solved: dict[str, _Solved] = {}
     if streams is None:
-        for matrix in block.matrices():
+        for matrix in block.single_matrices():
             solved |= _round_to_nearest(matrix, dense, config, name, placement)
     else:
         walk = BlockWalk(block, dense, streams, placement, sequential=config.sequential)
@@ -101,12 +102,14 @@ def _solve(
     if moments.hessian.size >= LARGE_HESSIAN:
         release_freed()
     started = time.perf_counter()
-    kernels = tuple(params[matrix]["kernel"] for matrix in shared.matrices)
+    kernels = tuple(kernel_of(params, matrix) for matrix in shared.matrices)
     shrinkage = config.shrinkage * moments.sampling_noise
     weights = in_one_thread(refit_kernels, kernels, moments.hessian, moments.drift, shrinkage, placement)
     hessian = moments.hessian
     del moments  # the drift may be larger than the matrices, and the solver does not need it
-    return _quantize(shared.matrices, weights, hessian, shrinkage, config, block_name, placement, started)
+    return _quantize(
+        shared.matrices, weights, hessian, shrinkage, config, block_name, placement, started, shared.pooled
+    )
 
 
 def _round_to_nearest(
@@ -114,7 +117,7 @@ def _round_to_nearest(
 ) -> dict[str, _Solved]:
     """Quantizes one matrix without calibration."""
     started = time.perf_counter()
-    weights = (_transposed(params[matrix]["kernel"]),)
+    weights = (_transposed(kernel_of(params, matrix)),)
     return _quantize((matrix,), weights, None, 0.0, config, block_name, placement, started)[0]
 
 
@@ -127,6 +130,7 @@ def _quantize(
     block_name: str,
     placement: Placement,
     started: float,
+    pooled: bool | Bool[Array, ""] = False,
 ) -> tuple[dict[str, _Solved], dict[str, Float[Array, "_ in"]]]:
     """Quantizes and reports on matrices of one input, whose work `started` at this time."""
     packed, dense, finite = quantize_shared(weights, hessian, config, placement, shrinkage)
@@ -145,7 +149,7 @@ def _quantize(
         seconds = time.perf_counter() - started
     total = sum(weight.size for weight in weights)
     solved = {
-        matrix: _Solved(tensor, report_matrix(tensor, error, seconds * weight.size / total))
+        matrix: _Solved(tensor, report_matrix(tensor, error, seconds * weight.size / total, pooled))
         for matrix, tensor, error, weight in zip(matrices, packed, errors, weights, strict=True)
     }
     return solved, dict(zip(matrices, dense, strict=True))

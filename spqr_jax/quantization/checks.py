@@ -13,6 +13,7 @@ from pallas_kernels import SplitTensor, SpqrTensor, check_format
 from pallas_kernels.errors import SpqrError
 from spqr_jax.config import SpqrConfig
 from spqr_jax.models.decoder import Decoder, Params, layer_name
+from spqr_jax.models.experts import matrix_names
 from spqr_jax.models.token_ids import check_vocabulary
 from spqr_jax.runtime.placement import Placement
 from spqr_jax.runtime.tracing import is_traced
@@ -30,14 +31,20 @@ def check_weights(params: Params, model: Decoder, config: SpqrConfig) -> None:
       model: the Flax module.
       config: what to quantize to.
     """
-    names = model.new_block().matrices()
-    matrices = {f"{layer_name(index)}.{matrix}" for index in range(model.config.num_layers) for matrix in names}
+    block = model.new_block()
+    matrices = {
+        f"{layer_name(index)}.{name}": matrix_names(f"{layer_name(index)}.{name}", block.experts().get(name))
+        for index in range(model.config.num_layers)
+        for name in block.matrices()
+    }
     for path, leaf in flatten_dict(params, sep=".").items():
         name = path.removesuffix(".kernel")
         if isinstance(leaf, SpqrTensor | SplitTensor):
             raise SpqrError(f"{name} is quantized already: start from the original weights")
         if name in matrices:
-            check_matrix(name, leaf.T, config)
+            kernels = leaf if leaf.ndim == 3 else (leaf,)
+            for matrix, kernel in zip(matrices[name], kernels, strict=True):
+                check_matrix(matrix, kernel.T, config)
         else:
             check_finite(name, leaf)
 
@@ -84,7 +91,7 @@ def check_tokens(calibration_tokens: ArrayLike, block: Params, model: Decoder) -
     if tokens.ndim != 2:
         raise SpqrError(f"calibration tokens must have shape [sequences, tokens], not {tokens.shape}")
     # A Hessian of n tokens has rank n at most; below an eighth of the features, damping is most of it.
-    widest = max(block[matrix]["kernel"].shape[0] for matrix in model.new_block().matrices())
+    widest = max(block[matrix]["kernel"].shape[-2] for matrix in model.new_block().matrices())
     if tokens.size * 8 < widest:
         raise SpqrError(
             f"{tokens.size} calibration tokens are too few for matrices with {widest} input features: "

@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Float, Int, Num, PyTree
 
 from spqr_jax.config import SpqrConfig
 from spqr_jax.models.decoder import Block, Decoder, Params, make_context
+from spqr_jax.quantization.expert_moments import ExpertMoments, complete_experts, expert_sums
 from spqr_jax.quantization.moments import InputMoments, MomentSums, complete, moment_sums
 from spqr_jax.quantization.refit import Drift, follows_original, residual_difference
 from spqr_jax.runtime.placement import AXIS, ONE_DEVICE, Placement, to_host
@@ -23,7 +24,7 @@ SEQUENCES_AT_ONCE = 2
 """Calibration sequences that go through a stage together on a device: few enough that activations stay in the cache."""
 
 
-States = dict[str, Float[Array | np.ndarray, "sequences tokens ..."]]
+States = dict[str, Num[Array | np.ndarray, "sequences tokens ..."]]
 
 
 class Streams(NamedTuple):
@@ -67,7 +68,7 @@ def advance(
     original: Params,
     streams: Streams,
     placement: Placement = ONE_DEVICE,
-) -> tuple[Streams, dict[str, InputMoments]]:
+) -> tuple[Streams, dict[str, InputMoments | ExpertMoments]]:
     """Takes all sequences through one stage of a block, and sums the moments of the inputs that it makes.
 
     Args:
@@ -84,24 +85,26 @@ def advance(
     stage = block.stages[stage_index]
     total = {}
     for feed, names in stage.feeds.items():
-        features = original[names[0]]["kernel"].shape[0]
-        rows = -(-features // placement.shares) * placement.shares
+        features, experts = original[names[0]]["kernel"].shape[-2], block.experts().get(names[0])
+        rows = features if experts is None else (experts + 1) * features
+        rows = -(-rows // placement.shares) * placement.shares
 
         def zeros(columns: int, rows: int = rows) -> Float[Array, "rows columns"]:
             return jnp.zeros((rows, columns), device=placement.along(0))
 
         drift = None
-        if streams.original is not None:
+        if streams.original is not None and experts is None:
             hidden = streams.quantized["hidden"].shape[-1]
             drift = Drift(zeros(features), zeros(hidden) if feed == stage.restores else None)
-        total[feed] = MomentSums(zeros(features), drift, zeros(1))
+        total[feed] = MomentSums(zeros(features), drift, zeros(1), None if experts is None else zeros(2))
     # Without the allocation: the cache of compiled programs would keep what it refers to alive.
     devices = Placement(placement.mesh)
     step = partial(_step, block, stage_index, devices, running, original)
     total, streams = scan_batches(step, total, streams, placement)
     sequences = len(streams.quantized["hidden"])
     return streams, {
-        feed: _whole(devices, sequences, sums.hessian, sums.drift, sums.correlations) for feed, sums in total.items()
+        feed: _whole(devices, sequences, block.experts().get(stage.feeds[feed][0]), *sums)
+        for feed, sums in total.items()
     }
 
 
@@ -177,7 +180,11 @@ def _local_step(
     state = run(running, streams.quantized)
     reference: Any = None if streams.original is None else run(original, streams.original)
     sums = {}
-    for feed in stage.feeds:
+    for feed, names in stage.feeds.items():
+        if stage.routed_by is not None:
+            experts = block.experts()[names[0]]
+            sums[feed] = expert_sums(state[feed], state[stage.routed_by], experts)
+            continue
         drift, residual = total[feed].drift, None
         if drift is not None and drift.residual is not None:
             residual = residual_difference(reference["hidden"], state["hidden"])
@@ -199,15 +206,18 @@ def _add_of_all_devices(total: Float[Array, "rows _"], sums: Float[Array, "in _"
     return jax.lax.scan(lambda t, m: (t + m, None), total, jax.lax.all_to_all(padded, AXIS, 0, 0))[0]
 
 
-@partial(jax.jit, static_argnums=(0, 1), donate_argnums=(2, 3))
+@partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(3, 4))
 def _whole(
     placement: Placement,
     sequences: int,
+    experts: int | None,
     hessian: Float[Array, "rows in"],
     drift: Drift | None,
     correlations: Float[Array, "rows 1"],
-) -> InputMoments:
+    counts: Float[Array, "rows 2"] | None,
+) -> InputMoments | ExpertMoments:
     """The moments over all sequences, whole on every device; the large sums are donated."""
-    sums = MomentSums(hessian, drift, correlations)
-    features = hessian.shape[1]
-    return complete(placement.gather(jax.tree.map(lambda m: m[:features], sums)), sequences)
+    rows = hessian.shape[1] * (1 if experts is None else experts + 1)
+    sums = jax.tree.map(lambda m: m[:rows], MomentSums(hessian, drift, correlations, counts))
+    sums = placement.gather(sums)
+    return complete(sums, sequences) if experts is None else complete_experts(sums)

@@ -37,11 +37,13 @@ class MomentSums(NamedTuple):
       drift: see `InputMoments`.
       correlations: of each feature i, Σ_{j>i} r_ij², summed over the sequences; r = h_ij / √(h_ii h_jj) are the
         correlations in one sequence.
+      counts: of experts, the tokens and the sequences with any, in each row; else None.
     """
 
     hessian: Float[Array, "rows in"]
     drift: Drift | None
     correlations: Float[Array, "rows 1"]
+    counts: Float[Array, "rows 2"] | None = None
 
 
 def moment_sums(
@@ -56,11 +58,11 @@ def moment_sums(
       original: the input in the original model; None without a refit.
       residual: h₀ − h, see `Drift`.
     """
-    hessians = [_upper_hessian(sequence[None]) for sequence in x]
+    hessians = [upper_hessian(sequence[None]) for sequence in x]
     return MomentSums(
         hessian=reduce(jnp.add, hessians),
         drift=None if original is None else drift_sums(x, original, residual),
-        correlations=reduce(jnp.add, map(_squared_correlations, hessians)),
+        correlations=reduce(jnp.add, map(squared_correlations, hessians)),
     )
 
 
@@ -69,7 +71,7 @@ def complete(sums: MomentSums, sequences: int) -> InputMoments:
     return InputMoments(symmetric(sums.hessian), sums.drift, sampling_noise(sums, sequences))
 
 
-def sampling_noise(sums: MomentSums, sequences: int) -> Float[Array, ""]:
+def sampling_noise(sums: MomentSums, sequences: int | Float[Array, ""]) -> Float[Array, ""]:
     """ρ = Σ_{i≠j} Var(r_ij) / Σ_{i≠j} r_ij², where r are the correlations in H; 0 for a single sequence.
 
     The variance of a mean over sequences follows from how the sequences differ:
@@ -79,16 +81,19 @@ def sampling_noise(sums: MomentSums, sequences: int) -> Float[Array, ""]:
     Source: Schäfer and Strimmer 2005, A shrinkage approach to large-scale covariance matrix estimation, target D. A
     sequence counts as one observation, because its tokens are not independent.
     """
-    if sequences == 1:
+    if isinstance(sequences, int) and sequences == 1:
         return jnp.zeros(())
-    whole = jnp.sum(_squared_correlations(sums.hessian))
+    whole = jnp.sum(squared_correlations(sums.hessian))
     single = jnp.sum(sums.correlations) / sequences
     share = (single - whole) / (sequences - 1) / jnp.where(whole == 0, 1, whole)
+    if not isinstance(sequences, int):
+        share = jnp.where(sequences > 1, share, 0)
     # Few digits: sums in another order, as on several devices, must not give other codes.
     return rounded(jnp.clip(share, 0, 1), jnp.bfloat16)
 
 
-def _upper_hessian(x: Float[Array, "batch tokens in"]) -> Float[Array, "in in"]:
+def upper_hessian(x: Float[Array, "batch tokens in"]) -> Float[Array, "in in"]:
+    """Σ x xᵀ, of which only the upper triangle of blocks is computed."""
     panel = x.shape[-1] // PANELS
     panels = [
         jnp.pad(sum_of_products(x[..., start : start + panel], x[..., start:]), ((0, 0), (start, 0)))
@@ -97,7 +102,7 @@ def _upper_hessian(x: Float[Array, "batch tokens in"]) -> Float[Array, "in in"]:
     return jnp.concatenate(panels)
 
 
-def _squared_correlations(hessian: Float[Array, "in in"]) -> Float[Array, "in 1"]:
+def squared_correlations(hessian: Float[Array, "in in"]) -> Float[Array, "in 1"]:
     """Σ_{j>i} r_ij² of each feature i; a feature that is always 0 has no correlations."""
     diagonal = jnp.diag(hessian)
     norm = jnp.where(diagonal > 0, jax.lax.rsqrt(diagonal), 0)

@@ -4,9 +4,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from pallas_kernels import SpqrTensor, bits_per_weight, outlier_share
+from spqr_jax.runtime.tracing import is_traced
 
 
 class MatrixReport(NamedTuple):
@@ -17,18 +18,24 @@ class MatrixReport(NamedTuple):
       outlier_share: outliers / number of weights.
       relative_error: ‖(W − Ŵ) X‖² / ‖W X‖² on the calibration inputs X (on X = I without any), with W after the refit.
       seconds: wall time of the solver, divided among matrices solved together by their sizes; NaN where it was traced.
+      pooled: solved with the Hessian of all experts' tokens, because this expert has got too few.
     """
 
     bits_per_weight: float
     outlier_share: float
     relative_error: float
     seconds: float
+    pooled: bool = False
 
 
-def report_matrix(packed: SpqrTensor, error: Float[Array, ""], seconds: float) -> MatrixReport:
+def report_matrix(
+    packed: SpqrTensor, error: Float[Array, ""], seconds: float, pooled: bool | Bool[Array, ""] = False
+) -> MatrixReport:
     """The report on one packed matrix; traced values stay arrays."""
     values: Any = bits_per_weight(packed), outlier_share(packed), error, seconds
-    return MatrixReport._make(v if isinstance(v, jax.core.Tracer) else float(v) for v in values)
+    numbers: Any = (value if is_traced(value) else float(value) for value in values)
+    flag: Any = pooled if is_traced(pooled) else bool(pooled)
+    return MatrixReport._make((*numbers, flag))
 
 
 @jax.jit

@@ -1,17 +1,18 @@
 """The walk of calibration sequences over blocks and stages, which yields the moments of each distinct input."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
 
 import jax
 import numpy as np
 from jax.typing import ArrayLike
-from jaxtyping import Array, DTypeLike, Float, Int
+from jaxtyping import Array, Bool, DTypeLike, Float, Int
 
 from spqr_jax.config import SpqrConfig
 from spqr_jax.models.decoder import Block, Decoder, Params, layer_name
+from spqr_jax.models.experts import matrix_names, with_kernels
 from spqr_jax.quantization.checks import check_hidden, check_tokens, check_weights
+from spqr_jax.quantization.expert_moments import ExpertMoments
 from spqr_jax.quantization.hidden_states import Streams, advance, embed
 from spqr_jax.quantization.moments import InputMoments
 from spqr_jax.runtime.placement import ONE_DEVICE, Placement
@@ -22,11 +23,14 @@ class SharedInput:
     """A distinct input of a block, which one or more matrices multiply.
 
     Attributes:
-      matrices: their names, in order of use.
+      matrices: their names, in order of use, see `experts.matrix_names`.
+      pooled: whether the moments are those of all experts, because this one has got too few tokens.
     """
 
-    def __init__(self, matrices: tuple[str, ...], moments: InputMoments) -> None:
-        self.matrices = matrices
+    def __init__(
+        self, matrices: tuple[str, ...], moments: InputMoments, pooled: bool | Bool[Array, ""] = False
+    ) -> None:
+        self.matrices, self.pooled = matrices, pooled
         self._moments = [moments]
 
     def take_moments(self) -> InputMoments:
@@ -75,8 +79,9 @@ class BlockWalk:
         for number, stage in enumerate(self._block.stages):
             running = with_kernels(self._original, self._replaced) if self._sequential else self._original
             moments = self._advance(number, running)
-            for feed, matrices in stage.feeds.items():
-                yield SharedInput(matrices, moments.pop(feed))
+            for feed, layers in stage.feeds.items():
+                names = [matrix_names(layer, self._block.experts().get(layer)) for layer in layers]
+                yield from _inputs(names, moments.pop(feed))
 
     def replace(self, weights: dict[str, Float[Array, "out in"]]) -> None:
         """Takes the dequantized weights of matrices, by name, out of a dict: each is freed once it is converted."""
@@ -92,7 +97,7 @@ class BlockWalk:
                 self._advance(number, running)
         return self._streams
 
-    def _advance(self, number: int, running: Params) -> dict[str, InputMoments]:
+    def _advance(self, number: int, running: Params) -> dict[str, InputMoments | ExpertMoments]:
         self._streams, moments = advance(self._block, number, running, self._original, self._streams, self._placement)
         return moments
 
@@ -142,9 +147,15 @@ def walk_original(
         check_hidden(streams, layer_name(depth))
 
 
-def with_kernels(params: Params, kernels: Mapping[str, Any]) -> Params:
-    """A block's parameters with some kernels replaced."""
-    return params | {name: params[name] | {"kernel": kernel} for name, kernel in kernels.items()}
+def _inputs(names: Sequence[tuple[str, ...]], moments: InputMoments | ExpertMoments) -> Iterator[SharedInput]:
+    """The inputs of layers that share one: a single one, or one for each expert.
+
+    Args:
+      names: of each layer's matrices.
+      moments: of the input.
+    """
+    for index, matrices in enumerate(zip(*names, strict=True)):
+        yield SharedInput(matrices, *((moments,) if isinstance(moments, InputMoments) else moments.of(index)))
 
 
 @partial(jax.jit, static_argnames="dtype")

@@ -23,6 +23,7 @@ from scipy.interpolate import PchipInterpolator
 from pallas_kernels.errors import SpqrError
 from spqr_jax.config import COMPACT, NEAR_LOSSLESS, SMALL, SpqrConfig
 from spqr_jax.models.decoder import layer_name
+from spqr_jax.models.experts import kernel_of
 from spqr_jax.quantization.columns import solve
 from spqr_jax.quantization.factorize import Factor, factorize, in_order
 from spqr_jax.quantization.solver import quantize_matrix
@@ -101,7 +102,7 @@ def outlier_curve(
     # Without the original model beside it: the refit changes these counts little.
     counts, weights, size = np.zeros(len(thresholds)), 0, 0
     for _, params, shared in walk_original(source.model, source.parts, calibration_tokens, config):
-        kernels = tuple(params[matrix]["kernel"] for matrix in shared.matrices)
+        kernels = tuple(kernel_of(params, matrix) for matrix in shared.matrices)
         moments = shared.take_moments()
         factor = in_one_thread(factorize, moments.hessian, config, config.shrinkage * moments.sampling_noise)
         del moments
@@ -175,7 +176,8 @@ def settings_for(source: ModelSource, target_bits: float) -> SpqrConfig:
 def kernel_shapes(source: ModelSource) -> list[tuple[int, int]]:
     """Shapes `(in, out)` of the matrices of a block."""
     params = source.parts[layer_name(0)]()
-    return [params[matrix]["kernel"].shape for matrix in source.model.new_block().matrices()]
+    kernels = [params[layer]["kernel"] for layer in source.model.new_block().matrices()]
+    return [kernel.shape[-2:] for kernel in kernels for _ in range(math.prod(kernel.shape[:-2]))]
 
 
 def dividing(shapes: Sequence[tuple[int, int]], settings: Sequence[SpqrConfig]) -> Sequence[SpqrConfig]:

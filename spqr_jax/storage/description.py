@@ -26,7 +26,7 @@ class MatrixEntry(TypedDict):
     """A packed matrix.
 
     Attributes:
-      shape: (out, in).
+      shape: (out, in), or (experts, out, in).
       bits: width of a weight code.
       group_size: consecutive input features that share a scale and a zero.
       scale_bits, zero_bits: widths of the codes of statistics; None where they are 16-bit.

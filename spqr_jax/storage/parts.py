@@ -60,7 +60,9 @@ def read_part(root: Path, description: Description, name: str) -> Params:
     for path, entry in description["matrices"].items():
         if _part(path) == name:
             fields = _under(path, arrays)
-            leaves[path] = SpqrTensor.from_arrays(fields, in_features=entry["shape"][1], group_size=entry["group_size"])
+            leaves[path] = SpqrTensor.from_arrays(
+                fields, in_features=entry["shape"][-1], group_size=entry["group_size"]
+            )
     return unflatten_dict(leaves, sep=".")[name]
 
 
@@ -94,12 +96,12 @@ def _arrays(leaves: Mapping[str, Leaf]) -> dict[str, np.ndarray]:
 
 def _matrix_entry(tensor: SpqrTensor) -> MatrixEntry:
     return {
-        "shape": tensor.shape,
+        "shape": (*tensor.stack, *tensor.shape),
         "bits": tensor.bits,
         "group_size": tensor.group_size,
-        "scale_bits": None if tensor.scale_codes is None else tensor.scale_codes.shape[0],
-        "zero_bits": None if tensor.zero_codes is None else tensor.zero_codes.shape[0],
-        "outliers": None if tensor.outliers is None else int(tensor.outliers.count),
+        "scale_bits": None if tensor.scale_codes is None else tensor.scale_codes.shape[-3],
+        "zero_bits": None if tensor.zero_codes is None else tensor.zero_codes.shape[-3],
+        "outliers": None if tensor.outliers is None else int(np.sum(tensor.outliers.count)),
         "bytes": tensor.nbytes,
     }
 

@@ -135,7 +135,7 @@ def read_record(directory: str | PathLike[str]) -> Record | None:
 def blocks_to_json(blocks: Sequence[BlockReport]) -> list[dict[str, Any]]:
     """Converts reports to objects of JSON."""
     return [
-        block._asdict() | {"matrices": {name: matrix._asdict() for name, matrix in block.matrices.items()}}
+        block._asdict() | {"matrices": {name: _to_json(matrix) for name, matrix in block.matrices.items()}}
         for block in blocks
     ]
 
@@ -148,9 +148,16 @@ def blocks_from_json(content: Sequence[dict[str, Any]]) -> list[BlockReport]:
     ]
 
 
-def _report(content: dict[str, float | None]) -> MatrixReport:
+def _to_json(report: MatrixReport) -> dict[str, Any]:
+    """A report for JSON; most models have no experts, and say nothing of them."""
+    content = report._asdict()
+    return content if report.pooled else {name: value for name, value in content.items() if name != "pooled"}
+
+
+def _report(content: dict[str, Any]) -> MatrixReport:
     """A report from JSON, which has null in the place of NaN."""
-    return MatrixReport(**{name: math.nan if value is None else value for name, value in content.items()})
+    values: dict[str, Any] = {name: math.nan if value is None else value for name, value in content.items()}
+    return MatrixReport(**values)
 
 
 def _versions() -> dict[str, str]:

@@ -34,7 +34,7 @@ def summarize(params: PyTree) -> Summary:
     """
     leaves = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, SpqrTensor))
     packed = [leaf for leaf in leaves if isinstance(leaf, SpqrTensor)]
-    weights = sum(math.prod((*tensor.codes.shape[:-3], *tensor.shape)) for tensor in packed)
+    weights = sum(tensor.size for tensor in packed)
     size = sum(tensor.nbytes for tensor in packed)
     outliers = sum(int(np.sum(tensor.outliers.count)) for tensor in packed if tensor.outliers is not None)
     return Summary(weights, 8 * size / max(weights, 1), outliers / max(weights, 1))

@@ -1,14 +1,14 @@
 """Models whose matrices are packed with random content."""
 
+import math
 from typing import Any
 
 import jax
 import numpy as np
 from helpers.random_packed import packed_of_three_bits
 
-from spqr_jax.models import (
-    Decoder,
-)
+from pallas_kernels.format.stacks import stack
+from spqr_jax.models import Decoder
 
 TOKENS = np.random.default_rng(1).integers(0, 61, (2, 12)).astype(np.int32)
 
@@ -26,11 +26,13 @@ def random_params(model: Decoder, *, share: float | None = 0.02, one_permutation
     for index in range(model.config.num_layers):
         block = params[f"layers_{index}"]
         for names in model.new_block().feeds().values():
-            permutation = rng.permutation(len(block[names[0]]["kernel"]))
+            permutation = rng.permutation(block[names[0]]["kernel"].shape[-2])
+            order = permutation if one_permutation else "random"
             for name in names:
-                columns, out = block[name]["kernel"].shape
-                order = permutation if one_permutation else "random"
-                block[name]["kernel"] = packed_of_three_bits(
-                    rng, out, columns, share=share, largest=0.2, permutation=order
-                )
+                *experts, columns, out = block[name]["kernel"].shape
+                kernels = [
+                    packed_of_three_bits(rng, out, columns, share=share, largest=0.2, permutation=order)
+                    for _ in range(math.prod(experts))
+                ]
+                block[name]["kernel"] = stack(kernels) if experts else kernels[0]
     return params

@@ -1,12 +1,14 @@
 """The sampling noise in correlations, in float64 and straight from the definition."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 
-def reference_sampling_noise(x: np.ndarray) -> float:
-    """ρ of inputs `[sequences, tokens, features]` without dead features."""
-    x = np.asarray(x, np.float64)
-    off_diagonal = ~np.eye(x.shape[2], dtype=bool)
+def reference_sampling_noise(sequences: Sequence[np.ndarray]) -> float:
+    """ρ of inputs of sequences, each `[tokens, features]`, without dead features."""
+    x = [np.asarray(sequence, np.float64) for sequence in sequences]
+    off_diagonal = ~np.eye(x[0].shape[1], dtype=bool)
 
     def squared_correlations(hessian: np.ndarray) -> float:
         norms = np.sqrt(np.diag(hessian))

@@ -27,6 +27,7 @@ ARCHITECTURES = {
     "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
     "smollm3": "SmolLM3ForCausalLM",
     "granite": "GraniteForCausalLM",
     "olmo2": "Olmo2ForCausalLM",
@@ -39,6 +40,13 @@ ARCHITECTURES = {
 OWN: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": None},
     "qwen3": {"head_dim": 32},
+    "qwen3_moe": {
+        "head_dim": 32,
+        "num_experts": 6,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "norm_topk_prob": True,
+    },
     "smollm3": {"no_rope_layers": [1, 0, 1], "tie_word_embeddings": False},
     "granite": {
         "embedding_multiplier": 2.0,
@@ -98,6 +106,7 @@ def write_family(directory: Path, config: dict[str, Any], seed: int = 0) -> Path
 GGUF = {
     "qwen2": "QWEN2",
     "qwen3": "QWEN3",
+    "qwen3_moe": "QWEN3MOE",
     "smollm3": "SMOLLM3",
     "granite": "GRANITE",
     "olmo2": "OLMO2",
@@ -138,7 +147,7 @@ def write_family_gguf(path: Path, config: dict[str, Any], tensors: dict[str, np.
     for key, value in content.items():
         add[type(value)](f"{prefix}.{key}", value)
     names = gguf.get_tensor_name_map(architecture, config["num_hidden_layers"])
-    for name, tensor in tensors.items():
+    for name, tensor in _with_stacks(tensors).items():
         if config["model_type"] in PAIRED and ("q_proj" in name or "k_proj" in name):
             count = heads if "q_proj" in name else kv_heads
             halves = tensor.reshape(count, 2, head_dim // 2, *tensor.shape[1:])
@@ -152,3 +161,16 @@ def write_family_gguf(path: Path, config: dict[str, Any], tensors: dict[str, np.
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def _with_stacks(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The tensors, with those of all experts of a block in one, as llama.cpp's converter joins them."""
+    kept, stacks = {}, {}
+    for name, tensor in tensors.items():
+        before, experts, after = name.partition(".experts.")
+        if experts:
+            index, kind = after.split(".", 1)
+            stacks.setdefault(f"{before}.experts.{kind}", {})[int(index)] = tensor
+        else:
+            kept[name] = tensor
+    return {**kept, **{name: np.stack([of[index] for index in sorted(of)]) for name, of in stacks.items()}}

@@ -12,7 +12,7 @@ from helpers.tiny_families import ARCHITECTURES, family_config, write_family, wr
 from helpers.torch_logits import torch_logits_of
 from safetensors.numpy import load_file, save_file
 
-from converters import ConversionError, Pretrained, export_huggingface, from_pretrained
+from converters import ConversionError, Pretrained, export_hf_spqr, export_huggingface, from_pretrained
 from spqr_jax import SpqrConfig, load, quantize, save
 from spqr_jax.models.stacked_blocks import stack_blocks
 
@@ -51,6 +51,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3, tied, biases": ("qwen3", {"tie_word_embeddings": True, "attention_bias": True}),
     "qwen3, window": ("qwen3", {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 2}),
     "qwen3, yarn": ("qwen3", {"rope_scaling": YARN}),
+    "qwen3 moe": ("qwen3_moe", {}),
+    "qwen3 moe, weights as they are": ("qwen3_moe", {"norm_topk_prob": False, "num_experts_per_tok": 3}),
+    "qwen3 moe, all experts": ("qwen3_moe", {"num_experts_per_tok": 6, "tie_word_embeddings": True}),
+    "qwen3 moe, window": ("qwen3_moe", {"use_sliding_window": True, "sliding_window": 9}),
+    "qwen3 moe, biases, yarn": ("qwen3_moe", {"attention_bias": True, "rope_scaling": YARN}),
     "smollm3": ("smollm3", {}),
     "smollm3, defaults": ("smollm3", {"no_rope_layers": ..., "num_hidden_layers": 4, "rope_theta": ...}),
     "smollm3, interval": ("smollm3", {"no_rope_layers": ..., "no_rope_layer_interval": 2, "mlp_bias": True}),
@@ -150,6 +155,7 @@ CACHED = (
     "mistral, window",
     "smollm3, window",
     "phi3, longrope, long",
+    "qwen3 moe",
     "gemma2",
     "gemma3, bases",
     "opt, 350m",
@@ -170,13 +176,23 @@ def test_quantized_saved_and_loaded(tmp_path: Path, family: str) -> None:
     pretrained = from_pretrained(write_family(tmp_path / "original", family_config(family)))
     config = SpqrConfig(bits=4, group_size=16, outlier_threshold=0.5)
     quantized, report = quantize(pretrained.params, TOKENS[:2], model=pretrained.model, config=config)
-    assert len(report) == pretrained.model.config.num_layers * len(pretrained.model.new_block().matrices())
+    assert len(report) == pretrained.model.config.num_layers * len(pretrained.model.new_block().single_matrices())
     save(tmp_path / "packed", pretrained.model, quantized)
     model, params, _ = load(tmp_path / "packed")
     assert model == pretrained.model
     np.testing.assert_array_equal(
         model.apply({"params": params}, TOKENS), pretrained.model.apply({"params": quantized}, TOKENS)
     )
+
+
+def test_packed_experts_are_exported(tmp_path: Path) -> None:
+    pretrained = from_pretrained(write_family(tmp_path / "original", family_config("qwen3_moe")))
+    quantized, _ = quantize(pretrained.params, None, model=pretrained.model, config=SpqrConfig(group_size=16))
+    expected = pretrained.model.apply({"params": quantized}, jnp.asarray(TOKENS), mask=jnp.asarray(MASK))
+    export_huggingface(tmp_path / "export", pretrained.model, quantized)
+    assert_close(torch_logits(tmp_path / "export"), np.asarray(expected))
+    with pytest.raises(ConversionError, match="a Qwen3Moe has experts, which the official SpQR format cannot hold"):
+        export_hf_spqr(tmp_path / "official", pretrained.model, quantized)
 
 
 LONG_TENSORS = {
@@ -190,6 +206,12 @@ GGUF_CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, np.nd
         "qwen3",
         {"rope_scaling": YARN},
         {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 16},
+        {},
+    ),
+    "qwen3 moe": (
+        "qwen3_moe",
+        {},
+        {"expert_count": 6, "expert_used_count": 2, "expert_feed_forward_length": 32},
         {},
     ),
     "smollm3": ("smollm3", {"no_rope_layers": [1, 1, 1, 0], "num_hidden_layers": 4}, {}, {}),
@@ -252,6 +274,9 @@ def test_gguf(
         ("granite", {"attention_multiplier": 0.0}, "attention_multiplier must not be 0"),
         ("gemma3_text", {"use_bidirectional_attention": True}, "use_bidirectional_attention True is not supported"),
         ("gemma2", {"hidden_activation": "gelu"}, "hidden_activation 'gelu' is not supported"),
+        ("qwen3_moe", {"num_experts_per_tok": 7}, "each token goes to 7 experts, but there are 6: give at most 6"),
+        ("qwen3_moe", {"mlp_only_layers": [1]}, r"mlp_only_layers \[1\] is not supported"),
+        ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step 2 is not supported"),
         ("olmo2", {"clip_qkv": 8.0}, "clip_qkv 8.0 is not supported"),
         ("opt", {"activation_function": "gelu"}, "activation_function 'gelu' is not supported"),
         ("opt", {"num_attention_heads": 5}, "hidden_size 64 cannot be divided among 5 attention heads"),

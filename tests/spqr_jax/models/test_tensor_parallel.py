@@ -44,6 +44,8 @@ from spqr_jax.models import (
     OptConfig,
     Phi3,
     Phi3Config,
+    Qwen3Moe,
+    Qwen3MoeConfig,
     RotaryConfig,
 )
 from spqr_jax.models.stacked_blocks import level_blocks, stack_blocks, unstack_blocks
@@ -62,6 +64,7 @@ MODELS: dict[str, Decoder] = {
     "olmo2": Olmo2(Olmo2Config(**GATED, num_kv_heads=8)),
     "phi3": Phi3(Phi3Config(**GATED, num_kv_heads=4)),
     "gemma": Gemma(GemmaConfig(**GATED, num_kv_heads=2, window=5, windowed=(True, False))),
+    "qwen3 moe": Qwen3Moe(Qwen3MoeConfig(**GATED, num_kv_heads=4, experts=4, experts_per_token=2)),
     "opt": Opt(OptConfig(**SIZES, embedding_size=128, tie_embeddings=False)),
 }
 UNPACK = jax.jit(unpack_codes, static_argnums=1)
@@ -255,6 +258,7 @@ def test_a_device_holds_an_eighth_of_the_matrices() -> None:
         ("olmo2", 8),
         ("phi3", 4),
         ("gemma", 2),
+        ("qwen3 moe", 4),
         ("opt", 4),
     ],
 )
