@@ -136,10 +136,7 @@ def export_hf_spqr(
       >>> open_pretrained("hf-spqr").parts["layers_0"]()["q_proj"]["kernel"].bits
       3
     """
-    if model.new_block().experts():
-        raise ConversionError(
-            f"a {type(model).__name__} has experts, which the official SpQR format cannot hold: export it as hf"
-        )
+    _check_no_experts(model)
     weights = dict(_weights(model, params))
     packed = {name.removesuffix(".weight"): leaf for name, leaf in weights.items() if isinstance(leaf, SpqrTensor)}
     if not packed:
@@ -191,6 +188,12 @@ def _weights(model: Decoder, params: Params) -> Iterator[Named]:
 def _check_whole(params: Params) -> None:
     if mesh_of(params) is not None:
         raise ConversionError("the parameters are split over devices; export those they were made from")
+
+
+def _check_no_experts(model: Decoder) -> None:
+    if model.new_block().experts():
+        name = type(model).__name__
+        raise ConversionError(f"a {name} has experts, which the official SpQR format cannot hold: export it as hf")
 
 
 def _dense(name: str, leaf: np.ndarray | SpqrTensor, dtype: DTypeLike) -> np.ndarray:

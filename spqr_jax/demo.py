@@ -31,7 +31,7 @@ from spqr_jax.models.precision import for_computing
 from spqr_jax.quantization.model import quantize_blocks
 from spqr_jax.storage import checkpoint
 from spqr_jax.storage.directories import bytes_on_disk
-from spqr_jax.texts import REFERENCE_STARTS, begun_with, wikitext2, windows_at
+from spqr_jax.texts import REFERENCE_STARTS, begun_with, tokens_of_text, wikitext2, windows_at
 
 WINDOWS = 10
 
@@ -93,7 +93,7 @@ def quantize_and_save(
     """Quantizes and saves the model, and returns the seconds to quantize."""
     started = time.perf_counter()
     text = np.array(encode(tokenizer, wikitext2("valid")))
-    length = 512 - (model.first_token is not None)
+    length = tokens_of_text(512, model.first_token)
     # The places are those of the tables in RESULTS.md; other tokenizers make fewer tokens of the text.
     starts = np.array(REFERENCE_STARTS) % (len(text) - length)
     calibration = begun_with(model.first_token, windows_at(text, starts, length))

@@ -168,7 +168,17 @@ def random_windows(
     _check_windows(ids, sequences, length)
     # The last window is drawn only where it is the only one: drawing it too would move all windows of a seed.
     starts = np.random.default_rng(seed).integers(0, max(len(ids) - length, 1), sequences)
-    return begun_with(first, windows_at(ids, starts, length - (first is not None)))
+    return begun_with(first, windows_at(ids, starts, tokens_of_text(length, first)))
+
+
+def tokens_of_text(window: int, first: int | None) -> int:
+    """Tokens of a text in a window: all, or one less where another token begins it.
+
+    Example:
+      >>> tokens_of_text(1024, None), tokens_of_text(1024, first=2)
+      (1024, 1023)
+    """
+    return window if first is None else window - 1
 
 
 def begun_with(

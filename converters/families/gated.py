@@ -274,6 +274,12 @@ def read_window(content: Options) -> int | None:
     return None if content.get("sliding_window") is None else size(content, "sliding_window")
 
 
+def read_gguf_window(content: Options) -> int | None:
+    """The window of blocks that have one, from GGUF's key; None where it is missing or 0."""
+    key = "attention.sliding_window"
+    return size(content, key) if content.get(key) else None
+
+
 def windows(content: Options, default: Callable[[int], bool]) -> Fields:
     """Fields of the windows, from `sliding_window` and `layer_types`.
 

@@ -2,8 +2,8 @@
 
 from dataclasses import replace
 
-from converters.families.gated import Fields, few_blocks
-from converters.formats.options import Options, number, size
+from converters.families.gated import Fields, few_blocks, read_gguf_window
+from converters.formats.options import Options, number
 from spqr_jax.models import RotaryConfig
 
 GGUF_KNOWN = frozenset(
@@ -28,7 +28,7 @@ def read_gguf(generation: int, content: Options, fields: Fields) -> Fields:
     if generation == 3:
         own["local_rotary"] = RotaryConfig(number(content, "rope.freq_base_swa", 10000.0))
         own["rotary"] = replace(fields["rotary"], theta=number(content, "rope.freq_base", 1e6))
-    if content.get("attention.sliding_window"):
-        own["window"] = size(content, "attention.sliding_window")
+    if (window := read_gguf_window(content)) is not None:
+        own["window"] = window
         own["windowed"] = tuple((index + 1) % period != 0 for index in range(few_blocks(layers)))
     return own

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from converters.families.gated import Fields, Gated, gated_family, read_window
+from converters.families.gated import Fields, Gated, gated_family, read_gguf_window, read_window
 from converters.families.rotary import longrope_attention, rotary_from_huggingface, rotary_to_huggingface
 from converters.formats.options import Options, size
 from spqr_jax.models import Phi3, Phi3Config
@@ -43,9 +43,8 @@ def write(config: Any) -> dict[str, object]:
 
 
 def read_gguf(content: Options, fields: Fields) -> Fields:
-    """The window; 0 for none."""
-    window = content.get("attention.sliding_window")
-    return {"window": None if window in (None, 0) else size(content, "attention.sliding_window")}
+    """The window."""
+    return {"window": read_gguf_window(content)}
 
 
 PHI3 = gated_family(

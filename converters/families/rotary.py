@@ -252,7 +252,7 @@ def _rotary_from_divisors(theta: float, divisors: Float[np.ndarray, " half"]) ->
     factor = float(divisors.max())
     if np.all(divisors == 1.0):
         return RotaryConfig(theta)
-    if not 0 < divisors.min() <= factor < math.inf:
+    if not (divisors.min() > 0.9 and 1 < factor < math.inf):
         raise ConversionError(f"rope_freqs.weight runs from {divisors.min()} to {factor}, not from 1 to a factor")
     frequencies = np.asarray(RotaryConfig(theta).frequencies(2 * len(divisors)))
     kept = (1 / divisors - 1 / factor) / (1 - 1 / factor)

@@ -101,13 +101,13 @@ def estimate(
     with tempfile.TemporaryDirectory(prefix=f"{destination.name}.dry-run-", dir=existing_parent(destination)) as place:
         checkpoint = Path(place) / "measured"
         options: dict[str, Any] = {"config": config, "mesh": mesh, "hidden_on_disk": hidden_on_disk}
-        quantize_checkpoint(_first_blocks(source, 1), Path(place) / "compiled", part, **options)
+        smallest = Path(place) / "compiled"
+        quantize_checkpoint(_first_blocks(source, 1), smallest, part, **options)
         jax.clear_caches()
         started = time.perf_counter()
         reports = quantize_checkpoint(few, checkpoint, part, on_block=on_block, **options)
         spent = time.perf_counter() - started
-        sizes = [bytes_on_disk(checkpoint / PARAMS / layer_name(index)) for index in range(len(reports))]
-        size = bytes_on_disk(checkpoint) + (blocks - len(reports)) * round(np.mean(sizes))
+        size = _size_on_disk(smallest, checkpoint, len(reports), blocks)
         totals = summarize_described(describe(checkpoint))
     block_bytes, end_bytes = _source_bytes(few)
     measured = Measurement(
@@ -129,6 +129,16 @@ def estimate(
         "outlier_share": totals.outlier_share,
         "seconds_to_measure": spent,
     }
+
+
+def _size_on_disk(smallest: Path, measured: Path, count: int, blocks: int) -> int:
+    """Bytes of a checkpoint of so many blocks, from those of one block and of `count`.
+
+    A further block adds the mean of their arrays, and what the JSON files say of it.
+    """
+    arrays = [bytes_on_disk(measured / PARAMS / layer_name(index)) for index in range(count)]
+    of_one, of_all = (bytes_on_disk(root) - bytes_on_disk(root / PARAMS) for root in (smallest, measured))
+    return bytes_on_disk(measured) + (blocks - count) * round(np.mean(arrays) + (of_all - of_one) / max(count - 1, 1))
 
 
 def _first_blocks(source: ModelSource, count: int) -> ModelSource:

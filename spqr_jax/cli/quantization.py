@@ -24,7 +24,7 @@ from spqr_jax.storage.checkpoint import describe
 from spqr_jax.storage.directories import bytes_on_disk
 from spqr_jax.storage.disk_to_disk import quantize_checkpoint
 from spqr_jax.storage.model_source import ModelSource
-from spqr_jax.storage.record import BlockReport
+from spqr_jax.storage.record import BlockReport, matrix_to_json
 from spqr_jax.storage.totals import summarize_described
 
 
@@ -165,5 +165,5 @@ def describe_run(destination: Path, blocks: Sequence[BlockReport], seconds: floa
         "seconds": seconds,
         "bytes_on_disk": bytes_on_disk(destination),
         "seconds_per_block": [block.seconds for block in blocks],
-        "matrices": {name: matrix._asdict() for block in blocks for name, matrix in block.matrices.items()},
+        "matrices": {name: matrix_to_json(matrix) for block in blocks for name, matrix in block.matrices.items()},
     }

@@ -19,7 +19,7 @@ from spqr_jax.models.overflow import describe_overflow
 from spqr_jax.models.token_ids import check_vocabulary
 from spqr_jax.models.unpacked import for_measuring
 from spqr_jax.runtime.x64 import steps_in_32_bits
-from spqr_jax.texts import begun_with, token_ids
+from spqr_jax.texts import begun_with, token_ids, tokens_of_text
 
 HEAD_POSITIONS = 256
 """Positions whose logits are in memory at once: those of a whole window may take hundreds of megabytes."""
@@ -99,7 +99,7 @@ def cut_windows(
         raise SpqrError(f"window is {window}, but must be at least 2, because the first token has no loss")
     if max_windows is not None and max_windows < 1:
         raise SpqrError(f"max_windows is {max_windows}, but must be at least 1")
-    length = window - (first is not None)
+    length = tokens_of_text(window, first)
     if len(tokens) < length:
         raise SpqrError(f"the text has {len(tokens)} tokens, fewer than one window of {length}: give a longer text")
     count = len(tokens) // length
@@ -140,7 +140,7 @@ def counted_windows(
     if not 1 <= stride < window:
         raise SpqrError(f"stride is {stride}, but must be between 1 and {window - 1}, so that windows overlap")
     tokens = token_ids(tokens)
-    length = window - (first is not None)
+    length = tokens_of_text(window, first)
     last = len(tokens) - length
     starts = [*range(0, last, stride), last][:max_windows]
     counted = [window - 1, *(after - before for before, after in itertools.pairwise(starts))]

@@ -135,7 +135,7 @@ def read_record(directory: str | PathLike[str]) -> Record | None:
 def blocks_to_json(blocks: Sequence[BlockReport]) -> list[dict[str, Any]]:
     """Converts reports to objects of JSON."""
     return [
-        block._asdict() | {"matrices": {name: _to_json(matrix) for name, matrix in block.matrices.items()}}
+        block._asdict() | {"matrices": {name: matrix_to_json(matrix) for name, matrix in block.matrices.items()}}
         for block in blocks
     ]
 
@@ -148,7 +148,7 @@ def blocks_from_json(content: Sequence[dict[str, Any]]) -> list[BlockReport]:
     ]
 
 
-def _to_json(report: MatrixReport) -> dict[str, Any]:
+def matrix_to_json(report: MatrixReport) -> dict[str, Any]:
     """A report for JSON; most models have no experts, and say nothing of them."""
     content = report._asdict()
     return content if report.pooled else {name: value for name, value in content.items() if name != "pooled"}

@@ -104,6 +104,8 @@ def test_gguf_option(tmp_path: Path, metadata: dict, named: str) -> None:
         ([1, 1], r"expected \[8\], found \[2\]"),
         ([1, 1, 1, 2, 3, 8, 8, math.inf], "runs from 1.0 to inf"),
         ([0, 1, 1, 2, 3, 8, 8, 8], "runs from 0.0 to 8.0"),
+        ([1e-39, 1, 1, 2, 3, 8, 8, 8], r"runs from 1\.0\d*e-39 to 8.0"),
+        ([1e-39] * 8, r"runs from 1\.0\d*e-39 to 1"),
         ([1, 1, 1, 2, 3, 8, 8, math.nan], "runs from nan to nan"),
     ],
 )

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.packed_models import LOGITS
 from helpers.tiny_families import ARCHITECTURES, family_config, write_family, write_family_gguf
 from helpers.torch_logits import torch_logits_of
 from safetensors.numpy import load_file, save_file
@@ -180,15 +181,13 @@ def test_quantized_saved_and_loaded(tmp_path: Path, family: str) -> None:
     save(tmp_path / "packed", pretrained.model, quantized)
     model, params, _ = load(tmp_path / "packed")
     assert model == pretrained.model
-    np.testing.assert_array_equal(
-        model.apply({"params": params}, TOKENS), pretrained.model.apply({"params": quantized}, TOKENS)
-    )
+    np.testing.assert_array_equal(LOGITS(model, params, TOKENS), LOGITS(model, quantized, TOKENS))
 
 
 def test_packed_experts_are_exported(tmp_path: Path) -> None:
     pretrained = from_pretrained(write_family(tmp_path / "original", family_config("qwen3_moe")))
     quantized, _ = quantize(pretrained.params, None, model=pretrained.model, config=SpqrConfig(group_size=16))
-    expected = pretrained.model.apply({"params": quantized}, jnp.asarray(TOKENS), mask=jnp.asarray(MASK))
+    expected = LOGITS(pretrained.model, quantized, TOKENS, mask=MASK)
     export_huggingface(tmp_path / "export", pretrained.model, quantized)
     assert_close(torch_logits(tmp_path / "export"), np.asarray(expected))
     with pytest.raises(ConversionError, match="a Qwen3Moe has experts, which the official SpQR format cannot hold"):

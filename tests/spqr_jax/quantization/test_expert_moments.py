@@ -71,10 +71,15 @@ def test_moments_are_sums_over_the_tokens_of_each_expert(each: bool) -> None:
 def routed(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Input of the first block's experts `[tokens, 64]`, and the experts of each token."""
     block = MODEL.new_block()
-    state: Any = {"hidden": jnp.asarray(embed(MODEL, PARAMS, tokens))}
-    context, _ = make_context(np.ones(tokens.shape, bool))
-    for stage in block.stages[:3]:
-        state = block.apply({"params": PARAMS["layers_0"]}, state, context, method=stage.method)
+
+    @jax.jit
+    def run(state: Any) -> Any:
+        context, _ = make_context(np.ones(tokens.shape, bool))
+        for stage in block.stages[:3]:
+            state = block.apply({"params": PARAMS["layers_0"]}, state, context, method=stage.method)
+        return state
+
+    state = run({"hidden": jnp.asarray(embed(MODEL, PARAMS, tokens))})
     return np.asarray(state["mlp_input"], np.float64).reshape(-1, 64), np.asarray(state["experts"]).reshape(-1, 2)
 
 
