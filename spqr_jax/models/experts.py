@@ -21,6 +21,9 @@ Stack = Float[Array | np.ndarray, "experts in out"] | RowMajor | SpqrTensor | Sp
 MOST_ROWS = 128
 """Most rows of a group."""
 
+FEW_GROUPS = 16
+"""Most groups whose products are not computed in a loop."""
+
 _ELEMENT = re.compile(r"(?P<layer>.+)\[(?P<index>\d+)\]")
 
 
@@ -121,7 +124,9 @@ def experts_linear(
         # What an empty place multiplies is not read.
         return carry, linear(jnp.take(inputs, rows // repeated, axis=0, mode="clip"), own)
 
-    products = jax.lax.scan(step, None, (groups.experts, groups.rows))[1]
+    # In a loop, XLA would copy the matrices of all experts from stacked blocks.
+    unroll = len(groups.experts) <= FEW_GROUPS
+    products = jax.lax.scan(step, None, (groups.experts, groups.rows), unroll=unroll)[1]
     return products.reshape(-1, products.shape[-1])[groups.places].reshape(*chosen.shape, -1)
 
 

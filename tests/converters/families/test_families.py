@@ -172,6 +172,7 @@ def test_cached_logits_are_those_of_a_whole_pass(tmp_path: Path, case: str) -> N
         np.testing.assert_allclose(cached(pretrained, params), np.asarray(whole)[:, -1], rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", [family for family in ARCHITECTURES if family not in ("llama", "mistral")])
 def test_quantized_saved_and_loaded(tmp_path: Path, family: str) -> None:
     pretrained = from_pretrained(write_family(tmp_path / "original", family_config(family)))
@@ -184,6 +185,7 @@ def test_quantized_saved_and_loaded(tmp_path: Path, family: str) -> None:
     np.testing.assert_array_equal(LOGITS(model, params, TOKENS), LOGITS(model, quantized, TOKENS))
 
 
+@pytest.mark.slow
 def test_packed_experts_are_exported(tmp_path: Path) -> None:
     pretrained = from_pretrained(write_family(tmp_path / "original", family_config("qwen3_moe")))
     quantized, _ = quantize(pretrained.params, None, model=pretrained.model, config=SpqrConfig(group_size=16))

@@ -89,6 +89,7 @@ def test_products_are_those_of_each_choice_alone(form: str, each: bool) -> None:
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
 
 
+@pytest.mark.slow
 def test_all_forms_of_the_parameters_give_the_same_logits() -> None:
     expected = LOGITS(MODEL, PARAMS, TOKENS)
     fused = fuse_projections(PARAMS, MODEL)
@@ -120,6 +121,7 @@ def test_the_experts_that_a_token_goes_to_change_its_logits() -> None:
     assert difference.max() > 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("memory", ["packed", "unpacked"])
 def test_generated_tokens_are_those_of_whole_passes(memory: str) -> None:
     prompts = [[3, 1, 4, 1, 5], [9, 2]]

@@ -247,12 +247,9 @@ def test_a_device_holds_an_eighth_of_the_matrices() -> None:
 @pytest.mark.parametrize(
     ("name", "devices"),
     [
-        ("llama", 4),
         ("llama", 8),
         ("llama, grouped queries and biases", 8),
-        ("falcon, multi-query", 2),
         ("falcon, multi-query", 8),
-        ("falcon, grouped queries", 2),
         ("falcon, grouped queries", 8),
         ("falcon, sequential", 4),
         ("olmo2", 8),
