@@ -32,7 +32,11 @@ def _log_block(total: int, block: BlockReport) -> None:
     lines = [f"block {block.number} of {total}: {_pace(block, total)}"]
     lines += [
         f"{name}: error {matrix.relative_error:.2e}, outliers {matrix.outlier_share:.2%}"
-        + (", solved for the tokens of all experts, because its own are too few" if matrix.pooled else "")
+        + (
+            ", solved for the tokens of all experts, its own being too few: give more sequences"
+            if matrix.pooled
+            else ""
+        )
         for name, matrix in block.matrices.items()
     ]
     print("\n  ".join(lines), file=sys.stderr, flush=True)

@@ -187,7 +187,7 @@ def _totals(header: Description, record: Record | None, matrices: Sequence[Matri
         seconds = sum(block.seconds for block in record.blocks)
         pooled = sum(report.pooled for block in record.blocks for report in block.matrices.values())
         if pooled:
-            totals["experts' matrices solved for the tokens of all experts, having too few"] = f"{pooled:,}"
+            totals["matrices of experts with too few tokens, solved for those of all experts"] = f"{pooled:,}"
         totals["seconds to quantize"] = f"{seconds:,.1f} for {len(record.blocks):,} blocks"
     errors = {m.name: m.report.relative_error for m in matrices if m.report and math.isfinite(m.report.relative_error)}
     if errors:

@@ -1,22 +1,28 @@
 """Each expert is solved for the tokens that are sent to it, or for those of all experts where they are too few."""
 
 import dataclasses
+import re
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.packed_models import LOGITS
 from helpers.sampling_noise import reference_sampling_noise
 
 from pallas_kernels import SpqrTensor
 from pallas_kernels.format.stacks import element
-from spqr_jax import SpqrConfig, quantize
+from spqr_jax import SpqrConfig, load, quantize, quantize_checkpoint
+from spqr_jax.figures.report import write_report
 from spqr_jax.models import Qwen3Moe, Qwen3MoeConfig, RotaryConfig, make_context
 from spqr_jax.quantization.expert_moments import complete_experts, expert_sums
 from spqr_jax.quantization.hidden_states import embed
 from spqr_jax.quantization.solver import quantize_matrix
+from spqr_jax.storage.model_source import ModelSource
+from spqr_jax.storage.record import read_record
 
 MODEL = Qwen3Moe(
     Qwen3MoeConfig(
@@ -112,6 +118,30 @@ def test_experts_are_all_reported_and_packed() -> None:
     assert (kernel.stack, kernel.shape) == ((6,), (64, 32))
     assert isinstance(quantized["layers_1"]["router"]["kernel"], np.ndarray)
     assert all(0 < r.relative_error < 0.2 for r in report.values())
+
+
+def test_experts_without_tokens_are_solved_for_those_of_the_others() -> None:
+    """In a text of one token, all places choose the same two experts."""
+    quantized, report = quantize(PARAMS, np.full((2, 40), 7), model=MODEL, config=CONFIG)
+    for name in ("gate_proj", "down_proj"):
+        assert sum(report[f"layers_0.{name}[{expert}]"].pooled for expert in range(6)) == 4
+    assert all(np.isfinite(r.relative_error) for r in report.values())
+    assert np.isfinite(LOGITS(MODEL, quantized, TOKENS)).all()
+
+
+@pytest.mark.slow
+def test_a_checkpoint_says_which_experts_had_too_few_tokens(tmp_path: Path) -> None:
+    expected, report = quantize(PARAMS, FEW, model=MODEL, config=CONFIG)
+    source = ModelSource(MODEL, {name: partial(PARAMS.__getitem__, name) for name in PARAMS}, None, "random")
+    quantize_checkpoint(source, tmp_path / "out", FEW, config=CONFIG)
+    jax.tree.map(np.testing.assert_array_equal, load(tmp_path / "out")[1], expected)
+    record = read_record(tmp_path / "out")
+    assert record is not None
+    found = {name: matrix.pooled for block in record.blocks for name, matrix in block.matrices.items()}
+    assert found == {name: matrix.pooled for name, matrix in report.items()}
+    page = write_report(tmp_path / "out").read_text()
+    assert re.search(rf"solved for those of all experts</th>\s*<td[^>]*>{sum(found.values())}<", page)
+    assert "6 × 64 × 32" in page
 
 
 @pytest.mark.slow
