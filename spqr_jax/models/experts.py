@@ -21,8 +21,8 @@ Stack = Float[Array | np.ndarray, "experts in out"] | RowMajor | SpqrTensor | Sp
 MOST_ROWS = 128
 """Most rows of a group."""
 
-FEW_GROUPS = 16
-"""Most groups whose products are not computed in a loop."""
+FEW_ROWS = 16
+"""Most groups of one row whose products are not computed in a loop."""
 
 _ELEMENT = re.compile(r"(?P<layer>.+)\[(?P<index>\d+)\]")
 
@@ -124,8 +124,8 @@ def experts_linear(
         # What an empty place multiplies is not read.
         return carry, linear(jnp.take(inputs, rows // repeated, axis=0, mode="clip"), own)
 
-    # In a loop, XLA would copy the matrices of all experts from stacked blocks.
-    unroll = len(groups.experts) <= FEW_GROUPS
+    # Of single rows, as in decoding: in a loop, XLA would copy the matrices of all experts from stacked blocks.
+    unroll = len(groups.experts) <= FEW_ROWS and groups.rows.shape[1] == 1
     products = jax.lax.scan(step, None, (groups.experts, groups.rows), unroll=unroll)[1]
     return products.reshape(-1, products.shape[-1])[groups.places].reshape(*chosen.shape, -1)
 

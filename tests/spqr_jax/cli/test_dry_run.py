@@ -41,8 +41,9 @@ def test_sizes_are_those_of_the_run(most: int, model: Path, tmp_path: Path, monk
     assert list(tmp_path.iterdir()) == []
     run = result("quantize", model, tmp_path / "out", *OPTIONS)
     assert found["blocks"] == len(run["seconds_per_block"])
-    for name in ("bytes_on_disk", "bits_per_weight"):
-        assert found[name] == pytest.approx(run[name], rel=0.02)
+    assert found["bits_per_weight"] == pytest.approx(run["bits_per_weight"], rel=1e-6)
+    # Of equal arrays, Orbax writes files that differ by some kilobytes from run to run.
+    assert found["bytes_on_disk"] == pytest.approx(run["bytes_on_disk"], abs=15_000)
     assert found["disk_bytes"] == found["bytes_on_disk"] + 2 * 2 * 4 * 64 * 64 * 4
     assert found["memory_bytes"] > 50_000_000
     assert found["seconds"] > 3 * found["seconds_per_block"] > 0
