@@ -71,13 +71,14 @@ class BlockWalk:
         # Kernels in the type of the hidden states: converted once here, not for every batch.
         kernels = {matrix: params[matrix]["kernel"].astype(self._dtype) for matrix in block.matrices()}
         self._original = with_kernels(params, kernels)
+        self._running = self._original
         self._replaced: dict[str, Float[Array, "in out"]] = {}
         self._streams = streams
         self._before = None if sequential else streams
 
     def __iter__(self) -> Iterator[SharedInput]:
         for number, stage in enumerate(self._block.stages):
-            running = with_kernels(self._original, self._replaced) if self._sequential else self._original
+            running = self._quantized() if self._sequential else self._original
             moments = self._advance(number, running)
             for feed, layers in stage.feeds.items():
                 names = [matrix_names(layer, self._block.experts().get(layer)) for layer in layers]
@@ -92,10 +93,16 @@ class BlockWalk:
         """The hidden states after the block, with the replaced kernels; call it once, after the iteration."""
         if self._before is not None:
             self._streams, self._before = self._before, None
-            running = with_kernels(self._original, self._replaced)
+            running = self._quantized()
             for number in range(len(self._block.stages)):
                 self._advance(number, running)
         return self._streams
+
+    def _quantized(self) -> Params:
+        """The parameters with all kernels replaced so far."""
+        self._running = with_kernels(self._running, self._replaced)
+        self._replaced = {}
+        return self._running
 
     def _advance(self, number: int, running: Params) -> dict[str, InputMoments | ExpertMoments]:
         self._streams, moments = advance(self._block, number, running, self._original, self._streams, self._placement)
