@@ -24,7 +24,7 @@ from spqr_jax.storage.checkpoint import describe
 from spqr_jax.storage.directories import bytes_on_disk
 from spqr_jax.storage.disk_to_disk import quantize_checkpoint
 from spqr_jax.storage.model_source import ModelSource
-from spqr_jax.storage.record import BlockReport, matrix_to_json
+from spqr_jax.storage.record import BlockReport, matrix_to_json, pooled_matrices
 from spqr_jax.storage.totals import summarize_described
 
 
@@ -156,7 +156,7 @@ def estimated(source: ModelSource, destination: Path, prepared: Prepared, **opti
 def describe_run(destination: Path, blocks: Sequence[BlockReport], seconds: float) -> dict[str, Any]:
     """The result of a run, as the command prints it."""
     totals = summarize_described(describe(destination))
-    pooled = sum(matrix.pooled for block in blocks for matrix in block.matrices.values())
+    pooled = pooled_matrices(blocks)
     return {
         "destination": str(destination),
         "bits_per_weight": totals.bits_per_weight,

@@ -24,7 +24,7 @@ from spqr_jax.quantization.report import MatrixReport
 from spqr_jax.storage.description import Description, MatrixEntry, describe
 from spqr_jax.storage.directories import bytes_on_disk, write_text
 from spqr_jax.storage.paths import absolute
-from spqr_jax.storage.record import Record, read_record
+from spqr_jax.storage.record import Record, pooled_matrices, read_record
 
 TEMPLATE = "report.html.jinja"
 IN_A_BLOCK = re.compile(r"layers_(\d+)\.(.+)", re.DOTALL)
@@ -185,8 +185,7 @@ def _totals(header: Description, record: Record | None, matrices: Sequence[Matri
     }
     if record is not None:
         seconds = sum(block.seconds for block in record.blocks)
-        pooled = sum(report.pooled for block in record.blocks for report in block.matrices.values())
-        if pooled:
+        if pooled := pooled_matrices(record.blocks):
             totals["matrices of experts with too few tokens, solved for those of all experts"] = f"{pooled:,}"
         totals["seconds to quantize"] = f"{seconds:,.1f} for {len(record.blocks):,} blocks"
     errors = {m.name: m.report.relative_error for m in matrices if m.report and math.isfinite(m.report.relative_error)}

@@ -73,10 +73,11 @@ def group_rows(chosen: Int[Array, " rows"], experts: int) -> Groups:
     count = (rows + min(experts, rows) * (height - 1)) // height
     order = jnp.argsort(chosen, stable=True)
     counts = jnp.bincount(chosen, length=experts)
-    ends = jnp.cumsum(-(-counts // height))
+    groups = -(-counts // height)
+    ends = jnp.cumsum(groups)
     of_sorted = chosen[order]
     rank = jnp.arange(rows) - (jnp.cumsum(counts) - counts)[of_sorted]
-    place = height * (ends - -(-counts // height))[of_sorted] + rank
+    place = height * (ends - groups)[of_sorted] + rank
     return Groups(
         experts=jnp.minimum(jnp.searchsorted(ends, jnp.arange(count), side="right"), experts - 1),
         rows=jnp.full(count * height, rows).at[place].set(order).reshape(count, height),

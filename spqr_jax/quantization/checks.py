@@ -15,6 +15,7 @@ from spqr_jax.config import SpqrConfig
 from spqr_jax.models.decoder import Decoder, Params, layer_name
 from spqr_jax.models.experts import matrix_names
 from spqr_jax.models.token_ids import check_vocabulary
+from spqr_jax.quantization.moments import FEATURES_PER_TOKEN
 from spqr_jax.runtime.placement import Placement
 from spqr_jax.runtime.tracing import is_traced
 from spqr_jax.texts import integer_ids
@@ -90,12 +91,11 @@ def check_tokens(calibration_tokens: ArrayLike, block: Params, model: Decoder) -
     tokens: Any = calibration_tokens if is_traced(calibration_tokens) else integer_ids(calibration_tokens)
     if tokens.ndim != 2:
         raise SpqrError(f"calibration tokens must have shape [sequences, tokens], not {tokens.shape}")
-    # A Hessian of n tokens has rank n at most; below an eighth of the features, damping is most of it.
     widest = max(block[matrix]["kernel"].shape[-2] for matrix in model.new_block().matrices())
-    if tokens.size * 8 < widest:
+    if tokens.size * FEATURES_PER_TOKEN < widest:
         raise SpqrError(
             f"{tokens.size} calibration tokens are too few for matrices with {widest} input features: "
-            f"give at least {-(-widest // 8)}, better {widest} or more"
+            f"give at least {-(-widest // FEATURES_PER_TOKEN)}, better {widest} or more"
         )
     if tokens.shape[1] > model.config.max_positions:
         raise SpqrError(

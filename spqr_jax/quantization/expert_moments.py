@@ -10,15 +10,13 @@ from jaxtyping import Array, Bool, Float, Int
 from spqr_jax.models.experts import group_rows, rows_of_experts
 from spqr_jax.quantization.linalg import symmetric
 from spqr_jax.quantization.moments import (
+    FEATURES_PER_TOKEN,
     InputMoments,
     MomentSums,
     sampling_noise,
     squared_correlations,
     upper_hessian,
 )
-
-TOKENS_PER_FEATURE = 1 / 8
-"""Tokens, as a share of the input features, below which a Hessian is mostly damping."""
 
 
 class ExpertMoments(NamedTuple):
@@ -40,7 +38,7 @@ class ExpertMoments(NamedTuple):
         They are where the expert has got fewer tokens than an eighth of its input features. Experts are not refitted:
         the original model may send a token to others.
         """
-        pooled = self.tokens[expert] < TOKENS_PER_FEATURE * self.hessians.shape[-1]
+        pooled = self.tokens[expert] * FEATURES_PER_TOKEN < self.hessians.shape[-1]
         index = jnp.where(pooled, len(self.hessians) - 1, expert)
         return InputMoments(self.hessians[index], None, self.sampling_noise[index]), pooled
 

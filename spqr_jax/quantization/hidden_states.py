@@ -86,8 +86,7 @@ def advance(
     total = {}
     for feed, names in stage.feeds.items():
         features, experts = original[names[0]]["kernel"].shape[-2], block.experts().get(names[0])
-        rows = features if experts is None else (experts + 1) * features
-        rows = -(-rows // placement.shares) * placement.shares
+        rows = -(-_rows(features, experts) // placement.shares) * placement.shares
 
         def zeros(columns: int, rows: int = rows) -> Float[Array, "rows columns"]:
             return jnp.zeros((rows, columns), device=placement.along(0))
@@ -106,6 +105,11 @@ def advance(
         feed: _whole(devices, sequences, block.experts().get(stage.feeds[feed][0]), *sums)
         for feed, sums in total.items()
     }
+
+
+def _rows(features: int, experts: int | None) -> int:
+    """Rows of the sums of an input: its features, of each expert and of all together where there are any."""
+    return features * (1 if experts is None else experts + 1)
 
 
 def scan_batches(
@@ -217,7 +221,7 @@ def _whole(
     counts: Float[Array, "rows 2"] | None,
 ) -> InputMoments | ExpertMoments:
     """The moments over all sequences, whole on every device; the large sums are donated."""
-    rows = hessian.shape[1] * (1 if experts is None else experts + 1)
+    rows = _rows(hessian.shape[1], experts)
     sums = jax.tree.map(lambda m: m[:rows], MomentSums(hessian, drift, correlations, counts))
     sums = placement.gather(sums)
     return complete(sums, sequences) if experts is None else complete_experts(sums)

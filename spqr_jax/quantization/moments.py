@@ -11,6 +11,9 @@ from spqr_jax.quantization.group_fit import rounded
 from spqr_jax.quantization.linalg import sum_of_products, symmetric
 from spqr_jax.quantization.refit import Drift, drift_sums
 
+FEATURES_PER_TOKEN = 8
+"""Input features to a token above which a Hessian is mostly damping: that of n tokens has rank n at most."""
+
 PANELS = 4
 """Panels in which a Hessian is summed; four take 5/8 of the operations of the full square."""
 

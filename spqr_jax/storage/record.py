@@ -148,6 +148,11 @@ def blocks_from_json(content: Sequence[dict[str, Any]]) -> list[BlockReport]:
     ]
 
 
+def pooled_matrices(blocks: Sequence[BlockReport]) -> int:
+    """Number of experts' matrices that were solved for the tokens of all experts, see `MatrixReport`."""
+    return sum(matrix.pooled for block in blocks for matrix in block.matrices.values())
+
+
 def matrix_to_json(report: MatrixReport) -> dict[str, Any]:
     """A report for JSON; most models have no experts, and say nothing of them."""
     content = report._asdict()

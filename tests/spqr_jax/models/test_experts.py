@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.packed_models import LOGITS, TOKENS, random_params
+from helpers.tiny_experts import tiny_experts
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -14,26 +15,12 @@ from pallas_kernels import SpqrTensor, spqr_dequantize
 from pallas_kernels.format.stacks import element
 from spqr_jax import fuse_projections, generate
 from spqr_jax.generation import for_decoding
-from spqr_jax.models import Qwen3Moe, Qwen3MoeConfig, RotaryConfig
 from spqr_jax.models.experts import MOST_ROWS, experts_linear, group_rows, route
 from spqr_jax.models.row_major import RowMajor
 from spqr_jax.models.stacked_blocks import level_blocks, stack_blocks, unstack_blocks
 from spqr_jax.models.unpacked import for_measuring, in_rows
 
-MODEL = Qwen3Moe(
-    Qwen3MoeConfig(
-        vocab_size=61,
-        hidden_size=64,
-        mlp_size=32,
-        num_layers=2,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=16,
-        rotary=RotaryConfig(),
-        experts=5,
-        experts_per_token=2,
-    )
-)
+MODEL = tiny_experts(5)
 PARAMS = random_params(MODEL)
 
 

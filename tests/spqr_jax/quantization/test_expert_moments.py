@@ -12,32 +12,20 @@ import numpy as np
 import pytest
 from helpers.packed_models import LOGITS
 from helpers.sampling_noise import reference_sampling_noise
+from helpers.tiny_experts import tiny_experts
 
 from pallas_kernels import SpqrTensor
 from pallas_kernels.format.stacks import element
 from spqr_jax import SpqrConfig, load, quantize, quantize_checkpoint
 from spqr_jax.figures.report import write_report
-from spqr_jax.models import Qwen3Moe, Qwen3MoeConfig, RotaryConfig, make_context
+from spqr_jax.models import make_context
 from spqr_jax.quantization.expert_moments import complete_experts, expert_sums
 from spqr_jax.quantization.hidden_states import embed
 from spqr_jax.quantization.solver import quantize_matrix
 from spqr_jax.storage.model_source import ModelSource
 from spqr_jax.storage.record import read_record
 
-MODEL = Qwen3Moe(
-    Qwen3MoeConfig(
-        vocab_size=61,
-        hidden_size=64,
-        mlp_size=32,
-        num_layers=2,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=16,
-        rotary=RotaryConfig(),
-        experts=6,
-        experts_per_token=2,
-    )
-)
+MODEL = tiny_experts(6)
 TOKENS = np.random.default_rng(0).integers(0, 61, (4, 24))
 FEW = TOKENS[:1, :20]
 CONFIG = SpqrConfig(bits=3, group_size=16, outlier_threshold=0.5)
