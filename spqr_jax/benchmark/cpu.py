@@ -64,7 +64,7 @@ def measure(source: str) -> dict[str, Any]:
     }
     times = {name: 1e3 * seconds / NEW_TOKENS for name, seconds in alternating(steps).items()}
     theirs = min(times["PyTorch float32"], times["PyTorch bfloat16"])
-    evaluating = alternating(evaluations(model, params), rounds=2)
+    evaluating = alternating(evaluations(model, params), rounds=3)
     ratios = {
         "times_as_fast_as_pytorch": theirs / times["one sequence"],
         "step_of_8_by_step_of_1": times[f"{BATCH} sequences"] / times["one sequence"],

@@ -78,8 +78,8 @@ class KVCache:
     """Keys and values of the tokens seen so far, in arrays of fixed length.
 
     Attributes:
-      blocks: for each block its `keys`, `[batch, kv_heads, slots, head_dim]`, and `values`,
-        `[batch, kv_heads, head_dim, slots]`; stacked where the parameters are.
+      blocks: for each block its `keys`, `[batch, kv_heads, head_dim, slots]`, and `values`,
+        `[batch, kv_heads, slots, head_dim]`; stacked where the parameters are.
       valid: True at the slots that hold a real token (neither padding nor still empty).
       length: number of slots written; the next tokens go there.
     """
@@ -338,7 +338,7 @@ class Decoder(nn.Module):
         count, heads, head_dim = self.config.num_layers, self.config.num_kv_heads, self.config.head_dim
 
         def empty(*leading: int) -> State:
-            shapes = {"keys": (batch, heads, slots, head_dim), "values": (batch, heads, head_dim, slots)}
+            shapes = {"keys": (batch, heads, head_dim, slots), "values": (batch, heads, slots, head_dim)}
             return {name: jnp.zeros((*leading, *shape), dtype or self.dtype) for name, shape in shapes.items()}
 
         return KVCache(
