@@ -1,7 +1,7 @@
 """Attention of a block: rotated queries and keys, the KV cache, causal masks with windows, and the softmax."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -15,6 +15,9 @@ from spqr_jax.models.rotary import RotaryConfig
 
 QUERY_CHUNK = 256
 """Queries whose scores are held at once in a forward pass without a KV cache."""
+
+FEWEST_SLOTS = 64
+"""Fewest slots of a cache that attention is compiled for; see `over_filled`."""
 
 NO_WINDOW = 2**30
 """A window that holds every text."""
@@ -88,8 +91,8 @@ def extend_cache(
 
     Returns:
       The state with the new cache, and the keys `[batch, kv_heads, head_dim, slots]` and the values
-      `[batch, kv_heads, slots, head_dim]` of all slots. A state without a cache does not change, and the tokens are the
-      slots.
+      `[batch, kv_heads, slots, head_dim]` of all slots, stacked with `layer`; see `first_slots`. A state without a
+      cache does not change, and the tokens are the slots.
     """
     keys, values = keys.transpose(0, 2, 3, 1), values.transpose(0, 2, 1, 3)
     if "keys" not in state:
@@ -103,7 +106,35 @@ def extend_cache(
     layer = layer.astype(jnp.int32)
     all_keys = jax.lax.dynamic_update_slice(state["keys"], keys[None], (layer, zero, zero, zero, offset))
     all_values = jax.lax.dynamic_update_slice(state["values"], values[None], (layer, zero, zero, offset, zero))
-    return {**state, "keys": all_keys, "values": all_values}, all_keys[layer], all_values[layer]
+    return {**state, "keys": all_keys, "values": all_values}, all_keys, all_values
+
+
+def first_slots(
+    keys: Float[Array, "*blocks batch kv_heads head_dim slots"],
+    values: Float[Array, "*blocks batch kv_heads slots head_dim"],
+    layer: Int[Array, ""] | None,
+    count: int,
+) -> tuple[Float[Array, "batch kv_heads head_dim {count}"], Float[Array, "batch kv_heads {count} head_dim"]]:
+    """The first `count` slots of a block, from its own keys and values or from those of all blocks, stacked."""
+    if layer is None or keys.ndim == 4:
+        return keys[..., :count], values[:, :, :count]
+    starts = (layer.astype(jnp.int32), *[jnp.int32(0)] * 4)
+    of_keys, of_values = (1, *keys.shape[1:4], count), (1, *values.shape[1:3], count, values.shape[4])
+    return jax.lax.dynamic_slice(keys, starts, of_keys)[0], jax.lax.dynamic_slice(values, starts, of_values)[0]
+
+
+def over_filled(attended: Callable[[int], Array], slots: int, filled: Int[Array, ""]) -> Array:
+    """`attended(n)` over the first n slots, which hold the `filled` ones: n is a power of two, or all of them.
+
+    On a CPU a step then takes the time of the tokens so far, not of the longest text that the cache could hold. On a
+    GPU the choice would take longer than the slots.
+    """
+    counts = [FEWEST_SLOTS << power for power in range(slots.bit_length()) if FEWEST_SLOTS << power < slots]
+    choices = [partial(attended, count) for count in (*counts, slots)]
+    if not counts:
+        return attended(slots)
+    index = jnp.searchsorted(jnp.array(counts), filled)
+    return jax.lax.platform_dependent(cpu=lambda: jax.lax.switch(index, choices), default=choices[-1])
 
 
 def attend(

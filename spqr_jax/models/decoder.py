@@ -17,7 +17,15 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, DTypeLike, Float, Int, Integer, Num
 
-from spqr_jax.models.attention import AttentionKind, attend, extend_cache, in_window, rotation
+from spqr_jax.models.attention import (
+    AttentionKind,
+    attend,
+    extend_cache,
+    first_slots,
+    in_window,
+    over_filled,
+    rotation,
+)
 from spqr_jax.models.experts import experts_linear, matrix_names
 from spqr_jax.models.generation_options import GenerationOptions
 from spqr_jax.models.layers import Linear, linear, mesh_of
@@ -174,10 +182,18 @@ class Block(nn.Module):
         if turn is not None and not late:
             keys = rotate(keys, context.positions, *turn)
         state, keys, values = extend_cache(state, keys, values, context.offset, context.layer)
-        if turn is not None and late:
-            keys = rotate(keys.swapaxes(1, 2), context.slot_positions, *turn).swapaxes(1, 2)
-        mask = in_window(context.mask, kinds, kind, context.offset)
-        attended = attend(queries, keys, values, mask, bias, context.mesh, divisor, cap)
+        mask, slots = in_window(context.mask, kinds, kind, context.offset), keys.shape[-1]
+
+        def over(count: int) -> Array:
+            own_keys, own_values = first_slots(keys, values, context.layer, count)
+            if turn is not None and late:
+                in_rows = own_keys.transpose(0, 3, 1, 2)
+                own_keys = rotate(in_rows, context.slot_positions[:, :count], *turn).transpose(0, 2, 3, 1)
+            seen = None if bias is None else bias[..., :count]
+            return attend(queries, own_keys, own_values, mask[..., :count], seen, context.mesh, divisor, cap)
+
+        one_by_one = queries.shape[1] == 1 and keys.ndim == 5
+        attended = over_filled(over, slots, context.offset + 1) if one_by_one else over(slots)
         return {**state, "attention_output": attended.reshape(*attended.shape[:2], -1)}
 
     def _kind(self, kinds: tuple[AttentionKind, ...], context: Context) -> Int[Array, ""] | int:

@@ -122,6 +122,20 @@ def test_cache_gives_the_logits_of_a_whole_pass(params, tokens, stacked):
     assert cache.length == tokens.shape[1]
 
 
+def test_single_tokens_attend_to_all_filled_slots_of_a_larger_cache(params):
+    """Attention over 64, 128 and all 200 slots: before and after each step from one to the next."""
+    model = Llama(replace(CONFIG, max_positions=256))
+    params, text = stack_blocks(params), np.random.default_rng(3).integers(0, CONFIG.vocab_size, (2, 131))
+    apply = jax.jit(lambda tokens, **options: model.apply({"params": params}, tokens, **options))
+    whole = apply(text)
+    cache = model.init_cache(params, batch=2, slots=200)
+    for start, first in ((0, 62), (66, 126)):
+        _, cache = apply(text[:, start:first], cache=cache)
+        for index in range(first, first + 4):
+            one, cache = apply(text[:, index : index + 1], cache=cache)
+            np.testing.assert_allclose(one[:, 0], whole[:, index], rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("cached", [False, True])
 def test_left_padding_does_not_change_logits(params, tokens, cached):
     padding = 5
