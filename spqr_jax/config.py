@@ -2,11 +2,16 @@
 
 import dataclasses
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Literal, get_args
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from pallas_kernels.errors import SpqrError
+
+Rules = Sequence[tuple[str, Mapping[str, Any] | None]]
+"""Pairs of a pattern, as in a shell (`layers_0.*`), and the settings that differ from the configuration; with None,
+matrices stay as they are. The first pair that matches a name decides."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +81,57 @@ class SpqrConfig:
             value = getattr(self, name)
             if value is not None and not 0 <= value < math.inf:
                 raise SpqrError(f"{name} is {value}, but must be a finite number of at least 0")
+
+
+SETTINGS = get_type_hints(SpqrConfig) | {"stats_bits": int | None}
+"""The type of each setting that users give by name; `stats_bits` is that of both kinds of statistics."""
+
+
+def changed(config: SpqrConfig, settings: Mapping[str, Any]) -> SpqrConfig:
+    """A configuration with other settings.
+
+    Args:
+      config: the configuration.
+      settings: values by the names of `SETTINGS`.
+
+    Raises:
+      SpqrError: a setting is unknown, or has a value that cannot be.
+
+    Example:
+      >>> changed(COMPACT, {"stats_bits": 4}).zero_bits
+      4
+    """
+    for name, value in settings.items():
+        if name not in SETTINGS:
+            raise SpqrError(f"{name!r} is no setting: give {', '.join(SETTINGS)}")
+        if not is_of_type(value, SETTINGS[name]):
+            raise SpqrError(f"{name} is {value!r}: give {allowed_values(SETTINGS[name])}")
+    fields = dict(settings)
+    if "stats_bits" in fields:
+        fields["scale_bits"] = fields["zero_bits"] = fields.pop("stats_bits")
+    return dataclasses.replace(config, **fields)
+
+
+def allowed_values(annotation: Any) -> str:
+    """The values of a setting, or their types, for a message."""
+    if isinstance(annotation, type) and issubclass(annotation, StrEnum):
+        return " or ".join(annotation)
+    if get_origin(annotation) is Literal:
+        return " or ".join(get_args(annotation))
+    types = get_args(annotation) or (annotation,)
+    return " or ".join("null" if kind is type(None) else kind.__name__ for kind in types)
+
+
+def is_of_type(value: object, annotation: Any) -> bool:
+    """Whether a value of JSON or TOML has the type of a setting."""
+    if get_origin(annotation) is Literal:
+        return value in get_args(annotation)
+    if isinstance(annotation, type) and issubclass(annotation, StrEnum):
+        return value in list(annotation)
+    allowed = get_args(annotation) or (annotation,)
+    if isinstance(value, bool) or value is None:
+        return type(value) in allowed
+    return isinstance(value, allowed) or (float in allowed and isinstance(value, int))
 
 
 SMALL = SpqrConfig(stats_group_size=64, outlier_threshold=0.8, fit="error")

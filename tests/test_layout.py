@@ -20,7 +20,8 @@ ROOMS = {
         *("aot", "benchmark", "tuning.command", "tune"),
     ),
     "spqr_jax": (
-        *("_version", "config", "texts", "runtime", "models", "prompts", "generation", "quantization", "storage"),
+        *("_version", "config", "texts", "runtime", "models", "rules", "prompts", "generation"),
+        *("quantization", "storage"),
         *("measure", "_public", "search", "analyze", "figures", "cli", "benchmark", "demo"),
     ),
     "converters": (

@@ -1,6 +1,6 @@
 """Packed matrices of one format as one pytree with a leading axis, for scans and for meshes of devices."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import replace
 
 import jax
@@ -48,15 +48,15 @@ def pad(tensors: Sequence[SpqrTensor]) -> list[SpqrTensor]:
     A program that is compiled for one of them then serves all.
 
     Raises:
-      SpqrError: the matrices differ in format.
+      SpqrError: the matrices differ in shape or format.
 
     Example:
       >>> larger = replace(packed, outliers=packed.outliers.pad(packed.outliers.capacity + 9))
       >>> len({tensor.outliers.capacity for tensor in pad([packed, larger])})
       1
     """
-    if len({jax.tree.structure(tensor) for tensor in tensors}) > 1:
-        raise SpqrError("matrices of different formats cannot be stacked")
+    if len(set(map(form, tensors))) > 1:
+        raise SpqrError("matrices of different shapes or formats cannot be stacked")
     capacity = max((tensor.outliers.capacity for tensor in tensors if tensor.outliers is not None), default=0)
     return [
         tensor
@@ -64,6 +64,28 @@ def pad(tensors: Sequence[SpqrTensor]) -> list[SpqrTensor]:
         else replace(tensor, outliers=tensor.outliers.pad(capacity))
         for tensor in tensors
     ]
+
+
+def pad_alike(tensors: Sequence[SpqrTensor]) -> list[SpqrTensor]:
+    """Pads matrices as `pad` does, those of each form by themselves; matrices of several forms stay in their order."""
+    places: dict[Hashable, list[int]] = {}
+    for index, tensor in enumerate(tensors):
+        places.setdefault(form(tensor), []).append(index)
+    padded: dict[int, SpqrTensor] = {}
+    for indices in places.values():
+        padded |= dict(zip(indices, pad([tensors[index] for index in indices]), strict=True))
+    return [padded[index] for index in range(len(tensors))]
+
+
+def form(tensor: SpqrTensor) -> Hashable:
+    """Shapes and format of a matrix without its number of outliers: only matrices that share them can be stacked.
+
+    Example:
+      >>> form(packed) == form(stack([packed, packed]))
+      False
+    """
+    shapes = tuple((name, a.shape, a.dtype.name) for name, a in replace(tensor, outliers=None).arrays().items())
+    return shapes, tensor.in_features, tensor.group_size, tensor.outliers is None
 
 
 def element(stacked: SpqrTensor, index: int) -> SpqrTensor:

@@ -9,6 +9,7 @@ import typer
 
 from spqr_jax.cli import console, interrupts, settings
 from spqr_jax.cli.options import Calibration, Json, Model, Seed, SequenceLength, Sequences, StoredType
+from spqr_jax.cli.rules import Rule, RulesFile, Skip, read_rules
 from spqr_jax.config import COMPACT, Method
 from spqr_jax.storage.destination import check_outside
 from spqr_jax.storage.paths import resolved
@@ -40,6 +41,9 @@ def quantize(
     shrinkage: settings.Shrinkage = None,
     target_bits: settings.TargetBits = None,
     near_lossless: settings.NearLossless = False,
+    skip: Skip = None,
+    rule: Rule = None,
+    rules: RulesFile = None,
     calibration: Calibration = None,
     sequences: Sequences = 32,
     sequence_length: SequenceLength = 512,
@@ -63,7 +67,8 @@ def quantize(
         preset, method, bits, group_size, stats_bits, outlier_threshold, permutation, damping, shrinkage, target_bits,
         near_lossless,
     )  # fmt: skip
-    chosen.check(distributed=distributed, dry_run=dry_run)
+    found = read_rules(skip, rule, rules)
+    chosen.check(distributed=distributed, dry_run=dry_run, rules=bool(found))
     check_outside(destination, source)
 
     from spqr_jax.cli.models import mesh_of_all_devices, open_model
@@ -79,7 +84,7 @@ def quantize(
     if dry_run:
         console.emit(estimated(opened, destination, prepared, **options), as_json)
         return
-    blocks = run(opened, destination, prepared, target_bits, **options)
+    blocks = run(opened, destination, prepared, target_bits, rules=found, **options)
     if blocks is not None:
         console.emit(describe_run(destination, blocks, time.perf_counter() - prepared.started), as_json)
 

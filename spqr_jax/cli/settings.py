@@ -109,7 +109,7 @@ class Settings:
         """Whether the target size alone chooses the configuration."""
         return self.target_bits is not None and self.preset is self.bits is self.group_size is None
 
-    def check(self, *, distributed: bool, dry_run: bool) -> None:
+    def check(self, *, distributed: bool, dry_run: bool, rules: bool = False) -> None:
         """Checks that no option contradicts another.
 
         Raises:
@@ -125,6 +125,11 @@ class Settings:
         others = self.fields or self.preset or self.target_bits is not None or self.method is not Method.SPQR
         if self.near_lossless and (others or distributed):
             raise SpqrError("--near-lossless chooses all settings, in one process: leave out the options of settings")
+        if rules and (self.near_lossless or self.target_bits is not None or dry_run):
+            raise SpqrError(
+                "--near-lossless and --target-bits choose all settings, and --dry-run takes blocks to be alike: "
+                "leave out --skip, --rule and --rules"
+            )
         if dry_run and (distributed or self.near_lossless or self.target_bits is not None):
             raise SpqrError(
                 "--dry-run estimates one run in one process: leave out --near-lossless, --target-bits and --distributed"

@@ -18,6 +18,7 @@ from spqr_jax.cli.options import (
     Window,
     at_least,
 )
+from spqr_jax.cli.rules import Rule, RulesFile, Skip, read_rules
 from spqr_jax.storage.destination import check_outside
 from spqr_jax.storage.paths import absolute, resolved
 
@@ -30,6 +31,9 @@ def sweep(
     grid: Annotated[
         Path | None, typer.Option(parser=absolute, help="JSON file: a list of settings; default: 31 of them.")
     ] = None,
+    skip: Skip = None,
+    rule: Rule = None,
+    rules: RulesFile = None,
     calibration: Calibration = None,
     sequences: Sequences = 32,
     sequence_length: SequenceLength = 512,
@@ -65,7 +69,8 @@ def sweep(
     tokens = calibration_tokens(opened.tokenizer, calibration, sequences, sequence_length, seed, first)
     ids = evaluation_tokens(opened.tokenizer, text, None, window)
     parts = cut_windows(ids, window=window, max_windows=windows, first=first)
-    steps = sweep(opened, directory, chosen, tokens, parts, mesh=mesh_of_all_devices())
+    found = read_rules(skip, rule, rules)
+    steps = sweep(opened, directory, chosen, tokens, parts, rules=found, mesh=mesh_of_all_devices())
     results = list(console.track(steps, len(chosen) + 1, "cells"))
     (directory / "table.md").write_text(table(results), encoding="utf-8")
     (directory / "ablation.md").write_text(ablation_table(results), encoding="utf-8")

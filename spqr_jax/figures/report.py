@@ -21,6 +21,7 @@ from pallas_kernels.errors import SpqrError
 from spqr_jax.figures.report_plots import bars, lines
 from spqr_jax.models.experts import matrix_names
 from spqr_jax.quantization.report import MatrixReport
+from spqr_jax.rules import described
 from spqr_jax.storage.description import Description, MatrixEntry, describe
 from spqr_jax.storage.directories import bytes_on_disk, write_text
 from spqr_jax.storage.paths import absolute
@@ -208,7 +209,7 @@ def _row(matrix: Matrix) -> tuple[str, ...]:
 def _settings(record: Record) -> dict[str, str]:
     shape = record.calibration
     calibration = "none: round-to-nearest" if shape is None else f"{shape[0]:,} sequences of {shape[1]:,} tokens"
-    return _texts(dataclasses.asdict(record.config)) | {"calibration": calibration}
+    return _texts(dataclasses.asdict(record.config)) | described(record.rules) | {"calibration": calibration}
 
 
 def _run(record: Record) -> dict[str, str]:

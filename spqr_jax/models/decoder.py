@@ -5,7 +5,7 @@ have their input, so quantization can stop there, solve those matrices and resum
 takes one forward pass per block, and each matrix is quantized for the inputs that it will see.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -26,6 +26,7 @@ from spqr_jax.models.attention import (
     over_filled,
     rotation,
 )
+from spqr_jax.models.block_kinds import BlockKinds
 from spqr_jax.models.experts import experts_linear, matrix_names
 from spqr_jax.models.generation_options import GenerationOptions
 from spqr_jax.models.layers import Linear, linear, mesh_of
@@ -311,17 +312,28 @@ class Decoder(nn.Module):
         return hidden, tuple(written)
 
     def _scan(self, hidden: Array, caches: State | None, context: Context) -> tuple[Array, State]:
-        """Scans over stacked parameters."""
-        block = self.new_block()
+        """Scans over stacked parameters; of several kinds of blocks, each is compiled once."""
+        block, blocks = self.new_block(), self.variables["params"]["blocks"]
 
-        def step(carry: tuple[Array, State], inputs: tuple[Array, Params]) -> tuple[tuple[Array, State], None]:
+        def run(carry: tuple[Array, State], index: Array, params: Params) -> tuple[Array, State]:
             hidden, caches = carry
-            index, params = inputs
             after: Any = block.apply({"params": params}, {"hidden": hidden, **caches}, replace(context, layer=index))
-            return (after.pop("hidden"), after), None
+            return after.pop("hidden"), after
 
-        stacked = jnp.arange(self.config.num_layers), self.variables["params"]["blocks"]
-        return jax.lax.scan(step, (hidden, caches or {}), stacked)[0]
+        def step(carry: tuple[Array, State], inputs: tuple[Array, Any]) -> tuple[tuple[Array, State], None]:
+            index, params = inputs
+            if not isinstance(blocks, BlockKinds):
+                return run(carry, index, params), None
+            kind, place = params
+
+            def of_kind(stack: Params) -> Callable[[], tuple[Array, State]]:
+                return lambda: run(carry, index, jax.tree.map(lambda array: jnp.asarray(array)[place], stack))
+
+            return jax.lax.switch(kind, [of_kind(stack) for stack in blocks.stacks]), None
+
+        stacked = blocks.table().T if isinstance(blocks, BlockKinds) else blocks
+        xs = jnp.arange(self.config.num_layers), tuple(stacked) if isinstance(blocks, BlockKinds) else stacked
+        return jax.lax.scan(step, (hidden, caches or {}), xs)[0]
 
     def new_block(self, index: int = 0) -> Block:
         """Makes one block, not bound to parameters: `block.apply({"params": params["layers_0"]}, state, context)`.

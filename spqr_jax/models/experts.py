@@ -158,6 +158,17 @@ def matrix_names(layer: str, experts: int | None) -> tuple[str, ...]:
     return (layer,) if experts is None else tuple(f"{layer}[{index}]" for index in range(experts))
 
 
+def layer_of(matrix: str) -> str:
+    """The layer of a matrix, by the matrix's name of `matrix_names`.
+
+    Example:
+      >>> layer_of("up_proj"), layer_of("up_proj[3]")
+      ('up_proj', 'up_proj')
+    """
+    found = _ELEMENT.fullmatch(matrix)
+    return matrix if found is None else found["layer"]
+
+
 def kernel_of(params: Mapping[str, Any], matrix: str) -> Any:
     """The kernel of a matrix, by its name of `matrix_names`, from the parameters of a block."""
     found = _ELEMENT.fullmatch(matrix)

@@ -1,9 +1,12 @@
 """Fuses matrices that share an input: a block then launches fewer products, each of more rows."""
 
+from dataclasses import replace
+
 import jax.numpy as jnp
 
 from pallas_kernels import SpqrTensor, concatenate_rows
 from pallas_kernels.format.rows import why_not_one
+from spqr_jax.models.block_kinds import BlockKinds
 from spqr_jax.models.decoder import Decoder, Params, fused_name
 from spqr_jax.models.stacked_blocks import block_names
 
@@ -13,8 +16,7 @@ def fuse_projections(params: Params, model: Decoder) -> Params:
 
     In a LLaMA those are q, k and v, and gate and up, so that a block has four products in place of seven. The block's
     stages declare them. The models run from either form, with the same results: y = x [ŵ_0; ŵ_1; …]ᵀ is split into the
-    products. Matrices stay separate where they are dense or split over devices, or where in any block they differ in
-    permutation or format.
+    products. Matrices stay separate where they are dense or split over devices, or differ in permutation or format.
 
     Args:
       params: parameters of `model`, stacked or not; those already fused are returned unchanged.
@@ -29,11 +31,17 @@ def fuse_projections(params: Params, model: Decoder) -> Params:
       >>> sorted(name for name in fused["layers_0"] if "+" in name)
       ['gate_proj+up_proj', 'q_proj+k_proj+v_proj']
     """
-    blocks = {name: params[name] for name in block_names(params)}
+    if isinstance(params.get("blocks"), BlockKinds):
+        kinds = params["blocks"]
+        return {**params, "blocks": replace(kinds, stacks=tuple(_fused(stack, model) for stack in kinds.stacks))}
+    return {**params, **{name: _fused(params[name], model) for name in block_names(params)}}
+
+
+def _fused(block: Params, model: Decoder) -> Params:
     for names in model.new_block().feeds().values():
-        if len(names) > 1 and all(_can_join(block, names) for block in blocks.values()):
-            blocks = {key: _join(block, names) for key, block in blocks.items()}
-    return {**params, **blocks}
+        if len(names) > 1 and _can_join(block, names):
+            block = _join(block, names)
+    return block
 
 
 def _can_join(block: Params, names: tuple[str, ...]) -> bool:

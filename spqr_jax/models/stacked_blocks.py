@@ -1,12 +1,15 @@
 """Stacks the subtrees of all blocks along a leading axis, over which the forward pass scans, and unstacks them."""
 
+from collections.abc import Hashable
+
 import jax
 import numpy as np
 from jax import Array
 
 from pallas_kernels import SplitTensor, SpqrTensor
 from pallas_kernels.errors import SpqrError
-from pallas_kernels.format.stacks import element, pad, stack, stack_arrays
+from pallas_kernels.format.stacks import element, form, pad, stack, stack_arrays
+from spqr_jax.models.block_kinds import BlockKinds
 from spqr_jax.models.decoder import Params, layer_name
 
 Leaf = Array | np.ndarray | SpqrTensor | SplitTensor
@@ -16,13 +19,14 @@ def stack_blocks(params: Params) -> Params:
     """Replaces `layers_0` … `layers_{n-1}` by `blocks`, whose leaves have a leading axis of length n.
 
     Packed matrices are padded to the largest number of outliers among the blocks, with zeros, which add nothing to a
-    product. Parameters that are stacked already are returned unchanged.
+    product. Blocks that differ, as when only some are quantized, become `BlockKinds`, with a stack for each kind.
+    Parameters that are stacked already are returned unchanged.
 
     Args:
       params: parameters of a `Decoder`.
 
     Raises:
-      SpqrError: there are no blocks, or they differ in structure, as when only some of them are quantized.
+      SpqrError: there are no blocks.
 
     Example:
       >>> stack_blocks(params)["blocks"]["q_proj"]["kernel"].shape  # [blocks, in, out]
@@ -30,9 +34,15 @@ def stack_blocks(params: Params) -> Params:
     """
     if "blocks" in params:
         return params
-    layers = alike_layers(params)
+    layers = layers_of(params)
     rest = {key: value for key, value in params.items() if key not in layers}
-    return {**rest, "blocks": jax.tree.map(_stack, *layers.values(), is_leaf=_is_matrix)}
+    kinds = _by_kind(layers)
+    stacks = [jax.tree.map(_stack, *(layers[name] for name in names), is_leaf=_is_matrix) for names in kinds]
+    if len(stacks) == 1:
+        return {**rest, "blocks": stacks[0]}
+    found = {name: (kind, place) for kind, names in enumerate(kinds) for place, name in enumerate(names)}
+    of_blocks, places = zip(*(found[name] for name in layers), strict=True)
+    return {**rest, "blocks": BlockKinds(tuple(stacks), of_blocks, places)}
 
 
 def unstack_blocks(params: Params) -> Params:
@@ -48,16 +58,20 @@ def unstack_blocks(params: Params) -> Params:
     if "blocks" not in params:
         return params
     rest = {key: value for key, value in params.items() if key != "blocks"}
-    count = jax.tree.leaves(params["blocks"])[0].shape[0]
+    blocks = params["blocks"]
+    if isinstance(blocks, BlockKinds):
+        pairs = [(blocks.stacks[kind], place) for kind, place in zip(blocks.kinds, blocks.places, strict=True)]
+    else:
+        pairs = [(blocks, index) for index in range(jax.tree.leaves(blocks)[0].shape[0])]
 
-    def block(index: int) -> Params:
-        return jax.tree.map(lambda leaf: _unstack(leaf, index), params["blocks"], is_leaf=_is_matrix)
+    def block(stacked: Params, place: int) -> Params:
+        return jax.tree.map(lambda leaf: _unstack(leaf, place), stacked, is_leaf=_is_matrix)
 
-    return {**rest, **{layer_name(index): block(index) for index in range(count)}}
+    return {**rest, **{layer_name(index): block(*pair) for index, pair in enumerate(pairs)}}
 
 
 def level_blocks(params: Params) -> Params:
-    """`layers_0` … `layers_{n-1}` with arrays of the same shapes, the outliers padded as in `stack_blocks`.
+    """`layers_0` … `layers_{n-1}`; blocks of a kind have arrays of the same shapes, padded as in `stack_blocks`.
 
     A program for a GPU then compiles each kernel once for all blocks, and reads every array in place. Of stacked
     arrays, each kernel would be passed a copy of its slice.
@@ -75,12 +89,15 @@ def level_blocks(params: Params) -> Params:
     """
     if "blocks" in params:
         params = unstack_blocks(params)
-    layers = alike_layers(params)
-    leaves = [jax.tree.leaves(layer, is_leaf=_is_matrix) for layer in layers.values()]
-    columns = [pad(column) if isinstance(column[0], SpqrTensor) else column for column in zip(*leaves, strict=True)]
-    structure = jax.tree.structure(params[layer_name(0)], is_leaf=_is_matrix)
-    rows = zip(*columns, strict=True)
-    return {**params, **{name: jax.tree.unflatten(structure, row) for name, row in zip(layers, rows, strict=True)}}
+    layers = layers_of(params)
+    levelled: dict[str, Params] = {}
+    for names in _by_kind(layers):
+        leaves = [jax.tree.leaves(layers[name], is_leaf=_is_matrix) for name in names]
+        columns = [pad(column) if isinstance(column[0], SpqrTensor) else column for column in zip(*leaves, strict=True)]
+        structure = jax.tree.structure(layers[names[0]], is_leaf=_is_matrix)
+        rows = zip(*columns, strict=True)
+        levelled |= {name: jax.tree.unflatten(structure, row) for name, row in zip(names, rows, strict=True)}
+    return {**params, **levelled}
 
 
 def block_names(params: Params) -> list[str]:
@@ -93,17 +110,29 @@ def block_names(params: Params) -> list[str]:
     return names
 
 
-def alike_layers(params: Params) -> dict[str, Params]:
-    """The blocks of unstacked parameters, or a SpqrError where they do not hold the same arrays."""
+def layers_of(params: Params) -> dict[str, Params]:
+    """The blocks of unstacked parameters, or a SpqrError where there are none."""
     layers = {name: params[name] for name in block_names(params)}
     if not layers:
         raise SpqrError("the parameters hold no blocks: neither 'blocks' nor 'layers_0'")
-    structures: dict[str, object] = {name: jax.tree.structure(layer) for name, layer in layers.items()}
-    first = layer_name(0)
-    for name, structure in structures.items():
-        if structure != structures[first]:
-            raise SpqrError(f"{first} and {name} hold different arrays, so the blocks cannot be stacked")
     return layers
+
+
+def _by_kind(layers: dict[str, Params]) -> list[list[str]]:
+    """The names of the blocks of each kind, in order; blocks of a kind can be stacked."""
+    kinds: dict[Hashable, list[str]] = {}
+    for name, layer in layers.items():
+        leaves, structure = jax.tree.flatten(layer, is_leaf=_is_matrix)
+        kinds.setdefault((structure, tuple(map(_form, leaves))), []).append(name)
+    return list(kinds.values())
+
+
+def _form(leaf: Leaf) -> Hashable:
+    if isinstance(leaf, SpqrTensor):
+        return form(leaf)
+    if isinstance(leaf, SplitTensor):
+        return form(leaf.parts), leaf.parts.outliers and leaf.parts.outliers.capacity, leaf.by
+    return leaf.shape
 
 
 def _is_matrix(leaf: object) -> bool:

@@ -17,10 +17,10 @@ from jax.sharding import Mesh
 from pallas_kernels import SplitTensor, SpqrTensor, split_columns, split_rows
 from pallas_kernels.errors import SpqrError
 from pallas_kernels.format.rows import rows_together
-from pallas_kernels.format.stacks import element, pad
+from pallas_kernels.format.stacks import element, pad, pad_alike
 from pallas_kernels.sharded import By
 from spqr_jax.models.decoder import Decoder, Params, fused_name
-from spqr_jax.models.stacked_blocks import alike_layers, unstack_blocks
+from spqr_jax.models.stacked_blocks import layers_of, unstack_blocks
 from spqr_jax.runtime.placement import Placement
 
 Dense = Array | np.ndarray
@@ -44,7 +44,7 @@ def shard_params(params: Params, model: Decoder, mesh: Mesh) -> Params:
       exported: keep the ones given for that.
 
     Raises:
-      SpqrError: the blocks differ in structure, projections are fused, or the parameters are split already.
+      SpqrError: there are no blocks, projections are fused, or the parameters are split already.
 
     Example:
       >>> sharded = shard_params(params, model, jax.make_mesh((jax.device_count(),), ("model",)))
@@ -53,8 +53,9 @@ def shard_params(params: Params, model: Decoder, mesh: Mesh) -> Params:
       True
     """
     over = Placement(mesh)
-    layers = alike_layers(unstack_blocks(params))
-    _check(layers["layers_0"], model)
+    layers = layers_of(unstack_blocks(params))
+    for layer in layers.values():
+        _check(layer, model)
     block = model.new_block()
     sharded: dict[str, Params] = {name: {} for name in layers}
     for key in layers["layers_0"]:
@@ -107,16 +108,22 @@ def _divides(kernel: Dense | SpqrTensor, by: By, heads: int | None, devices: int
 
 def _split(kernels: Sequence[Dense | SpqrTensor], by: By, over: Placement) -> list[Array | SplitTensor]:
     """The kernels of one layer of every block, their parts with room for the same number of outliers."""
-    packed = [kernel for kernel in kernels if isinstance(kernel, SpqrTensor)]
-    if not packed:
-        dense = [kernel for kernel in kernels if not isinstance(kernel, SpqrTensor)]
-        return [over.put(kernel, kernel.ndim - (1 if by == "rows" else 2)) for kernel in dense]
-    # In host memory until all of them are known: no device needs room for more than one whole matrix.
-    split = [jax.device_get(_parts(kernel, by, over.shares)) for kernel in packed]
-    padded = pad([parts for parts, _ in split])
     assert over.mesh is not None
-    pairs = jax.tree.map(lambda array: over.put(array, 0), list(zip(padded, [f for _, f in split], strict=True)))
-    return [SplitTensor(parts, features, by=by, mesh=over.mesh) for parts, features in pairs]
+    # In host memory until all of them are known: no device needs room for more than one whole matrix.
+    split = {
+        index: jax.device_get(_parts(kernel, by, over.shares))
+        for index, kernel in enumerate(kernels)
+        if isinstance(kernel, SpqrTensor)
+    }
+    padded = dict(zip(split, pad_alike([parts for parts, _ in split.values()]), strict=True))
+    found: list[Array | SplitTensor] = []
+    for index, kernel in enumerate(kernels):
+        if isinstance(kernel, SpqrTensor):
+            parts, features = jax.tree.map(lambda array: over.put(array, 0), (padded[index], split[index][1]))
+            found.append(SplitTensor(parts, features, by=by, mesh=over.mesh))
+        else:
+            found.append(over.put(kernel, kernel.ndim - (1 if by == "rows" else 2)))
+    return found
 
 
 def _parts(kernel: SpqrTensor, by: By, count: int) -> tuple[SpqrTensor, Dense | None]:

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 from pallas_kernels import SpqrTensor, spqr_dequantize
 from pallas_kernels.backends.devices import platform
 from pallas_kernels.errors import SpqrError
-from pallas_kernels.format.stacks import pad
+from pallas_kernels.format.stacks import pad_alike
 from spqr_jax.models.decoder import Decoder, Params, fused_name
 from spqr_jax.models.layers import mesh_of
 from spqr_jax.models.row_major import RowMajor
@@ -117,7 +117,7 @@ def for_measuring(params: Params, memory: Memory | str = Memory.AUTO) -> Params:
       memory: on a CPU, `unpacked` or `packed`; `auto` unpacks where the weights fit into the available memory.
 
     Raises:
-      SpqrError: `memory` is none of these, or matrices stay packed and the blocks differ in structure.
+      SpqrError: `memory` is none of these.
 
     Example:
       >>> for_measuring(quantized)["blocks"]["q_proj"]["kernel"].shape
@@ -151,7 +151,7 @@ def _dense(params: Params) -> Params:
 
     def columns(name: str) -> Params:
         kernels = _levelled([(block[name]["kernel"],) for block in blocks])
-        return {**_biases(blocks, (name,)), "kernel": _device(_gathered(kernels, _columns))}
+        return {**_biases([[block[name]] for block in blocks]), "kernel": _device(_gathered(kernels, _columns))}
 
     entries = _by_name(columns, [name for name, part in blocks[0].items() if "kernel" in part])
     rest = {key: value for key, value in params.items() if key not in block_names(params)}
@@ -179,7 +179,7 @@ def _is_exact(array: np.ndarray, dtype: DTypeLike) -> bool:
 
 def _fusable(blocks: Sequence[Params], names: tuple[str, ...]) -> list[tuple[str, ...]]:
     """The names of matrices of one input in groups that can be one matrix: all of them, or each alone."""
-    if len(names) == 1 or fused_name(names) in blocks[0]:
+    if len(names) == 1 or any(fused_name(names) in block for block in blocks):
         return [names]
     alike = all(len({frozenset(block[name]) for name in names}) == 1 for block in blocks)
     return [names] if alike else [(name,) for name in names]
@@ -187,8 +187,9 @@ def _fusable(blocks: Sequence[Params], names: tuple[str, ...]) -> list[tuple[str
 
 def _linear_in_rows(blocks: Sequence[Params], names: tuple[str, ...]) -> Params:
     """A linear layer of every block, or several fused ones, its kernel a stacked `RowMajor`."""
-    names = (fused_name(names),) if fused_name(names) in blocks[0] else names
-    kernels = _levelled([tuple(block[name]["kernel"] for name in names) for block in blocks])
+    of_blocks = [(fused_name(names),) if fused_name(names) in block else names for block in blocks]
+    layers = [[block[name] for name in own] for block, own in zip(blocks, of_blocks, strict=True)]
+    kernels = _levelled([tuple(layer["kernel"] for layer in block) for block in layers])
     dtype = _type_in_rows([kernel for block in kernels for kernel in block])
     divisors: list[Array] = []
 
@@ -198,7 +199,7 @@ def _linear_in_rows(blocks: Sequence[Params], names: tuple[str, ...]) -> Params:
         return weight
 
     weight = _device(_gathered(kernels, unpack))
-    return {**_biases(blocks, names), "kernel": RowMajor(weight, jnp.stack(divisors))}
+    return {**_biases(layers), "kernel": RowMajor(weight, jnp.stack(divisors))}
 
 
 def _head(kernel: Dense | SpqrTensor) -> RowMajor:
@@ -213,9 +214,8 @@ def _type_in_rows(kernels: Sequence[Dense | SpqrTensor]) -> str:
     return "float16" if narrow else "float32"
 
 
-def _biases(blocks: Sequence[Params], names: tuple[str, ...]) -> Params:
-    """The stacked biases of matrices that are fused, if they have any."""
-    layers = [[block[name] for name in names] for block in blocks]
+def _biases(layers: Sequence[Sequence[Params]]) -> Params:
+    """The stacked biases of each block's linear layers that become one, if they have any."""
     if "bias" not in layers[0][0]:
         return {}
     return {"bias": np.stack([np.concatenate([np.asarray(layer["bias"]) for layer in block]) for block in layers])}
@@ -229,20 +229,8 @@ def _others(blocks: Sequence[Params], names: Sequence[str]) -> Params:
 
 def _levelled(kernels: Sequence[Kernels]) -> list[Kernels]:
     """Kernels of all blocks, alike ones with room for the same number of outliers: one program then unpacks them."""
-    positions = []
-    for column in zip(*kernels, strict=True):
-        leaves = list(column)
-        packed = [i for i, kernel in enumerate(leaves) if _is_packed(kernel)]
-        for form in {_form(leaves[i]) for i in packed}:
-            alike = [i for i in packed if _form(leaves[i]) == form]
-            for i, kernel in zip(alike, pad([leaves[i] for i in alike]), strict=True):
-                leaves[i] = kernel
-        positions.append(leaves)
-    return list(zip(*positions, strict=True))
-
-
-def _form(kernel: SpqrTensor) -> object:
-    return jax.tree.structure(kernel), kernel.codes.shape
+    packed = iter(pad_alike([kernel for block in kernels for kernel in block if _is_packed(kernel)]))
+    return [tuple(next(packed) if _is_packed(kernel) else kernel for kernel in block) for block in kernels]
 
 
 def _gathered(kernels: Sequence[Kernels], unpack: Callable[[Kernels], Array]) -> np.ndarray:

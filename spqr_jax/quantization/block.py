@@ -1,6 +1,7 @@
 """Quantizing one block: its matrices stage by stage, each solved for the inputs that it will get."""
 
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -13,13 +14,14 @@ from pallas_kernels import SpqrTensor, join_rows, trim
 from pallas_kernels.errors import SpqrError
 from spqr_jax.config import SpqrConfig
 from spqr_jax.models.decoder import Block, Params
-from spqr_jax.models.experts import kernel_of, with_kernels
+from spqr_jax.models.experts import kernel_of, layer_of, with_kernels
 from spqr_jax.quantization.checks import check_hidden
 from spqr_jax.quantization.hidden_states import Streams
 from spqr_jax.quantization.refit import refit_kernels
 from spqr_jax.quantization.report import MatrixReport, relative_errors, report_matrix
 from spqr_jax.quantization.solver import quantize_shared
 from spqr_jax.quantization.walk import BlockWalk, SharedInput
+from spqr_jax.rules import Plan
 from spqr_jax.runtime.lapack import in_one_thread
 from spqr_jax.runtime.memory import release_freed
 from spqr_jax.runtime.placement import ONE_DEVICE, Placement, to_host
@@ -49,7 +51,7 @@ def quantize_block(
     name: str,
     params: Params,
     streams: Streams | None,
-    config: SpqrConfig,
+    plan: Plan,
     placement: Placement = ONE_DEVICE,
 ) -> tuple[QuantizedBlock, Streams | None]:
     """Quantizes one block, and carries the hidden states of the calibration sequences to its output.
@@ -59,7 +61,7 @@ def quantize_block(
       name: its name in messages and reports.
       params: its parameters, dense.
       streams: hidden states before it, see `hidden_states.start`; None rounds to nearest.
-      config: what to quantize to.
+      plan: what to quantize its matrices to.
       placement: devices that share the work, and memory for the hidden states.
 
     Raises:
@@ -68,7 +70,7 @@ def quantize_block(
     Example:
       >>> from spqr_jax.quantization.hidden_states import embed, start
       >>> streams = start(embed(model, params, calibration), COMPACT)
-      >>> block, streams = quantize_block(model.new_block(), "layers_0", params["layers_0"], streams, COMPACT)
+      >>> block, streams = quantize_block(model.new_block(), "layers_0", params["layers_0"], streams, Plan(COMPACT))
       >>> list(block.report)[:2]
       ['layers_0.q_proj', 'layers_0.k_proj']
     """
@@ -77,18 +79,37 @@ def quantize_block(
     solved: dict[str, _Solved] = {}
     if streams is None:
         for matrix in block.single_matrices():
-            solved |= _round_to_nearest(matrix, dense, config, name, placement)
+            config = plan.find(f"{name}.{layer_of(matrix)}")
+            if config is not None:
+                solved |= _round_to_nearest(matrix, dense, config, name, placement)
     else:
-        walk = BlockWalk(block, dense, streams, placement, sequential=config.sequential)
+        walk = BlockWalk(block, dense, streams, placement, sequential=plan.config.sequential)
         for shared in walk:
-            found, weights = _solve(shared, dense, config, name, placement)
-            solved |= found
-            walk.replace(weights)
+            for config, part in _by_config(shared, plan, name):
+                found, weights = _solve(part, dense, config, name, placement)
+                solved |= found
+                walk.replace(weights)
         streams = walk.finish()
         check_hidden(streams, name)
     kernels = {matrix: s.packed for matrix, s in solved.items()}
     report = {f"{name}.{matrix}": s.report for matrix, s in solved.items()}
     return QuantizedBlock(name, with_kernels(params, kernels), report), streams
+
+
+def _by_config(shared: SharedInput, plan: Plan, block_name: str) -> Iterator[tuple[SpqrConfig, SharedInput]]:
+    """The matrices of an input that are not left dense, those of one configuration together."""
+    found: dict[SpqrConfig, list[str]] = {}
+    for matrix in shared.matrices:
+        config = plan.find(f"{block_name}.{layer_of(matrix)}")
+        if config is not None:
+            found.setdefault(config, []).append(matrix)
+    if len(found) == 1:
+        ((config, matrices),) = found.items()
+        yield config, shared.only(tuple(matrices))
+    elif found:
+        moments = shared.take_moments()
+        for config, matrices in found.items():
+            yield config, SharedInput(tuple(matrices), moments, shared.pooled)
 
 
 def _solve(

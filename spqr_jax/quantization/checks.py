@@ -16,6 +16,7 @@ from spqr_jax.models.decoder import Decoder, Params, layer_name
 from spqr_jax.models.experts import matrix_names
 from spqr_jax.models.token_ids import check_vocabulary
 from spqr_jax.quantization.moments import FEATURES_PER_TOKEN
+from spqr_jax.rules import Plan
 from spqr_jax.runtime.placement import Placement
 from spqr_jax.runtime.tracing import is_traced
 from spqr_jax.texts import integer_ids
@@ -24,13 +25,13 @@ LARGEST_WEIGHT = 2.0**14
 """A quarter of float16's range: room for residuals and for the corrections of other columns' errors."""
 
 
-def check_weights(params: Params, model: Decoder, config: SpqrConfig) -> None:
+def check_weights(params: Params, model: Decoder, plan: Plan) -> None:
     """Raises a SpqrError that names the first tensor that cannot be quantized, and why.
 
     Args:
       params: the parameter tree, or some of its top-level entries.
       model: the Flax module.
-      config: what to quantize to.
+      plan: what to quantize its matrices to.
     """
     block = model.new_block()
     matrices = {
@@ -42,7 +43,7 @@ def check_weights(params: Params, model: Decoder, config: SpqrConfig) -> None:
         name = path.removesuffix(".kernel")
         if isinstance(leaf, SpqrTensor | SplitTensor):
             raise SpqrError(f"{name} is quantized already: start from the original weights")
-        if name in matrices:
+        if name in matrices and (config := plan.find(name)) is not None:
             kernels = leaf if leaf.ndim == 3 else (leaf,)
             for matrix, kernel in zip(matrices[name], kernels, strict=True):
                 check_matrix(matrix, kernel.T, config)

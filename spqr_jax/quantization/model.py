@@ -11,13 +11,14 @@ from numpy.typing import ArrayLike
 from transformers import PreTrainedTokenizerBase
 
 from pallas_kernels.errors import SpqrError
-from spqr_jax.config import SpqrConfig
+from spqr_jax.config import Rules, SpqrConfig
 from spqr_jax.models.decoder import Decoder, Params, layer_name
 from spqr_jax.models.stacked_blocks import unstack_blocks
 from spqr_jax.quantization.block import QuantizedBlock, quantize_block
 from spqr_jax.quantization.checks import check_shares, check_tokens, check_weights
 from spqr_jax.quantization.hidden_states import embed, start
 from spqr_jax.quantization.report import MatrixReport
+from spqr_jax.rules import Plan
 from spqr_jax.runtime.placement import Placement
 from spqr_jax.runtime.tracing import is_traced
 from spqr_jax.runtime.x64 import in_32_bits, steps_in_32_bits
@@ -31,6 +32,7 @@ def quantize(
     *,
     model: Decoder,
     config: SpqrConfig,
+    rules: Rules = (),
     mesh: Mesh | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> tuple[Params, dict[str, MatrixReport]]:
@@ -45,6 +47,8 @@ def quantize(
         length, are packed into sequences, see `texts.calibration_sequences`.
       model: the Flax module. Calibration runs in its type, or in bfloat16 for float16, see `hidden_states.embed`.
       config: what to quantize to.
+      rules: changes of `config` for some matrices, such as `[("layers_0.*", {"bits": 8}), ("*.down_proj", None)]`; the
+        first pattern that matches a name decides, and None leaves its matrices dense.
       mesh: devices that share the work, all axes as one. Each takes its share of the calibration sequences, and of the
         rows of each matrix. H and its factor are whole on every device. Not under `jax.jit`.
       tokenizer: of calibration texts that are strings.
@@ -55,7 +59,8 @@ def quantize(
 
     Raises:
       SpqrError: sizes that do not fit the format, values that are not finite, token ids outside the vocabulary, too
-        few tokens, or sequences that the devices cannot share evenly. The message names the tensor and the numbers.
+        few tokens, sequences that the devices cannot share evenly, or a rule that cannot be or matches nothing. The
+        message names the tensor and the numbers.
 
     Source: Dettmers et al. 2023 (arXiv 2306.03078), section 4.
 
@@ -69,7 +74,7 @@ def quantize(
     quantized = dict(unstack_blocks(params))
     report: dict[str, MatrixReport] = {}
     for block in quantize_blocks(
-        params, calibration_tokens, model=model, config=config, mesh=mesh, tokenizer=tokenizer
+        params, calibration_tokens, model=model, config=config, rules=rules, mesh=mesh, tokenizer=tokenizer
     ):
         quantized[block.name] = block.params
         report |= block.report
@@ -83,6 +88,7 @@ def quantize_blocks(
     *,
     model: Decoder,
     config: SpqrConfig,
+    rules: Rules = (),
     mesh: Mesh | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Iterator[QuantizedBlock]:
@@ -100,7 +106,8 @@ def quantize_blocks(
         raise SpqrError("with a mesh, quantize cannot be traced: call it outside jax.jit, it compiles its parts itself")
     placement = Placement(mesh)
     params = unstack_blocks(params)
-    check_weights(params, model, config)
+    plan = Plan.of(config, rules).checked(model)
+    check_weights(params, model, plan)
     streams = None
     if calibration_tokens is not None:
         tokens = calibration_sequences(calibration_tokens, model.config.max_positions, tokenizer)
@@ -109,5 +116,5 @@ def quantize_blocks(
         streams = start(embed(model, params, tokens), config)
     for index in range(model.config.num_layers):
         name = layer_name(index)
-        finished, streams = quantize_block(model.new_block(index), name, params[name], streams, config, placement)
+        finished, streams = quantize_block(model.new_block(index), name, params[name], streams, plan, placement)
         yield finished

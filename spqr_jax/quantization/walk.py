@@ -15,6 +15,7 @@ from spqr_jax.quantization.checks import check_hidden, check_tokens, check_weigh
 from spqr_jax.quantization.expert_moments import ExpertMoments
 from spqr_jax.quantization.hidden_states import Streams, advance, embed
 from spqr_jax.quantization.moments import InputMoments
+from spqr_jax.rules import Plan
 from spqr_jax.runtime.placement import ONE_DEVICE, Placement
 from spqr_jax.runtime.x64 import steps_in_32_bits
 
@@ -32,6 +33,10 @@ class SharedInput:
     ) -> None:
         self.matrices, self.pooled = matrices, pooled
         self._moments = [moments]
+
+    def only(self, matrices: tuple[str, ...]) -> "SharedInput":
+        """The input for some of its matrices; it has the moments from now on."""
+        return SharedInput(matrices, self.take_moments(), self.pooled)
 
     def take_moments(self) -> InputMoments:
         """Hands the moments over, once; they may be larger than the weights, and are freed with the caller's name."""
@@ -138,13 +143,13 @@ def walk_original(
     """
     tokens = np.asarray(calibration_tokens)
     first = parts[layer_name(0)]()
-    check_weights({layer_name(0): first}, model, config)
+    check_weights({layer_name(0): first}, model, Plan(config))
     check_tokens(tokens, first, model)
     del first
     streams = [Streams({"hidden": embed(model, {"embed_tokens": parts["embed_tokens"]()}, tokens)}, None)]
     for depth in range(model.config.num_layers):
         part = parts[layer_name(depth)]()
-        check_weights({layer_name(depth): part}, model, config)
+        check_weights({layer_name(depth): part}, model, Plan(config))
         params = jax.tree.map(ONE_DEVICE.put_parameter, part)
         del part
         walk = BlockWalk(model.new_block(depth), params, streams.pop())

@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any
 
 import jax
 import numpy as np
@@ -18,11 +18,12 @@ from jax.sharding import Mesh
 from jaxtyping import Int
 
 from pallas_kernels.errors import SpqrError
-from spqr_jax.config import Method, SpqrConfig
+from spqr_jax.config import SETTINGS, Method, Rules, SpqrConfig, allowed_values, changed, is_of_type
 from spqr_jax.measure.perplexity import counted_perplexity, token_losses
 from spqr_jax.models.decoder import Decoder, Params, layer_name
 from spqr_jax.models.precision import for_computing
 from spqr_jax.quantization.checks import check_weights
+from spqr_jax.rules import Plan
 from spqr_jax.storage.checkpoint import is_checkpoint, load
 from spqr_jax.storage.description import describe_model
 from spqr_jax.storage.digests import digest
@@ -97,7 +98,7 @@ class Cell:
 
 
 _DEFAULTS = Cell(Method.SPQR, SpqrConfig()).settings
-_TYPES = get_type_hints(SpqrConfig) | {"method": Method, "whole_rows": bool, "stats_bits": int | None}
+_TYPES = SETTINGS | {"method": Method, "whole_rows": bool}
 
 
 def cells(grid: Iterable[object]) -> list[Cell]:
@@ -134,39 +135,17 @@ def _expand(entry: object) -> Iterator[Cell]:
     for values in itertools.product(*lists):
         chosen = dict(zip(entry, values, strict=True))
         for name, value in chosen.items():
-            if not _is_of_type(value, _TYPES[name]):
-                raise SpqrError(f"the grid's entry {dict(entry)} has {name} {value!r}: give {_allowed(_TYPES[name])}")
+            if not is_of_type(value, _TYPES[name]):
+                raise SpqrError(
+                    f"the grid's entry {dict(entry)} has {name} {value!r}: give {allowed_values(_TYPES[name])}"
+                )
         method = Method(chosen.pop("method"))
-        if "stats_bits" in chosen:
-            chosen["scale_bits"] = chosen["zero_bits"] = chosen.pop("stats_bits")
         whole_rows = chosen.pop("whole_rows", False)
         try:
-            config = SpqrConfig(**chosen)
+            config = changed(SpqrConfig(), chosen)
         except SpqrError as error:
             raise SpqrError(f"the grid's entry {dict(entry)}: {error}") from None
         yield Cell(method, method.config(config), whole_rows)
-
-
-def _allowed(annotation: Any) -> str:
-    """The values of a setting, or their types, for a message."""
-    if annotation is Method:
-        return " or ".join(Method)
-    if get_origin(annotation) is Literal:
-        return " or ".join(get_args(annotation))
-    types = get_args(annotation) or (annotation,)
-    return " or ".join("null" if kind is type(None) else kind.__name__ for kind in types)
-
-
-def _is_of_type(value: object, annotation: Any) -> bool:
-    """Whether a value of JSON has the type of a setting."""
-    if get_origin(annotation) is Literal:
-        return value in get_args(annotation)
-    allowed = get_args(annotation) or (annotation,)
-    if isinstance(value, bool) or value is None:
-        return type(value) in allowed
-    if Method in allowed:
-        return value in list(Method)
-    return isinstance(value, allowed) or (float in allowed and isinstance(value, int))
 
 
 def sweep(
@@ -176,6 +155,7 @@ def sweep(
     calibration_tokens: Int[np.ndarray, "sequences tokens"],
     windows: Int[np.ndarray, "windows window"],
     *,
+    rules: Rules = (),
     mesh: Mesh | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Quantizes and measures a model in every cell of a grid, after the model itself.
@@ -190,6 +170,7 @@ def sweep(
       grid: see `cells`.
       calibration_tokens: token ids of sequences of equal length.
       windows: token ids on which perplexity is measured, see `cut_windows`.
+      rules: changes of the settings of every cell for some matrices, see `quantize`.
       mesh: devices that share the work of quantizing.
 
     Returns:
@@ -210,14 +191,15 @@ def sweep(
         "model": describe_model(source.model),
         "calibration": {"shape": list(calibration_tokens.shape), "tokens": digest(calibration_tokens)},
         "text": {"shape": list(windows.shape), "tokens": digest(windows)},
+        **({"rules": [list(rule) for rule in rules]} if rules else {}),
     }
-    _check_cells(source, grid)
+    _check_cells(source, grid, rules)
     # Now, because the steps may be taken in another working directory.
     directory = resolved(directory)
 
     def measure(cell: Cell | None, shares: Mapping[str, float]) -> dict[str, Any]:
         name = "original" if cell is None else cell.name
-        return _result(source, directory / name, cell, shares, calibration_tokens, windows, mesh)
+        return _result(source, directory / name, cell, shares, calibration_tokens, windows, rules, mesh)
 
     return _steps(directory, description, grid, measure)
 
@@ -246,18 +228,19 @@ def _steps(
             yield result
 
 
-def _check_cells(source: ModelSource, grid: Sequence[Cell]) -> None:
+def _check_cells(source: ModelSource, grid: Sequence[Cell], rules: Rules) -> None:
     """Checks all settings against the first block, before the long work."""
     first = {layer_name(0): source.parts[layer_name(0)]()}
     for cell in grid:
-        check_weights(first, source.model, cell.config)
+        plan = Plan.of(cell.config, rules).checked(source.model)
+        check_weights(first, source.model, plan)
 
 
 def _original(source: ModelSource, windows: Int[np.ndarray, "windows window"], mesh: Mesh | None) -> dict[str, Any]:
     """The result of the model itself."""
     perplexity = _perplexity(source.model, source.read(), windows)
     result = {"name": "original", "method": "original", "bits_per_weight": 16.0, "perplexity": perplexity}
-    return result | _circumstances(new_record(SpqrConfig(), None, [], mesh))
+    return result | _circumstances(new_record(Plan(SpqrConfig()), None, [], mesh))
 
 
 def _release(checkpoint: Path) -> None:
@@ -275,6 +258,7 @@ def _result(
     shares: Mapping[str, float],
     calibration_tokens: Int[np.ndarray, "sequences tokens"],
     windows: Int[np.ndarray, "windows window"],
+    rules: Rules,
     mesh: Mesh | None,
 ) -> dict[str, Any]:
     """The result of one cell, or (None) of the model itself; a checkpoint is kept until its result is written."""
@@ -285,7 +269,7 @@ def _result(
         config = replace(config, outlier_threshold=None, outlier_rows=shares[replace(cell, whole_rows=False).name])
     if not is_checkpoint(checkpoint):
         tokens = None if cell.method is Method.RTN else calibration_tokens
-        quantize_checkpoint(source, checkpoint, tokens, config=config, mesh=mesh)
+        quantize_checkpoint(source, checkpoint, tokens, config=config, rules=rules, mesh=mesh)
     model, params, _ = load(checkpoint)
     totals = summarize(params)
     record: Any = read_record(checkpoint)

@@ -17,11 +17,12 @@ from jax.sharding import Mesh
 from jaxtyping import Int
 from numpy.typing import ArrayLike
 
-from spqr_jax.config import SpqrConfig
+from spqr_jax.config import Rules, SpqrConfig
 from spqr_jax.models.decoder import Params, layer_name
 from spqr_jax.quantization.block import quantize_block
 from spqr_jax.quantization.checks import check_shares, check_tokens, check_weights
 from spqr_jax.quantization.hidden_states import embed, start
+from spqr_jax.rules import Plan
 from spqr_jax.runtime.placement import Placement
 from spqr_jax.runtime.processes import agree, is_first
 from spqr_jax.runtime.x64 import in_32_bits
@@ -44,7 +45,7 @@ class _Job:
 
     source: ModelSource
     tokens: Int[np.ndarray, "sequences tokens"] | None
-    config: SpqrConfig
+    plan: Plan
     placement: Placement
     quality: Mapping[str, float] | None
 
@@ -66,6 +67,7 @@ def quantize_checkpoint(
     calibration_tokens: ArrayLike | None,
     *,
     config: SpqrConfig,
+    rules: Rules = (),
     mesh: Mesh | None = None,
     hidden_on_disk: bool = False,
     overwrite: bool = False,
@@ -83,7 +85,7 @@ def quantize_checkpoint(
       destination: directory of the checkpoint, see `load`.
       calibration_tokens: token ids `[sequences, tokens]`, or texts to be packed, see `quantize`; the source's tokenizer
         encodes strings. None gives round-to-nearest.
-      config: the settings.
+      config, rules: the settings, and their changes for some matrices, see `quantize`.
       mesh: devices that share the work, see `quantize`.
       hidden_on_disk: keep the hidden states of the calibration sequences in mapped files, not in memory.
       overwrite: replace an existing checkpoint, once the new one is complete.
@@ -101,11 +103,11 @@ def quantize_checkpoint(
       >>> reports = quantize_checkpoint(source, "compact-spqr", calibration, config=COMPACT)
       >>> model, quantized, tokenizer = load("compact-spqr")
     """
-    tokens = _sequences(calibration_tokens, source)
     destination = resolved(destination)
     run = PartialRun.of(destination)
     placement = Placement(mesh, run.allocate) if hidden_on_disk else Placement(mesh)
-    job = _Job(source, tokens, config, placement, quality)
+    plan = Plan.of(config, rules).checked(source.model)
+    job = _Job(source, _sequences(calibration_tokens, source), plan, placement, quality)
     published = run.is_published(destination)
     if not published:
         check_destination(destination, overwrite=overwrite)
@@ -133,7 +135,7 @@ def _survey(job: _Job, directory: Path) -> dict[str, Any]:
     model, tokens = job.source.model, job.tokens
     for name in (*job.blocks, *job.ends):
         part = job.source.parts[name]()
-        check_weights({name: part}, model, job.config)
+        check_weights({name: part}, model, job.plan)
         if name == job.blocks[0] and tokens is not None:
             check_tokens(tokens, part, model)
             check_shares(len(tokens), job.placement)
@@ -141,7 +143,8 @@ def _survey(job: _Job, directory: Path) -> dict[str, Any]:
         size += sum(leaf.nbytes for leaf in jax.tree.leaves(part))
     _check_space(directory, size // 2)
     return {
-        "config": dataclasses.asdict(job.config),
+        "config": dataclasses.asdict(job.plan.config),
+        **({"rules": job.plan.as_rules()} if job.plan.rules else {}),
         "model": describe_model(model),
         "calibration": None if tokens is None else {"shape": list(tokens.shape), "tokens": digest(tokens)},
         "source": dict(sorted(digests.items())),
@@ -172,7 +175,7 @@ def _resume(run: PartialRun, hidden_on_disk: bool) -> RunState:
 def _states(job: _Job, run: PartialRun, state: RunState) -> Iterator[RunState]:
     """Quantizes the unfinished blocks, and yields the state after each of them when it is on the disk."""
     # Stored states are leaves without names: any array shows which entries there are.
-    streams = None if job.tokens is None else start(np.zeros((1, 1, 1), np.float32), job.config)
+    streams = None if job.tokens is None else start(np.zeros((1, 1, 1), np.float32), job.plan.config)
     structure: Any = jax.tree.structure(streams)
     if not state.blocks:
         state = _start(job, run)
@@ -180,7 +183,7 @@ def _states(job: _Job, run: PartialRun, state: RunState) -> Iterator[RunState]:
     for name, params in _read_ahead(job.source.parts, job.blocks[len(state.blocks) :], job.placement):
         streams = jax.tree.unflatten(structure, state.hidden)
         block = job.source.model.new_block(len(state.blocks))
-        finished, streams = quantize_block(block, name, params, streams, job.config, job.placement)
+        finished, streams = quantize_block(block, name, params, streams, job.plan, job.placement)
         entries = dict(state.entries)
         if is_first():
             entries[name] = run.write_part(name, finished.params)
@@ -200,7 +203,7 @@ def _start(job: _Job, run: PartialRun) -> RunState:
     if job.tokens is None:
         return RunState(ends, [], [])
     hidden = embed(job.source.model, {"embed_tokens": parts["embed_tokens"]()}, job.tokens, job.placement)
-    return RunState(ends, [], jax.tree.leaves(start(hidden, job.config)))
+    return RunState(ends, [], jax.tree.leaves(start(hidden, job.plan.config)))
 
 
 def _finish(job: _Job, run: PartialRun, destination: Path, state: RunState, published: bool) -> None:
@@ -210,7 +213,7 @@ def _finish(job: _Job, run: PartialRun, destination: Path, state: RunState, publ
     elif is_first():
         shape = None if job.tokens is None else job.tokens.shape
         record = new_record(
-            job.config,
+            job.plan,
             shape,
             state.blocks,
             job.placement.mesh,

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from spqr_jax.models.decoder import Decoder
+from spqr_jax.rules import described
 from spqr_jax.storage.description import Entries, describe_model
 from spqr_jax.storage.layout import CARD
 from spqr_jax.storage.record import Record
@@ -148,7 +149,13 @@ def _settings(record: Record) -> dict[str, str]:
     calibration = "none" if shape is None else f"{shape[0]:,} sequences of {shape[1]:,} tokens"
     settings = {name.replace("_", " "): _plain(value) for name, value in dataclasses.asdict(record.config).items()}
     versions = ", ".join(f"{name} {version}" for name, version in record.versions.items())
-    return {**settings, "calibration": calibration, "date": record.date, "versions": versions}
+    return {
+        **settings,
+        **described(record.rules),
+        "calibration": calibration,
+        "date": record.date,
+        "versions": versions,
+    }
 
 
 def _quality(record: Record) -> dict[str, str]:

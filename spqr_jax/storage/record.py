@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 
 from spqr_jax.config import SpqrConfig
 from spqr_jax.quantization.report import MatrixReport
+from spqr_jax.rules import Plan
 from spqr_jax.storage.errors import CheckpointError
 from spqr_jax.storage.json_files import finite, read_json, write_json
 from spqr_jax.storage.layout import RECORD
@@ -54,6 +55,7 @@ class Record(NamedTuple):
       date: when the run ended, in UTC.
       base_model: name of the original; None if it is not known.
       quality: measured values by their names, if the model was measured.
+      rules: changes of the settings for some matrices, see `quantize`.
     """
 
     config: SpqrConfig
@@ -66,10 +68,11 @@ class Record(NamedTuple):
     date: str
     base_model: str | None = None
     quality: dict[str, float] | None = None
+    rules: tuple[tuple[str, dict[str, Any] | None], ...] = ()
 
 
 def new_record(
-    config: SpqrConfig,
+    plan: Plan,
     calibration: tuple[int, int] | None,
     blocks: Sequence[BlockReport],
     mesh: Mesh | None,
@@ -80,7 +83,7 @@ def new_record(
     """Makes the record of a run that ends now, on a mesh or on JAX's default device."""
     device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
     return Record(
-        config=config,
+        config=plan.config,
         calibration=calibration,
         blocks=list(blocks),
         versions=_versions(),
@@ -90,6 +93,7 @@ def new_record(
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         base_model=base_model,
         quality=None if quality is None else dict(quality),
+        rules=plan.as_rules(),
     )
 
 
@@ -99,6 +103,8 @@ def write_record(root: Path, record: Record) -> None:
         "config": dataclasses.asdict(record.config),
         "blocks": blocks_to_json(record.blocks),
     }
+    if not record.rules:
+        del content["rules"]
     write_json(root / RECORD, finite(content))
 
 
@@ -124,6 +130,7 @@ def read_record(directory: str | PathLike[str]) -> Record | None:
             "config": SpqrConfig(**content["config"]),
             "calibration": None if shape is None else tuple(shape),
             "blocks": blocks_from_json(content["blocks"]),
+            "rules": tuple((pattern, changes) for pattern, changes in content.get("rules", ())),
         }
         return Record(**content | parsed)
     except (KeyError, TypeError) as error:

@@ -99,10 +99,11 @@ def test_stacking_twice_and_unstacking_twice_change_nothing(params):
     assert unstack_blocks(params) is params
 
 
-def test_blocks_that_differ_cannot_be_stacked(params, packed):
-    mixed = {**params, "layers_2": packed["layers_2"]}
-    with pytest.raises(ValueError, match="layers_0 and layers_2 hold different arrays"):
-        stack_blocks(mixed)
+def test_blocks_that_differ_are_stacks_of_their_kinds(params, packed):
+    mixed = {**params, "layers_1": packed["layers_1"]}
+    stacked = stack_blocks(mixed)
+    assert stacked["blocks"].kinds[:3] == (0, 1, 0)
+    assert_equal(unstack_blocks(stacked), mixed)
 
 
 def test_stacking_needs_blocks():
@@ -158,6 +159,9 @@ def test_level_blocks_have_the_arrays_of_the_stack(packed):
     assert_equal(level_blocks(level), level)
 
 
-def test_blocks_that_differ_cannot_be_levelled(params, packed):
-    with pytest.raises(ValueError, match="layers_0 and layers_2 hold different arrays"):
-        level_blocks({**params, "layers_2": packed["layers_2"]})
+def test_only_blocks_of_one_kind_are_padded_to_each_other(params, packed):
+    mixed = {**packed, "layers_2": params["layers_2"]}
+    level = level_blocks(mixed)
+    assert_equal(level["layers_2"], params["layers_2"])
+    alike = level_blocks({**packed, "layers_2": packed["layers_0"]})
+    assert_equal(level["layers_0"], alike["layers_0"])
