@@ -12,7 +12,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
@@ -31,6 +30,7 @@ from spqr_jax.models.precision import for_computing
 from spqr_jax.quantization.model import quantize_blocks
 from spqr_jax.storage import checkpoint
 from spqr_jax.storage.directories import bytes_on_disk
+from spqr_jax.storage.totals import summarize
 from spqr_jax.texts import REFERENCE_STARTS, begun_with, tokens_of_text, wikitext2, windows_at
 
 WINDOWS = 10
@@ -72,7 +72,7 @@ def main(name: str = "smollm2") -> None:
     quantizing = quantize_and_save(model, params, tokenizer, destination)
     after = fresh_process("eval", str(destination), "--windows", str(WINDOWS))
     answer = fresh_process("generate", str(destination), subject.prompt, "--max-new-tokens", "48")
-    sizes = sum(leaf.nbytes for leaf in jax.tree.leaves(params)), bytes_on_disk(destination)
+    sizes = summarize(params).nbytes, bytes_on_disk(destination)
     print_results(subject, sizes, before, after, quantizing)
     Console().print(f"\n> {subject.prompt}\n{answer['text']}", highlight=False)
 
@@ -113,6 +113,7 @@ def print_results(
     table = Table("", f"original ({jnp.dtype(subject.dtype).name})", "SpQR, 3 bits", title=subject.title)
     table.add_row("perplexity", f"{before['perplexity']:.2f}", f"{after['perplexity']:.2f}")
     table.add_row("bits per weight", "16", f"{after['bits_per_weight']:.2f}")
+    table.add_row("bits per parameter, with the embedding", "16", f"{after['bits_per_parameter']:.2f}")
     table.add_row("outliers", "", f"{after['outlier_share']:.2%}")
     table.add_row("bytes on disk", *(f"{size:,}" for size in sizes))
     table.add_row("seconds to quantize", "", f"{quantizing:.0f}")

@@ -8,7 +8,7 @@ JAX's persistent cache: for SmolLM2 the first block then takes 19 s instead of 6
 
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +25,7 @@ from spqr_jax.quantization.hidden_states import SEQUENCES_AT_ONCE
 from spqr_jax.quantization.refit import follows_original
 from spqr_jax.runtime.memory import peak_bytes
 from spqr_jax.storage.checkpoint import describe
+from spqr_jax.storage.description import Entries
 from spqr_jax.storage.destination import check_destination
 from spqr_jax.storage.directories import bytes_on_disk, existing_parent
 from spqr_jax.storage.disk_to_disk import quantize_checkpoint
@@ -88,7 +89,7 @@ def estimate(
 
     Returns:
       blocks, seconds, seconds of a block, bytes of memory (the largest resident set of this process), of disk while it
-      runs, and of the checkpoint, with its bits per weight and share of outliers.
+      runs, and of the checkpoint, with the totals of `Summary.sizes`.
 
     Raises:
       SpqrError: as `quantize_checkpoint`.
@@ -108,7 +109,7 @@ def estimate(
         reports = quantize_checkpoint(few, checkpoint, part, on_block=on_block, **options)
         spent = time.perf_counter() - started
         size = _size_on_disk(smallest, checkpoint, len(reports), blocks)
-        totals = summarize_described(describe(checkpoint))
+        totals = summarize_described(_of_all_blocks(describe(checkpoint), len(reports), blocks))
     block_bytes, end_bytes = _source_bytes(few)
     measured = Measurement(
         seconds=[report.seconds for report in reports],
@@ -124,10 +125,25 @@ def estimate(
         "seconds_per_block": measured.block_seconds,
         "memory_bytes": peak_bytes() + (0 if hidden_on_disk else round((1 - measured.share) * held)),
         "disk_bytes": size + 2 * stored,  # a state is deleted after the next one is complete
-        "bytes_on_disk": size,
-        "bits_per_weight": totals.bits_per_weight,
-        "outlier_share": totals.outlier_share,
+        **totals.sizes_with_files(size),
         "seconds_to_measure": spent,
+    }
+
+
+def _of_all_blocks(measured: Entries, count: int, blocks: int) -> Entries:
+    """The entries of a checkpoint of so many blocks: further blocks have those of the `count` measured ones."""
+
+    def repeated(entries: Mapping[str, Any]) -> dict[str, Any]:
+        found = dict(entries)
+        for index in range(count, blocks):
+            own, others = f"{layer_name(index % count)}.", f"{layer_name(index)}."
+            found |= {others + name.removeprefix(own): entries[name] for name in entries if name.startswith(own)}
+        return found
+
+    return {
+        "matrices": repeated(measured["matrices"]),
+        "dense": repeated(measured["dense"]),
+        "empty": repeated(measured["empty"]),
     }
 
 

@@ -38,11 +38,9 @@ def evaluate(
     ids = evaluation_tokens(tokenizer, text, protocol, window)
     parts, counted = counted_windows(ids, window=window, stride=stride, max_windows=windows, first=model.first_token)
     losses = console.track(token_losses(model, for_measuring(params, memory), parts), len(parts), "perplexity")
-    totals = summarize(params)
     result: dict[str, Any] = {
         "perplexity": counted_perplexity(losses, counted),
         "tokens": parts.size if stride is None else sum(counted) + 1,
+        **summarize(params).sizes(),
     }
-    if totals.weights:
-        result |= {"bits_per_weight": totals.bits_per_weight, "outlier_share": totals.outlier_share}
     console.emit(result | {"seconds": time.perf_counter() - started}, as_json)

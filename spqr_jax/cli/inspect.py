@@ -24,12 +24,17 @@ def inspect(source: Model, as_json: Json = False) -> None:
     output = console.output()
     for label in (label for label in ("form", "family", "alias") if label in content):
         output.print(f"{label}: {content[label]}")
+    for name, value in content.get("sizes", {}).items():
+        output.print(f"{name.replace('_', ' ')}: {value:{',.4f' if isinstance(value, float) else ','}}")
     output.print(table)
 
 
 def inspect_own(directory: str) -> tuple[dict[str, Any], Table]:
     """A checkpoint of this project: as JSON, and as a table with a row per matrix."""
     from spqr_jax.storage.checkpoint import describe
+    from spqr_jax.storage.directories import bytes_on_disk
+    from spqr_jax.storage.paths import resolved
+    from spqr_jax.storage.totals import summarize_described
 
     header: Any = describe(directory)
     columns = ("out x in", "bits", "group", "statistics", "outliers", "bits/weight")
@@ -44,7 +49,8 @@ def inspect_own(directory: str) -> tuple[dict[str, Any], Table]:
         table.add_row(path, times(matrix["shape"]), *numbers)
     for path, array in header["dense"].items():
         table.add_row(path, times(array["shape"]), array["dtype"], "", "", "", "")
-    return {"form": "spqr-jax checkpoint", **header}, table
+    sizes = summarize_described(header).sizes_with_files(bytes_on_disk(resolved(directory)))
+    return {"form": "spqr-jax checkpoint", "sizes": sizes, **header}, table
 
 
 def inspect_foreign(source: str) -> tuple[dict[str, Any], Table]:

@@ -159,11 +159,9 @@ def describe_run(destination: Path, blocks: Sequence[BlockReport], seconds: floa
     pooled = pooled_matrices(blocks)
     return {
         "destination": str(destination),
-        "bits_per_weight": totals.bits_per_weight,
-        "outlier_share": totals.outlier_share,
+        **totals.sizes_with_files(bytes_on_disk(destination)),
         **({"matrices_of_experts_with_too_few_tokens": pooled} if pooled else {}),
         "seconds": seconds,
-        "bytes_on_disk": bytes_on_disk(destination),
         "seconds_per_block": [block.seconds for block in blocks],
         "matrices": {name: matrix_to_json(matrix) for block in blocks for name, matrix in block.matrices.items()},
     }

@@ -26,6 +26,7 @@ from spqr_jax.storage.description import Description, MatrixEntry, describe
 from spqr_jax.storage.directories import bytes_on_disk, write_text
 from spqr_jax.storage.paths import absolute
 from spqr_jax.storage.record import Record, pooled_matrices, read_record
+from spqr_jax.storage.totals import summarize_described
 
 TEMPLATE = "report.html.jinja"
 IN_A_BLOCK = re.compile(r"layers_(\d+)\.(.+)", re.DOTALL)
@@ -175,14 +176,16 @@ def _share(matrices: Sequence[Matrix]) -> float:
 
 def _totals(header: Description, record: Record | None, matrices: Sequence[Matrix], on_disk: int) -> dict[str, str]:
     weights, packed = (sum(getattr(matrix, name) for matrix in matrices) for name in ("weights", "bytes"))
+    whole = summarize_described(header)
     totals = {
-        "bits per weight": f"{_bits(matrices):.3f}",
+        "bits per quantized weight": f"{_bits(matrices):.3f}",
+        "bits per parameter, those that are not quantized too": f"{whole.bits_per_parameter:.3f}",
         "outliers": f"{_share(matrices):.2%}",
         "quantized weights": f"{weights:,} in {len(matrices):,} matrices",
         "their bytes in 16 bits": f"{2 * weights:,}",
         "their bytes packed": f"{packed:,}, {2 * weights / packed:.2f} times smaller",
         "bytes of other parameters, not quantized": f"{sum(array['bytes'] for array in header['dense'].values()):,}",
-        "bytes on disk, with the tokenizer": f"{on_disk:,}",
+        "bytes on disk, with the tokenizer": f"{on_disk:,}, {8 * on_disk / whole.parameters:.3f} bits per parameter",
     }
     if record is not None:
         seconds = sum(block.seconds for block in record.blocks)

@@ -26,7 +26,7 @@ from spqr_jax.rules import Plan
 from spqr_jax.runtime.placement import Placement
 from spqr_jax.runtime.processes import agree, is_first
 from spqr_jax.runtime.x64 import in_32_bits
-from spqr_jax.storage.description import Entries, describe_model
+from spqr_jax.storage.description import Entries, describe_model, joined_entries
 from spqr_jax.storage.destination import check_destination
 from spqr_jax.storage.digests import digest
 from spqr_jax.storage.directories import existing_parent
@@ -36,6 +36,7 @@ from spqr_jax.storage.partial_run import PartialRun
 from spqr_jax.storage.paths import resolved
 from spqr_jax.storage.record import BlockReport, new_record
 from spqr_jax.storage.run_state import RunState
+from spqr_jax.storage.totals import summarize_described
 from spqr_jax.texts import calibration_sequences
 
 
@@ -219,6 +220,7 @@ def _finish(job: _Job, run: PartialRun, destination: Path, state: RunState, publ
             job.placement.mesh,
             base_model=job.source.name,
             quality=job.quality,
+            sizes=summarize_described(joined_entries(state.entries.values())).sizes(),
         )
         run.finish(destination, state, job.source.model, job.source.tokenizer, record)
     agree({"finished blocks": len(state.blocks)})

@@ -5,7 +5,6 @@ edit or delete it.
 """
 
 import dataclasses
-import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -124,12 +123,12 @@ def _sizes(model: Decoder, entries: Entries, base: str | None) -> dict[str, str]
     described, config = describe_model(model), model.config
     totals = summarize_described(entries)
     matrices, dense = entries["matrices"].values(), entries["dense"].values()
-    parameters = totals.weights + sum(math.prod(array["shape"]) for array in dense)
     found = {
         "base model": base or "not known",
         "architecture": f"{described.get('alias', described['family'])}, {config.num_layers} blocks, hidden size "
         f"{config.hidden_size}, {config.vocab_size} tokens in the vocabulary",
-        "parameters": f"{parameters:,}",
+        "parameters": f"{totals.parameters:,}",
+        "size": f"{totals.bits_per_parameter:.3f} bits per parameter: {totals.nbytes:,} bytes",
     }
     if matrices:
         codes = sorted({f"{matrix['bits']} bits in groups of {matrix['group_size']}" for matrix in matrices})

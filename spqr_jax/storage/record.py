@@ -56,6 +56,7 @@ class Record(NamedTuple):
       base_model: name of the original; None if it is not known.
       quality: measured values by their names, if the model was measured.
       rules: changes of the settings for some matrices, see `quantize`.
+      sizes: of the whole model, see `Summary.sizes`; None in records of earlier versions.
     """
 
     config: SpqrConfig
@@ -69,6 +70,7 @@ class Record(NamedTuple):
     base_model: str | None = None
     quality: dict[str, float] | None = None
     rules: tuple[tuple[str, dict[str, Any] | None], ...] = ()
+    sizes: dict[str, float] | None = None
 
 
 def new_record(
@@ -79,6 +81,7 @@ def new_record(
     *,
     base_model: str | None = None,
     quality: Mapping[str, float] | None = None,
+    sizes: Mapping[str, float] | None = None,
 ) -> Record:
     """Makes the record of a run that ends now, on a mesh or on JAX's default device."""
     device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
@@ -94,6 +97,7 @@ def new_record(
         base_model=base_model,
         quality=None if quality is None else dict(quality),
         rules=plan.as_rules(),
+        sizes=None if sizes is None else dict(sizes),
     )
 
 

@@ -1,7 +1,8 @@
 """Size and outliers of a whole quantized model."""
 
 import math
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -12,32 +13,51 @@ from spqr_jax.storage.description import Entries
 
 
 class Summary(NamedTuple):
-    """Totals over the packed matrices of a model.
+    """Totals over the packed matrices of a model, and over all of its parameters.
 
     Attributes:
       weights: number of weights in packed matrices.
       bits_per_weight: 8 · bytes of those matrices / weights.
       outlier_share: outliers / weights.
+      parameters: number of all parameters: those weights and the elements of dense arrays.
+      nbytes: bytes of all parameters.
     """
 
     weights: int
     bits_per_weight: float
     outlier_share: float
+    parameters: int
+    nbytes: int
+
+    @property
+    def bits_per_parameter(self) -> float:
+        """8 · bytes / number, of all parameters of the model."""
+        return 8 * self.nbytes / max(self.parameters, 1)
+
+    def sizes(self) -> dict[str, float]:
+        """The totals by the names that they have in results of commands and in records."""
+        packed = {"bits_per_weight": self.bits_per_weight, "outlier_share": self.outlier_share} if self.weights else {}
+        whole = {"bits_per_parameter": self.bits_per_parameter, "bytes_of_parameters": self.nbytes}
+        return {**packed, "parameters": self.parameters, **whole}
+
+    def sizes_with_files(self, nbytes: int) -> dict[str, float]:
+        """`sizes`, and those of the files that hold the model: compressed arrays, tokenizer and descriptions."""
+        on_disk = {"bytes_on_disk": nbytes, "bits_per_parameter_on_disk": 8 * nbytes / max(self.parameters, 1)}
+        return {**self.sizes(), **on_disk}
 
 
 def summarize(params: PyTree) -> Summary:
-    """Sums over all `SpqrTensor`s of a parameter tree, stacked ones too; without any, all totals are 0.
+    """Sums over a parameter tree, its `SpqrTensor`s stacked or not.
 
     Example:
       >>> summarize(quantized)
-      Summary(weights=73728, bits_per_weight=..., outlier_share=...)
+      Summary(weights=73728, bits_per_weight=..., outlier_share=..., parameters=..., nbytes=...)
     """
     leaves = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, SpqrTensor))
     packed = [leaf for leaf in leaves if isinstance(leaf, SpqrTensor)]
-    weights = sum(tensor.size for tensor in packed)
-    size = sum(tensor.nbytes for tensor in packed)
+    dense = [leaf for leaf in leaves if not isinstance(leaf, SpqrTensor)]
     outliers = sum(int(np.sum(tensor.outliers.count)) for tensor in packed if tensor.outliers is not None)
-    return Summary(weights, 8 * size / max(weights, 1), outliers / max(weights, 1))
+    return _summary(_size(packed), _size(dense), outliers)
 
 
 def summarize_described(description: Entries) -> Summary:
@@ -48,8 +68,20 @@ def summarize_described(description: Entries) -> Summary:
       >>> summarize_described(describe("tiny-spqr")) == summarize(quantized)
       True
     """
-    matrices = description["matrices"].values()
-    weights = sum(math.prod(matrix["shape"]) for matrix in matrices)
-    size = sum(matrix["bytes"] for matrix in matrices)
-    outliers = sum(matrix["outliers"] or 0 for matrix in matrices)
-    return Summary(weights, 8 * size / max(weights, 1), outliers / max(weights, 1))
+    outliers = sum(matrix["outliers"] or 0 for matrix in description["matrices"].values())
+    packed, dense = (
+        (sum(math.prod(entry["shape"]) for entry in entries), sum(entry["bytes"] for entry in entries))
+        for entries in ([*description["matrices"].values()], [*description["dense"].values()])
+    )
+    return _summary(packed, dense, outliers)
+
+
+def _size(leaves: Iterable[Any]) -> tuple[int, int]:
+    """Number of elements, and of bytes."""
+    sizes = [(leaf.size, leaf.nbytes) for leaf in leaves]
+    return sum(size for size, _ in sizes), sum(nbytes for _, nbytes in sizes)
+
+
+def _summary(packed: tuple[int, int], dense: tuple[int, int], outliers: int) -> Summary:
+    (weights, size), (others, other_size) = packed, dense
+    return Summary(weights, 8 * size / max(weights, 1), outliers / max(weights, 1), weights + others, size + other_size)

@@ -68,7 +68,16 @@ def test_quantize_reports_and_saves(plain: Path, tmp_path: Path) -> None:
         "relative_error",
         "seconds",
     }
-    assert result("inspect", tmp_path / "out")["matrices"]["layers_1.v_proj.kernel"]["bits"] == 4
+    inspected = result("inspect", tmp_path / "out")
+    assert inspected["matrices"]["layers_1.v_proj.kernel"]["bits"] == 4
+    for name, value in inspected["sizes"].items():
+        assert report[name] == value
+    # Embedding, norms and head are dense, in 32 bits.
+    assert report["bits_per_weight"] < report["bits_per_parameter"] < 32
+    record = read_record(tmp_path / "out")
+    assert record is not None
+    assert record.sizes is not None
+    assert record.sizes["bits_per_parameter"] == report["bits_per_parameter"]
     assert len(report["seconds_per_block"]) == 2
 
 

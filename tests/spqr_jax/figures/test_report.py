@@ -15,7 +15,7 @@ import pytest
 from helpers.command_line import result, spqr
 from helpers.tiny_llama import CONFIG, MODEL, tiny_params
 
-from spqr_jax import CheckpointError, SpqrConfig, quantize_checkpoint, save
+from spqr_jax import CheckpointError, SpqrConfig, quantize_checkpoint, save, summarize
 from spqr_jax.figures.report import report_page, write_report
 from spqr_jax.figures.report_plots import lines
 from spqr_jax.storage.checkpoint import describe, load
@@ -130,12 +130,14 @@ def test_totals_settings_and_versions_are_in_the_page(checkpoint: Path) -> None:
     weights, packed = sum(np.prod(entry["shape"]) for entry in entries), sum(entry["bytes"] for entry in entries)
     worst = max((m.relative_error, name) for block in record.blocks for name, m in block.matrices.items())
     disk = sum(path.stat().st_size for path in checkpoint.rglob("*") if path.is_file())
+    whole = summarize(load(checkpoint).params)
     expected = {
-        "bits per weight": f"{8 * packed / weights:.3f}",
+        "bits per quantized weight": f"{8 * packed / weights:.3f}",
+        "bits per parameter, those that are not quantized too": f"{whole.bits_per_parameter:.3f}",
         "quantized weights": f"{weights:,} in 14 matrices",
         "their bytes in 16 bits": f"{2 * weights:,}",
         "their bytes packed": f"{packed:,}, {2 * weights / packed:.2f} times smaller",
-        "bytes on disk, with the tokenizer": f"{disk:,}",
+        "bytes on disk, with the tokenizer": f"{disk:,}, {8 * disk / whole.parameters:.3f} bits per parameter",
         "seconds to quantize": f"{sum(block.seconds for block in record.blocks):,.1f} for 2 blocks",
         "largest relative error": f"{worst[0]:.2e}, of {worst[1]}",
         "outlier threshold": "0.2",

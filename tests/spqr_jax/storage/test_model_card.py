@@ -48,6 +48,7 @@ def test_the_card_of_a_quantization_says_what_it_is(root: Path) -> None:
     totals = summarize_described(describe(root / "paper"))
     for row in (
         f"| base model | {HUB_ID} |",
+        f"| size | {totals.bits_per_parameter:.3f} bits per parameter: {totals.nbytes:,} bytes |",
         f"| size of these | {totals.bits_per_weight:.3f} bits per weight",
         f"{totals.weights:,} weights in 14 matrices, with 3 bits in groups of 16 |",
         "| outlier threshold | 0.2 |",

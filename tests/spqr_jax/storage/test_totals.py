@@ -25,7 +25,11 @@ def test_totals_over_matrices_with_and_without_outliers() -> None:
     bits = (bits_per_weight(some) * 64 * 64 + bits_per_weight(none) * 32 * 128) / totals.weights
     assert totals.bits_per_weight == pytest.approx(bits)
     assert totals.outlier_share == len(some.outliers.values) / totals.weights
-    header = {"matrices": {"a": described(some), "b": described(none)}}
+    assert totals.parameters == totals.weights + 32 + 64
+    assert totals.nbytes == some.nbytes + none.nbytes + 8 * (32 + 64)
+    assert totals.bits_per_parameter == pytest.approx(8 * totals.nbytes / totals.parameters)
+    dense = {name: {"shape": [size], "bytes": 8 * size} for name, size in (("b.bias", 32), ("norm", 64))}
+    header = {"matrices": {"a": described(some), "b": described(none)}, "dense": dense}
     assert summarize_described(header) == pytest.approx(totals)
 
 
@@ -39,4 +43,6 @@ def test_stacks_count_as_their_matrices() -> None:
 
 
 def test_a_dense_model_has_no_packed_weights() -> None:
-    assert summarize({"kernel": np.ones((4, 4))}) == (0, 0, 0)
+    totals = summarize({"kernel": np.ones((4, 4), np.float16)})
+    assert totals == (0, 0, 0, 16, 32)
+    assert totals.sizes() == {"parameters": 16, "bits_per_parameter": 16, "bytes_of_parameters": 32}
