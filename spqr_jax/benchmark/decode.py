@@ -128,8 +128,8 @@ def attention_seconds(model: Decoder, batch: int, slots: int) -> float:
     """Seconds of the attention of all blocks over the cache in one step."""
     config = model.config
     queries = jnp.ones((batch, 1, config.num_heads, config.head_dim), model.dtype)
-    values = jnp.zeros((batch, config.num_kv_heads, slots, config.head_dim), cache_type(model))
-    cache = {"keys": values.swapaxes(2, 3), "values": values}
+    keys = jnp.zeros((batch, config.num_kv_heads, slots, config.head_dim), cache_type(model))
+    cache = {"keys": keys, "values": keys.swapaxes(2, 3)}
     mask = jnp.ones((batch, 1, slots), bool)
     one = seconds_per_call(lambda x, cache: attend(x, cache["keys"], cache["values"], mask), queries, cache)
     return config.num_layers * one.seconds

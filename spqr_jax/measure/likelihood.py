@@ -142,7 +142,7 @@ def _branch(cache: KVCache, rows: Int[Array, " batch"], new: int) -> KVCache:
         return jnp.pad(jnp.take(array, rows, axis=sequences), widths)
 
     def grow_block(block: State) -> State:
-        return {"keys": grow(block["keys"], -4, -1), "values": grow(block["values"], -4, -2)}
+        return {"keys": grow(block["keys"], -4, -2), "values": grow(block["values"], -4, -1)}
 
     blocks = cache.blocks
     grown = grow_block(blocks) if isinstance(blocks, dict) else tuple(map(grow_block, blocks))

@@ -86,40 +86,40 @@ def extend_cache(
     With `layer`, the arrays are those of all blocks, stacked. Only the new slots are written, so that a loop over the
     blocks does not copy the cache.
 
-    Both are stored as the right factors of attention's products, Q Kᵀ and the weights times V: in the other order XLA
-    would rearrange all of them for each token.
+    Both are stored in the order in which a GPU's attention sums them, so that it needs no copy: the features of a key
+    are contiguous, and so are all slots of a feature of the values.
 
     Returns:
-      The state with the new cache, and the keys `[batch, kv_heads, head_dim, slots]` and the values
-      `[batch, kv_heads, slots, head_dim]` of all slots, stacked with `layer`; see `first_slots`. A state without a
+      The state with the new cache, and the keys `[batch, kv_heads, slots, head_dim]` and the values
+      `[batch, kv_heads, head_dim, slots]` of all slots, stacked with `layer`; see `first_slots`. A state without a
       cache does not change, and the tokens are the slots.
     """
-    keys, values = keys.transpose(0, 2, 3, 1), values.transpose(0, 2, 1, 3)
+    keys, values = keys.transpose(0, 2, 1, 3), values.transpose(0, 2, 3, 1)
     if "keys" not in state:
         return state, keys, values
     keys, values = keys.astype(state["keys"].dtype), values.astype(state["values"].dtype)
     zero = jnp.int32(0)  # of the offset's type, with `JAX_ENABLE_X64` too
     if layer is None:
-        keys = jax.lax.dynamic_update_slice(state["keys"], keys, (zero, zero, zero, offset))
-        values = jax.lax.dynamic_update_slice(state["values"], values, (zero, zero, offset, zero))
+        keys = jax.lax.dynamic_update_slice(state["keys"], keys, (zero, zero, offset, zero))
+        values = jax.lax.dynamic_update_slice(state["values"], values, (zero, zero, zero, offset))
         return {**state, "keys": keys, "values": values}, keys, values
     layer = layer.astype(jnp.int32)
-    all_keys = jax.lax.dynamic_update_slice(state["keys"], keys[None], (layer, zero, zero, zero, offset))
-    all_values = jax.lax.dynamic_update_slice(state["values"], values[None], (layer, zero, zero, offset, zero))
+    all_keys = jax.lax.dynamic_update_slice(state["keys"], keys[None], (layer, zero, zero, offset, zero))
+    all_values = jax.lax.dynamic_update_slice(state["values"], values[None], (layer, zero, zero, zero, offset))
     return {**state, "keys": all_keys, "values": all_values}, all_keys, all_values
 
 
 def first_slots(
-    keys: Float[Array, "*blocks batch kv_heads head_dim slots"],
-    values: Float[Array, "*blocks batch kv_heads slots head_dim"],
+    keys: Float[Array, "*blocks batch kv_heads slots head_dim"],
+    values: Float[Array, "*blocks batch kv_heads head_dim slots"],
     layer: Int[Array, ""] | None,
     count: int,
-) -> tuple[Float[Array, "batch kv_heads head_dim {count}"], Float[Array, "batch kv_heads {count} head_dim"]]:
+) -> tuple[Float[Array, "batch kv_heads {count} head_dim"], Float[Array, "batch kv_heads head_dim {count}"]]:
     """The first `count` slots of a block, from its own keys and values or from those of all blocks, stacked."""
     if layer is None or keys.ndim == 4:
-        return keys[..., :count], values[:, :, :count]
+        return keys[:, :, :count], values[..., :count]
     starts = (layer.astype(jnp.int32), *[jnp.int32(0)] * 4)
-    of_keys, of_values = (1, *keys.shape[1:4], count), (1, *values.shape[1:3], count, values.shape[4])
+    of_keys, of_values = (1, *keys.shape[1:3], count, keys.shape[4]), (1, *values.shape[1:4], count)
     return jax.lax.dynamic_slice(keys, starts, of_keys)[0], jax.lax.dynamic_slice(values, starts, of_values)[0]
 
 
@@ -139,8 +139,8 @@ def over_filled(attended: Callable[[int], Array], slots: int, filled: Int[Array,
 
 def attend(
     queries: Float[Array, "batch tokens heads head_dim"],
-    keys: Float[Array, "batch kv_heads head_dim slots"],
-    values: Float[Array, "batch kv_heads slots head_dim"],
+    keys: Float[Array, "batch kv_heads slots head_dim"],
+    values: Float[Array, "batch kv_heads head_dim slots"],
     mask: Bool[Array, "batch tokens slots"],
     bias: Float[Array, "batch heads slots"] | None = None,
     mesh: Mesh | None = None,
@@ -170,7 +170,7 @@ def attend(
 def _attend_chunks(
     queries: Array, keys: Array, values: Array, mask: Array, bias: Array | None, *, divisor: float, cap: float | None
 ) -> Array:
-    tokens, slots = queries.shape[1], keys.shape[3]
+    tokens, slots = queries.shape[1], keys.shape[2]
     attend_all = partial(_attend_all, divisor=divisor, cap=cap)
     if tokens != slots:
         return attend_all(queries, keys, values, mask, bias)
@@ -179,7 +179,7 @@ def _attend_chunks(
         stop = min(start + QUERY_CHUNK, tokens)
         chunk = slice(start, stop)
         seen = None if bias is None else bias[..., :stop]
-        parts.append(attend_all(queries[:, chunk], keys[..., :stop], values[:, :, :stop], mask[:, chunk, :stop], seen))
+        parts.append(attend_all(queries[:, chunk], keys[:, :, :stop], values[..., :stop], mask[:, chunk, :stop], seen))
     return jnp.concatenate(parts, axis=1)
 
 
@@ -187,14 +187,14 @@ def _attend_all(
     queries: Array, keys: Array, values: Array, mask: Array, bias: Array | None, *, divisor: float, cap: float | None
 ) -> Array:
     batch, tokens, heads, head_dim = queries.shape
-    _, kv_heads, _, slots = keys.shape
+    _, kv_heads, slots, _ = keys.shape
     # The query heads of one KV head are rows of one matrix, so each KV head is one product. Sequences and heads are one
     # axis: with two, XLA would transpose the cache for each token.
     rows = (queries / divisor).reshape(batch, tokens, kv_heads, -1, head_dim).transpose(0, 2, 3, 1, 4)
     rows = rows.reshape(batch * kv_heads, -1, head_dim)
-    keys = keys.reshape(batch * kv_heads, head_dim, slots)
-    values = values.reshape(batch * kv_heads, slots, head_dim)
-    scores = jnp.einsum("nrd,nds->nrs", rows, keys, preferred_element_type=jnp.float32)
+    keys = keys.reshape(batch * kv_heads, slots, head_dim)
+    values = values.reshape(batch * kv_heads, head_dim, slots)
+    scores = jnp.einsum("nrd,nsd->nrs", rows, keys, preferred_element_type=jnp.float32)
     scores = scores.reshape(batch, kv_heads, -1, tokens, slots)
     if cap is not None:
         scores = cap * jnp.tanh(scores / cap)
@@ -203,5 +203,5 @@ def _attend_all(
     scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(queries.dtype)
     weights = weights.reshape(*rows.shape[:2], slots)
-    attended = jnp.einsum("nrs,nsd->nrd", weights, values, preferred_element_type=jnp.float32).astype(queries.dtype)
+    attended = jnp.einsum("nrs,nds->nrd", weights, values, preferred_element_type=jnp.float32).astype(queries.dtype)
     return attended.reshape(batch, heads, tokens, head_dim).transpose(0, 2, 1, 3)

@@ -87,8 +87,8 @@ class KVCache:
     """Keys and values of the tokens seen so far, in arrays of fixed length.
 
     Attributes:
-      blocks: for each block its `keys`, `[batch, kv_heads, head_dim, slots]`, and `values`,
-        `[batch, kv_heads, slots, head_dim]`; stacked where the parameters are.
+      blocks: for each block its `keys`, `[batch, kv_heads, slots, head_dim]`, and `values`,
+        `[batch, kv_heads, head_dim, slots]`; stacked where the parameters are.
       valid: True at the slots that hold a real token (neither padding nor still empty).
       length: number of slots written; the next tokens go there.
     """
@@ -183,13 +183,13 @@ class Block(nn.Module):
         if turn is not None and not late:
             keys = rotate(keys, context.positions, *turn)
         state, keys, values = extend_cache(state, keys, values, context.offset, context.layer)
-        mask, slots = in_window(context.mask, kinds, kind, context.offset), keys.shape[-1]
+        mask, slots = in_window(context.mask, kinds, kind, context.offset), keys.shape[-2]
 
         def over(count: int) -> Array:
             own_keys, own_values = first_slots(keys, values, context.layer, count)
             if turn is not None and late:
-                in_rows = own_keys.transpose(0, 3, 1, 2)
-                own_keys = rotate(in_rows, context.slot_positions[:, :count], *turn).transpose(0, 2, 3, 1)
+                by_slots = own_keys.swapaxes(1, 2)
+                own_keys = rotate(by_slots, context.slot_positions[:, :count], *turn).swapaxes(1, 2)
             seen = None if bias is None else bias[..., :count]
             return attend(queries, own_keys, own_values, mask[..., :count], seen, context.mesh, divisor, cap)
 
@@ -366,7 +366,7 @@ class Decoder(nn.Module):
         count, heads, head_dim = self.config.num_layers, self.config.num_kv_heads, self.config.head_dim
 
         def empty(*leading: int) -> State:
-            shapes = {"keys": (batch, heads, head_dim, slots), "values": (batch, heads, slots, head_dim)}
+            shapes = {"keys": (batch, heads, slots, head_dim), "values": (batch, heads, head_dim, slots)}
             return {name: jnp.zeros((*leading, *shape), dtype or self.dtype) for name, shape in shapes.items()}
 
         return KVCache(
