@@ -61,6 +61,7 @@ def sweep(
     from spqr_jax.measure.perplexity import cut_windows
     from spqr_jax.search.sweep import DEFAULT_GRID, cells, sweep
 
+    found = read_rules(skip, rule, rules)
     check_outside(directory, source)
     new_figure((1, 1))  # reports a missing matplotlib before long work
     chosen = cells(DEFAULT_GRID if grid is None else read_grid(grid))
@@ -69,7 +70,6 @@ def sweep(
     tokens = calibration_tokens(opened.tokenizer, calibration, sequences, sequence_length, seed, first)
     ids = evaluation_tokens(opened.tokenizer, text, None, window)
     parts = cut_windows(ids, window=window, max_windows=windows, first=first)
-    found = read_rules(skip, rule, rules)
     steps = sweep(opened, directory, chosen, tokens, parts, rules=found, mesh=mesh_of_all_devices())
     results = list(console.track(steps, len(chosen) + 1, "cells"))
     (directory / "table.md").write_text(table(results), encoding="utf-8")

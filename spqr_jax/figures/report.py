@@ -177,6 +177,7 @@ def _share(matrices: Sequence[Matrix]) -> float:
 def _totals(header: Description, record: Record | None, matrices: Sequence[Matrix], on_disk: int) -> dict[str, str]:
     weights, packed = (sum(getattr(matrix, name) for matrix in matrices) for name in ("weights", "bytes"))
     whole = summarize_described(header)
+    in_files = whole.sizes_with_files(on_disk)["bits_per_parameter_on_disk"]
     totals = {
         "bits per quantized weight": f"{_bits(matrices):.3f}",
         "bits per parameter, those that are not quantized too": f"{whole.bits_per_parameter:.3f}",
@@ -185,7 +186,7 @@ def _totals(header: Description, record: Record | None, matrices: Sequence[Matri
         "their bytes in 16 bits": f"{2 * weights:,}",
         "their bytes packed": f"{packed:,}, {2 * weights / packed:.2f} times smaller",
         "bytes of other parameters, not quantized": f"{sum(array['bytes'] for array in header['dense'].values()):,}",
-        "bytes on disk, with the tokenizer": f"{on_disk:,}, {8 * on_disk / whole.parameters:.3f} bits per parameter",
+        "bytes on disk, with the tokenizer": f"{on_disk:,}, {in_files:.3f} bits per parameter",
     }
     if record is not None:
         seconds = sum(block.seconds for block in record.blocks)

@@ -23,6 +23,6 @@ class BlockKinds:
     kinds: tuple[int, ...] = field(metadata={"static": True})
     places: tuple[int, ...] = field(metadata={"static": True})
 
-    def table(self) -> Int[Array, "blocks 2"]:
+    def indices(self) -> tuple[Int[Array, " blocks"], Int[Array, " blocks"]]:
         """Kind and place of each block."""
-        return jnp.array(list(zip(self.kinds, self.places, strict=True)))
+        return jnp.array(self.kinds), jnp.array(self.places)

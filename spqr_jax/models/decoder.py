@@ -331,9 +331,8 @@ class Decoder(nn.Module):
 
             return jax.lax.switch(kind, [of_kind(stack) for stack in blocks.stacks]), None
 
-        stacked = blocks.table().T if isinstance(blocks, BlockKinds) else blocks
-        xs = jnp.arange(self.config.num_layers), tuple(stacked) if isinstance(blocks, BlockKinds) else stacked
-        return jax.lax.scan(step, (hidden, caches or {}), xs)[0]
+        of_blocks = blocks.indices() if isinstance(blocks, BlockKinds) else blocks
+        return jax.lax.scan(step, (hidden, caches or {}), (jnp.arange(self.config.num_layers), of_blocks))[0]
 
     def new_block(self, index: int = 0) -> Block:
         """Makes one block, not bound to parameters: `block.apply({"params": params["layers_0"]}, state, context)`.

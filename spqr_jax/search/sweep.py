@@ -271,11 +271,15 @@ def _result(
         tokens = None if cell.method is Method.RTN else calibration_tokens
         quantize_checkpoint(source, checkpoint, tokens, config=config, rules=rules, mesh=mesh)
     model, params, _ = load(checkpoint)
+    totals = summarize(params)
     record: Any = read_record(checkpoint)
     return {
         "name": checkpoint.name,
         **cell.settings,
-        **summarize(params).sizes(),
+        # Also where rules leave every matrix dense: tables and figures have these columns.
+        "bits_per_weight": totals.bits_per_weight,
+        "outlier_share": totals.outlier_share,
+        **totals.sizes(),
         "perplexity": _perplexity(model, params, windows),
         "seconds": sum(block.seconds for block in record.blocks),
         **_circumstances(record),
