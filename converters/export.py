@@ -30,6 +30,7 @@ from pallas_kernels import SpqrTensor
 from pallas_kernels.format.stacks import element
 from spqr_jax.models import Decoder
 from spqr_jax.models.decoder import Params
+from spqr_jax.models.ending import ENDS
 from spqr_jax.models.layers import mesh_of
 from spqr_jax.models.stacked_blocks import unstack_blocks
 from spqr_jax.prompts import end_tokens
@@ -171,7 +172,10 @@ def _card(model: Decoder, params: Params, form: Form, origin: Origin) -> str:
 
 
 def _weights(model: Decoder, params: Params) -> Iterator[Named]:
-    """Yields Hugging Face's name of each tensor with its array, in PyTorch's orientation, or its packed matrix."""
+    """Yields Hugging Face's name of each tensor with its array, in PyTorch's orientation, or its packed matrix.
+
+    A packed embedding or head is dequantized: other formats have it dense.
+    """
     _check_whole(params)
     flat = flatten_dict(unstack_blocks(params))
     for target in family_of(model).layout(model.config, "huggingface").targets:
@@ -182,7 +186,10 @@ def _weights(model: Decoder, params: Params) -> Iterator[Named]:
         leaf = flat[target.path]
         if target.place is not None:
             leaf = element(leaf, target.place[0]) if isinstance(leaf, SpqrTensor) else leaf[target.place[0]]
-        yield target.source, leaf.T if target.path[-1] == "kernel" and not isinstance(leaf, SpqrTensor) else leaf
+        if target.path[0] in ENDS and isinstance(leaf, SpqrTensor):
+            yield target.source, _dequantized(leaf)[: target.shape[0]]
+        else:
+            yield target.source, leaf.T if target.path[-1] == "kernel" and not isinstance(leaf, SpqrTensor) else leaf
 
 
 def _check_whole(params: Params) -> None:

@@ -1,6 +1,6 @@
 """The packed SpQR format and the operations on it; usable without the rest of the library."""
 
-from pallas_kernels.dequantize import spqr_dequantize
+from pallas_kernels.dequantize import spqr_dequantize, spqr_take
 from pallas_kernels.errors import SpqrError
 from pallas_kernels.format.columns import split_columns
 from pallas_kernels.format.outliers import Outliers
@@ -15,7 +15,7 @@ from pallas_kernels.format.tensor import (
     trim,
 )
 from pallas_kernels.matmul import spqr_matmul
-from pallas_kernels.sharded import SplitTensor, split_matmul
+from pallas_kernels.sharded import SplitTensor, split_matmul, split_take
 
 __all__ = [
     "Outliers",
@@ -32,7 +32,9 @@ __all__ = [
     "split_columns",
     "split_matmul",
     "split_rows",
+    "split_take",
     "spqr_dequantize",
     "spqr_matmul",
+    "spqr_take",
     "trim",
 ]

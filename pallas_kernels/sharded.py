@@ -1,15 +1,18 @@
-"""A packed matrix split over the devices of a mesh, and its product."""
+"""A packed matrix split over the devices of a mesh, its product, and its rows."""
 
 from dataclasses import dataclass, field
 from typing import Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, UInt16
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Integer, UInt16
 
 from pallas_kernels.backends.table import Implementation
+from pallas_kernels.dequantize import spqr_take
 from pallas_kernels.errors import SpqrError
 from pallas_kernels.format.tensor import SpqrTensor
 from pallas_kernels.matmul import spqr_matmul
@@ -92,3 +95,29 @@ def split_matmul(
     # JAX's interpreter of kernels does not track which values vary between devices.
     checked = implementation != "interpret"
     return jax.shard_map(local, mesh=w.mesh, in_specs=(x_spec, P(axis)), out_specs=y_spec, check_vma=checked)(x, w)
+
+
+def split_take(
+    w: SplitTensor, rows: Integer[Array | np.ndarray, "*batch"], dtype: DTypeLike = jnp.float32
+) -> Float[Array, "*batch in"]:
+    """Rows of a weight that is split by rows: `spqr_take` on the device that has a row, summed over the devices.
+
+    Example:
+      >>> mesh = jax.make_mesh((1,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
+      >>> w = SplitTensor(split_rows(packed, 1), None, by="rows", mesh=mesh)
+      >>> bool((split_take(w, jnp.array([3, 0])) == spqr_take(packed, jnp.array([3, 0]))).all())
+      True
+    """
+    (axis,) = w.mesh.axis_names
+
+    def local(rows: Array, w: SplitTensor) -> Array:
+        part = jax.tree.map(lambda array: array[0], w.parts)
+        count = part.shape[0]
+        own = rows - jax.lax.axis_index(axis) * count
+        found = spqr_take(part, jnp.clip(own, 0, count - 1), dtype)
+        return jax.lax.psum(jnp.where(((own >= 0) & (own < count))[..., None], found, 0), axis)
+
+    indices = jnp.asarray(rows, jnp.int32)
+    if w.mesh.are_all_axes_explicit:
+        indices = jax.reshard(indices, NamedSharding(w.mesh, P()))
+    return jax.shard_map(local, mesh=w.mesh, in_specs=(P(), P(axis)), out_specs=P())(indices, w)

@@ -40,6 +40,7 @@ class SpqrConfig:
       simplified: keeps likely outliers in the fit of scales and zeros.
       sequential: solves each matrix on inputs computed with the quantized matrices of its own block too, not only of
         the blocks before (the official `--true-sequential`).
+      embedding_bits: width of the codes of the embedding and the head, see `of_ends`; None leaves them in 16 bits.
       refit: before solving a matrix, moves its weights to give the original outputs from the quantized model's inputs,
         see `refit`. Only in sequential runs, where these inputs are known.
       stats_dtype: type of unquantized and of second-level statistics; float32 only to compare with the official code.
@@ -70,6 +71,7 @@ class SpqrConfig:
     simplified: bool = False
     sequential: bool = True
     refit: bool = True
+    embedding_bits: int | None = None
     stats_dtype: Literal["float16", "float32"] = "float16"
 
     def __post_init__(self) -> None:
@@ -81,6 +83,24 @@ class SpqrConfig:
             value = getattr(self, name)
             if value is not None and not 0 <= value < math.inf:
                 raise SpqrError(f"{name} is {value}, but must be a finite number of at least 0")
+
+    def of_ends(self) -> "SpqrConfig | None":
+        """The settings of the embedding and the head; None leaves them dense.
+
+        They are these with other codes, and statistics at least as wide: of 3 bits, they spoil codes of 8. For codes of
+        8 bits, neither outliers nor a smaller range are looked for: both change nothing.
+
+        Example:
+          >>> ends = COMPACT.of_ends()
+          >>> ends.bits, ends.scale_bits, ends.outlier_threshold
+          (8, 8, None)
+        """
+        bits = self.embedding_bits
+        if bits is None:
+            return None
+        scale_bits, zero_bits = (width and max(width, bits) for width in (self.scale_bits, self.zero_bits))
+        found = dataclasses.replace(self, bits=bits, scale_bits=scale_bits, zero_bits=zero_bits)
+        return dataclasses.replace(found, outlier_threshold=None, fit="min_max") if bits == 8 else found
 
 
 SETTINGS = get_type_hints(SpqrConfig) | {"stats_bits": int | None}
@@ -134,15 +154,17 @@ def is_of_type(value: object, annotation: Any) -> bool:
     return isinstance(value, allowed) or (float in allowed and isinstance(value, int))
 
 
-SMALL = SpqrConfig(stats_group_size=64, outlier_threshold=0.8, fit="error")
-"""About 3.55 bits per weight."""
+SMALL = SpqrConfig(stats_group_size=64, outlier_threshold=0.8, fit="error", embedding_bits=8)
+"""About 3.55 bits per weight of the blocks; as in all presets, embedding and head are in 8 bits."""
 
-COMPACT = SpqrConfig(bits=4, group_size=64, stats_group_size=32, outlier_threshold=1.2, fit="error")
-"""About 4.2 bits per weight, the size of the paper's 3 bits in groups of 16, and better: SmolLM2's perplexity is 24.84
-instead of 25.75. Wider codes in larger groups need fewer outliers."""
+COMPACT = SpqrConfig(bits=4, group_size=64, stats_group_size=32, outlier_threshold=1.2, fit="error", embedding_bits=8)
+"""About 4.2 bits per weight of the blocks, the size of the paper's 3 bits in groups of 16, and better: SmolLM2's
+perplexity is 24.84 instead of 25.75. Wider codes in larger groups need fewer outliers."""
 
-NEAR_LOSSLESS = SpqrConfig(bits=4, group_size=32, stats_group_size=32, outlier_threshold=0.1, fit="error")
-"""About 4.7 bits per weight."""
+NEAR_LOSSLESS = SpqrConfig(
+    bits=4, group_size=32, stats_group_size=32, outlier_threshold=0.1, fit="error", embedding_bits=8
+)
+"""About 4.7 bits per weight of the blocks."""
 
 
 class Method(StrEnum):

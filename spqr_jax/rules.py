@@ -1,6 +1,5 @@
 """Rules: other settings for some matrices, or none at all, by patterns on the matrices' names."""
 
-import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -9,8 +8,9 @@ from typing import Any
 from pallas_kernels.errors import SpqrError
 from spqr_jax.config import Rules, SpqrConfig, changed
 from spqr_jax.models.decoder import Decoder, layer_name
+from spqr_jax.models.ending import ENDS, end_names
 
-OF_THE_RUN = ("sequential", "refit")
+OF_THE_RUN = ("sequential", "refit", "embedding_bits")
 """Settings that no rule can change."""
 
 
@@ -20,11 +20,11 @@ class Plan:
 
     Attributes:
       config: of matrices that no rule matches.
-      rules: a pattern, and the configuration of the matrices that it matches; None leaves them dense.
+      rules: changes of it.
     """
 
     config: SpqrConfig
-    rules: tuple[tuple[str, SpqrConfig | None], ...] = ()
+    rules: Rules = ()
 
     @classmethod
     def of(cls, config: SpqrConfig, rules: Rules = ()) -> "Plan":
@@ -38,14 +38,23 @@ class Plan:
           >>> plan.find("layers_0.down_proj").bits, plan.find("layers_1.down_proj"), plan.find("layers_1.q_proj").bits
           (8, None, 4)
         """
-        return cls(config, tuple((pattern, _changed(config, pattern, changes)) for pattern, changes in rules))
+        for pattern, changes in rules:
+            _check_changes(config, pattern, changes)
+        return cls(config, tuple((pattern, changes) for pattern, changes in rules))
 
     def find(self, name: str) -> SpqrConfig | None:
-        """The configuration of a matrix, such as `layers_0.q_proj`; None leaves it dense."""
-        for pattern, config in self.rules:
+        """The configuration of a matrix, such as `layers_0.q_proj` or `embed_tokens`; None leaves it dense."""
+        own = self.config.of_ends() if name in ENDS else self.config
+        for pattern, changes in self.rules:
             if fnmatchcase(name, pattern):
-                return config
-        return self.config
+                if changes is None or (own is None and "bits" not in changes):
+                    return None
+                return changed(own or self.config, changes)
+        return own
+
+    def ends(self, model: Decoder) -> tuple[str, ...]:
+        """Which of embedding and head are quantized."""
+        return tuple(name for name in end_names(model) if self.find(name) is not None)
 
     def checked(self, model: Decoder) -> "Plan":
         """The plan, if each rule matches a matrix of a model, and matrices of one input have one order.
@@ -68,16 +77,6 @@ class Plan:
                     )
         return self
 
-    def as_rules(self) -> tuple[tuple[str, dict[str, Any] | None], ...]:
-        """The rules as `Plan.of` takes them."""
-        own = dataclasses.asdict(self.config)
-
-        def changes(config: SpqrConfig | None) -> dict[str, Any] | None:
-            values = None if config is None else dataclasses.asdict(config).items()
-            return None if values is None else {name: value for name, value in values if value != own[name]}
-
-        return tuple((pattern, changes(config)) for pattern, config in self.rules)
-
 
 def described(rules: Rules) -> dict[str, str]:
     """Rules in words, by their patterns.
@@ -96,7 +95,7 @@ def described(rules: Rules) -> dict[str, str]:
 
 
 def matrix_paths(model: Decoder) -> Iterator[str]:
-    """Names of all matrices that are quantized; the stack of all experts' is one.
+    """Names of all matrices that can be quantized; the stack of all experts' is one. Embedding and head come last.
 
     Example:
       >>> list(matrix_paths(model))[:2]
@@ -104,15 +103,14 @@ def matrix_paths(model: Decoder) -> Iterator[str]:
     """
     for index in range(model.config.num_layers):
         yield from (f"{layer_name(index)}.{name}" for name in model.new_block(index).matrices())
+    yield from end_names(model)
 
 
-def _changed(config: SpqrConfig, pattern: str, changes: Mapping[str, Any] | None) -> SpqrConfig | None:
-    if changes is None:
-        return None
-    for name in changes:
+def _check_changes(config: SpqrConfig, pattern: str, changes: Mapping[str, Any] | None) -> None:
+    for name in changes or ():
         if name in OF_THE_RUN:
             raise SpqrError(f"the rule {pattern!r} sets {name}, which holds for the whole run: set it there")
     try:
-        return changed(config, changes)
+        changed(config, changes or {})
     except SpqrError as error:
         raise SpqrError(f"the rule {pattern!r}: {error}") from None

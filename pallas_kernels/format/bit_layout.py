@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, UInt8, UInt16, UInt32
+from jaxtyping import Array, Int, UInt8, UInt16, UInt32
 
 BLOCK = 16
 """Codes in a block, which fill `bits` sixteen-bit code words; also rows that share a word of a statistics plane."""
@@ -85,6 +85,14 @@ def unpack_planes(planes: UInt16[Array | np.ndarray, "bits row_blocks groups"]) 
     shifts = jnp.arange(BLOCK, dtype=jnp.uint16)[:, None]
     rows = _or((planes[p][:, None] >> shifts & 1) << p for p in range(bits))
     return rows.reshape(sixteenths * BLOCK, groups).astype(jnp.uint8)
+
+
+def unpack_plane_rows(
+    planes: UInt16[Array | np.ndarray, "bits row_blocks groups"], rows: Int[Array, " rows"]
+) -> UInt8[Array, "rows groups"]:
+    """Some rows of `unpack_planes`."""
+    words = jnp.asarray(planes)[:, rows // BLOCK] >> (rows % BLOCK).astype(jnp.uint16)[:, None] & 1
+    return _or(plane << p for p, plane in enumerate(words)).astype(jnp.uint8)
 
 
 def _even(n: int) -> int:

@@ -56,6 +56,26 @@ class Outliers:
             values=jnp.zeros(flat.size, jnp.float16).at[slots].set(value, mode="drop"),
         )
 
+    def add_rows(self, weight: Float[Array, "rows in"], rows: Int[Array, " rows"]) -> Float[Array, "rows in"]:
+        """Adds the residuals of some rows to these rows, columns in quantization order; can be traced.
+
+        Takes as many steps as the row with the most outliers has.
+
+        Example:
+          >>> mask = jnp.array([[False, True], [False, False]])
+          >>> Outliers.from_dense(mask, jnp.full((2, 2), 0.5)).add_rows(jnp.zeros((1, 2)), jnp.array([0]))
+          Array([[0. , 0.5]], dtype=float32)
+        """
+        offsets, columns, values = map(jnp.asarray, (self.offsets, self.columns, self.values))
+        first, counts = offsets[rows], offsets[rows + 1] - offsets[rows]
+
+        def add(index: Int[Array, ""], weight: Float[Array, "rows in"]) -> Float[Array, "rows in"]:
+            entry = first + jnp.minimum(index, counts - 1)
+            residual = jnp.where(index < counts, values[entry].astype(weight.dtype), 0)
+            return weight.at[jnp.arange(len(rows)), columns[entry]].add(residual)
+
+        return jax.lax.fori_loop(0, counts.max(initial=0), add, weight) if self.capacity else weight
+
     def arrays(self) -> dict[str, Array | np.ndarray]:
         """The arrays by their names in a checkpoint."""
         return {stored: getattr(self, name) for stored, name in STORED_NAMES.items()}

@@ -106,7 +106,8 @@ def estimate(
         quantize_checkpoint(_first_blocks(source, 1), smallest, part, **options)
         jax.clear_caches()
         started = time.perf_counter()
-        reports = quantize_checkpoint(few, checkpoint, part, on_block=on_block, **options)
+        parts = quantize_checkpoint(few, checkpoint, part, on_block=on_block, **options)
+        reports = parts[: few.model.config.num_layers]  # those behind are of embedding and head
         spent = time.perf_counter() - started
         size = _size_on_disk(smallest, checkpoint, len(reports), blocks)
         totals = summarize_described(_of_all_blocks(describe(checkpoint), len(reports), blocks))

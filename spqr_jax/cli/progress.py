@@ -13,23 +13,27 @@ from spqr_jax.storage.record import BlockReport
 
 
 @contextmanager
-def track_blocks(total: int) -> Iterator[Callable[[BlockReport], None]]:
+def track_blocks(total: int, ends: int = 0) -> Iterator[Callable[[BlockReport], None]]:
     """A function that shows a finished block on standard error: a bar on a terminal, lines for a log elsewhere.
 
     Args:
       total: number of blocks.
+      ends: number of parts behind them that are quantized, embedding and head.
     """
     if not console.console.is_terminal:
         yield partial(_log_block, total)
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[pace]}"))
     with Progress(*columns, TimeElapsedColumn(), console=console.console) as progress:
-        task = progress.add_task("quantizing blocks", total=total, pace="")
+        task = progress.add_task("quantizing blocks", total=total + ends, pace="")
         yield lambda block: progress.update(task, completed=block.number, pace=_pace(block, total))
 
 
 def _log_block(total: int, block: BlockReport) -> None:
-    lines = [f"block {block.number} of {total}: {_pace(block, total)}"]
+    if block.number <= total:
+        lines = [f"block {block.number} of {total}: {_pace(block, total)}"]
+    else:
+        lines = [f"{', '.join(block.matrices)}: {block.seconds:.1f} s"]
     lines += [
         f"{name}: error {matrix.relative_error:.2e}, outliers {matrix.outlier_share:.2%}"
         + (
@@ -44,5 +48,5 @@ def _log_block(total: int, block: BlockReport) -> None:
 
 def _pace(block: BlockReport, total: int) -> str:
     """Seconds per block and the time left, if all blocks take as long as this one; the first also compiles."""
-    left = timedelta(seconds=round((total - block.number) * block.seconds))
+    left = timedelta(seconds=round(max(total - block.number, 0) * block.seconds))
     return f"{block.seconds:.1f} s per block, {left} left"

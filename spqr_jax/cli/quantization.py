@@ -17,6 +17,7 @@ from spqr_jax.cli.dry_run import MEASURED_BLOCKS, estimate
 from spqr_jax.cli.progress import track_blocks
 from spqr_jax.cli.settings import Settings
 from spqr_jax.config import Method, SpqrConfig
+from spqr_jax.rules import Plan
 from spqr_jax.runtime.processes import is_first
 from spqr_jax.search import near_lossless
 from spqr_jax.search.target_bits import quantize_to_bits
@@ -141,7 +142,8 @@ def run(
     quantize: Callable[..., list[BlockReport]] = quantize_checkpoint
     if target_bits is not None:
         quantize = partial(quantize_to_bits, target_bits=target_bits)
-    with track_blocks(source.model.config.num_layers) as show:
+    ends = Plan.of(prepared.config, options.get("rules", ())).ends(source.model)
+    with track_blocks(source.model.config.num_layers, len(ends)) as show:
         options |= {"config": prepared.config, "quality": prepared.quality, "on_block": show if is_first() else None}
         blocks = quantize(source, destination, prepared.tokens, **options)
     return blocks if is_first() else None
@@ -149,19 +151,21 @@ def run(
 
 def estimated(source: ModelSource, destination: Path, prepared: Prepared, **options: Any) -> dict[str, Any]:
     """The estimate of a run, with the progress of its measured blocks on standard error; see `dry_run.estimate`."""
-    with track_blocks(min(MEASURED_BLOCKS, source.model.config.num_layers)) as show:
+    ends = Plan(prepared.config).ends(source.model)
+    with track_blocks(min(MEASURED_BLOCKS, source.model.config.num_layers), len(ends)) as show:
         return estimate(source, destination, prepared.tokens, prepared.config, on_block=show, **options)
 
 
 def describe_run(destination: Path, blocks: Sequence[BlockReport], seconds: float) -> dict[str, Any]:
     """The result of a run, as the command prints it."""
-    totals = summarize_described(describe(destination))
+    description = describe(destination)
+    totals = summarize_described(description)
     pooled = pooled_matrices(blocks)
     return {
         "destination": str(destination),
         **totals.sizes_with_files(bytes_on_disk(destination)),
         **({"matrices_of_experts_with_too_few_tokens": pooled} if pooled else {}),
         "seconds": seconds,
-        "seconds_per_block": [block.seconds for block in blocks],
+        "seconds_per_block": [block.seconds for block in blocks[: description["config"]["num_layers"]]],
         "matrices": {name: matrix_to_json(matrix) for block in blocks for name, matrix in block.matrices.items()},
     }

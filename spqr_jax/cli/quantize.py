@@ -39,6 +39,7 @@ def quantize(
     permutation: settings.Permutation = None,
     damping: settings.Damping = None,
     shrinkage: settings.Shrinkage = None,
+    embedding_bits: settings.EmbeddingBits = None,
     target_bits: settings.TargetBits = None,
     near_lossless: settings.NearLossless = False,
     skip: Skip = None,
@@ -64,8 +65,8 @@ def quantize(
     if distributed:
         _join_processes()
     chosen = settings.Settings(
-        preset, method, bits, group_size, stats_bits, outlier_threshold, permutation, damping, shrinkage, target_bits,
-        near_lossless,
+        preset, method, bits, group_size, stats_bits, outlier_threshold, permutation, damping, shrinkage,
+        embedding_bits, target_bits, near_lossless,
     )  # fmt: skip
     found = read_rules(skip, rule, rules)
     chosen.check(distributed=distributed, dry_run=dry_run, rules=bool(found))
@@ -83,9 +84,7 @@ def quantize(
     options = {"mesh": mesh, "hidden_on_disk": hidden_on_disk, "overwrite": overwrite}
     if dry_run:
         console.emit(estimated(opened, destination, prepared, **options), as_json)
-        return
-    blocks = run(opened, destination, prepared, target_bits, rules=found, **options)
-    if blocks is not None:
+    elif (blocks := run(opened, destination, prepared, target_bits, rules=found, **options)) is not None:
         console.emit(describe_run(destination, blocks, time.perf_counter() - prepared.started), as_json)
 
 

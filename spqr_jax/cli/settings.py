@@ -31,7 +31,7 @@ PRESETS = {
     Preset.SMALL: SMALL,
     Preset.COMPACT: COMPACT,
     Preset.NEAR_LOSSLESS: NEAR_LOSSLESS,
-    Preset.PAPER: SpqrConfig(),
+    Preset.PAPER: SpqrConfig(embedding_bits=8),
 }
 
 PresetName = Annotated[
@@ -58,6 +58,10 @@ Shrinkage = Annotated[
     float | None,
     typer.Option(callback=at_least(0), help="Shrinkage of correlations, as a multiple of their sampling noise."),
 ]
+EmbeddingBits = Annotated[
+    int | None,
+    typer.Option(callback=at_least(2), help="Width of the codes of embedding and head: 8, 5, 4 or, not packed, 16."),
+]
 TargetBits = Annotated[
     float | None,
     typer.Option(
@@ -77,6 +81,7 @@ class Settings:
     Attributes:
       stats_bits: width of scale and zero codes; 0 keeps them in 16 bits.
       permutation, damping, shrinkage, bits, group_size, outlier_threshold: those of `SpqrConfig`.
+      embedding_bits: width of the codes of embedding and head; 16 leaves them dense.
       target_bits: bits per weight that an outlier threshold is searched for.
       near_lossless: search for all settings.
     """
@@ -90,6 +95,7 @@ class Settings:
     permutation: Order | None = None
     damping: float | None = None
     shrinkage: float | None = None
+    embedding_bits: int | None = None
     target_bits: float | None = None
     near_lossless: bool = False
 
@@ -100,6 +106,8 @@ class Settings:
         values = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         if self.permutation is not None:
             values["permutation"] = self.permutation.value
+        if self.embedding_bits is not None:
+            values["embedding_bits"] = None if self.embedding_bits == 16 else self.embedding_bits
         if self.stats_bits is not None:
             values["scale_bits"] = values["zero_bits"] = self.stats_bits or None
         return values

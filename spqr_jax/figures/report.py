@@ -26,7 +26,7 @@ from spqr_jax.storage.description import Description, MatrixEntry, describe
 from spqr_jax.storage.directories import bytes_on_disk, write_text
 from spqr_jax.storage.paths import absolute
 from spqr_jax.storage.record import Record, pooled_matrices, read_record
-from spqr_jax.storage.totals import summarize_described
+from spqr_jax.storage.totals import is_end, summarize_described
 
 TEMPLATE = "report.html.jinja"
 IN_A_BLOCK = re.compile(r"layers_(\d+)\.(.+)", re.DOTALL)
@@ -132,7 +132,7 @@ def _matrices(header: Description, record: Record | None) -> list[Matrix]:
         reports |= block.matrices
     found = []
     for path, entry in header["matrices"].items():
-        name = path.removesuffix(".kernel")
+        name = path.removesuffix(".kernel").removesuffix(".embedding")
         place = IN_A_BLOCK.fullmatch(name)
         found.append(
             Matrix(
@@ -175,6 +175,8 @@ def _share(matrices: Sequence[Matrix]) -> float:
 
 
 def _totals(header: Description, record: Record | None, matrices: Sequence[Matrix], on_disk: int) -> dict[str, str]:
+    ends = [matrix for matrix in matrices if is_end(matrix.name)]
+    matrices = [matrix for matrix in matrices if not is_end(matrix.name)] or matrices
     weights, packed = (sum(getattr(matrix, name) for matrix in matrices) for name in ("weights", "bytes"))
     whole = summarize_described(header)
     in_files = whole.sizes_with_files(on_disk)["bits_per_parameter_on_disk"]
@@ -185,15 +187,18 @@ def _totals(header: Description, record: Record | None, matrices: Sequence[Matri
         "quantized weights": f"{weights:,} in {len(matrices):,} matrices",
         "their bytes in 16 bits": f"{2 * weights:,}",
         "their bytes packed": f"{packed:,}, {2 * weights / packed:.2f} times smaller",
+        **{f"bits per weight of {matrix.name}": f"{_bits([matrix]):.3f}, {matrix.bytes:,} bytes" for matrix in ends},
         "bytes of other parameters, not quantized": f"{sum(array['bytes'] for array in header['dense'].values()):,}",
         "bytes on disk, with the tokenizer": f"{on_disk:,}, {in_files:.3f} bits per parameter",
     }
     if record is not None:
         seconds = sum(block.seconds for block in record.blocks)
+        count = header["config"]["num_layers"]
         if pooled := pooled_matrices(record.blocks):
             totals["matrices of experts with too few tokens, solved for those of all experts"] = f"{pooled:,}"
-        totals["seconds to quantize"] = f"{seconds:,.1f} for {len(record.blocks):,} blocks"
-    errors = {m.name: m.report.relative_error for m in matrices if m.report and math.isfinite(m.report.relative_error)}
+        totals["seconds to quantize"] = f"{seconds:,.1f} for {count:,} blocks"
+    reports = {m.name: m.report for m in [*matrices, *ends] if m.report is not None}
+    errors = {name: report.relative_error for name, report in reports.items() if math.isfinite(report.relative_error)}
     if errors:
         worst = max(errors, key=lambda name: errors[name])
         totals["largest relative error"] = f"{errors[worst]:.2e}, of {worst}"
@@ -256,7 +261,7 @@ def _figures(record: Record | None, matrices: Sequence[Matrix]) -> dict[str, Mar
         bits = {kind: _bits(found) for kind, found in kinds.items()}
         figures["Bits per weight by kind of matrix, over all blocks"] = bars("bits", bits, "bits per weight")
     if record is not None:
-        seconds = {block.number - 1: block.seconds for block in record.blocks}
+        seconds = {block.number - 1: block.seconds for block in record.blocks if not any(map(is_end, block.matrices))}
         figures["Seconds per block, with reading and writing; the first block includes compilation"] = lines(
             "seconds", {"": seconds}, "seconds"
         )

@@ -48,7 +48,7 @@ def window_divergences(
 
     Example:
       >>> mean_divergence(list(window_divergences(model, params, quantized, calibration[:2])))
-      Divergence(kl=0.9..., agreement=0.6...)
+      Divergence(kl=0.8..., agreement=0.6...)
     """
     check_windows(model, windows)
     original, quantized = (for_measuring(params) for params in (original, quantized))

@@ -27,6 +27,7 @@ from spqr_jax.models.attention import (
     rotation,
 )
 from spqr_jax.models.block_kinds import BlockKinds
+from spqr_jax.models.embedding import Embedding, look_up, tied_logits
 from spqr_jax.models.experts import experts_linear, matrix_names
 from spqr_jax.models.generation_options import GenerationOptions
 from spqr_jax.models.layers import Linear, linear, mesh_of
@@ -257,8 +258,8 @@ class Decoder(nn.Module):
         raise NotImplementedError
 
     def embedding_module(self) -> nn.Module:
-        """The embedding of tokens: a module with an array `embedding`, and `attend` for a tied head."""
-        return nn.Embed(self.config.vocab_size, self.config.hidden_size, dtype=self.dtype)
+        """The embedding of tokens: a module with a table `embedding`."""
+        return Embedding(self.config.vocab_size, self.config.hidden_size)
 
     def setup(self) -> None:
         self.embed_tokens: Any = self.embedding_module()
@@ -348,14 +349,16 @@ class Decoder(nn.Module):
         positions: Int[Array, "batch tokens"] | None = None,
     ) -> Float[Array, "batch tokens hidden"]:
         """Input of the first block; without positions, those of sequences without padding."""
-        # Converted after the lookup: `nn.Embed` converts before it, which XLA would do with the whole table.
-        return jnp.take(self.embed_tokens.embedding, tokens, axis=0).astype(self.dtype)
+        return look_up(self.embed_tokens.embedding, tokens, self.dtype)
 
     def head(self, hidden: Float[Array, "*batch hidden"]) -> Float[Array, "*batch vocabulary"]:
         """Logits of hidden states."""
         if self.config.tie_embeddings and not self.has_variable("params", "lm_head"):
-            return self.embed_tokens.attend(hidden)
-        return self.lm_head(hidden)
+            logits = tied_logits(hidden, self.embed_tokens.embedding)
+        else:
+            logits = self.lm_head(hidden)
+        # A packed head has whole groups of rows, those at its end of no token.
+        return logits if logits.shape[-1] == self.config.vocab_size else logits[..., : self.config.vocab_size]
 
     def init_cache(self, params: Params, batch: int, slots: int, dtype: DTypeLike | None = None) -> KVCache:
         """An empty cache for `slots` tokens of each of `batch` sequences, stacked where the parameters are.

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import SplitTensor, SpqrTensor
 from pallas_kernels.format.stacks import stack, stack_arrays
-from spqr_jax.models.layers import linear
+from spqr_jax.models.layers import linear, parameter
 from spqr_jax.models.row_major import RowMajor
 
 Stack = Float[Array | np.ndarray, "experts in out"] | RowMajor | SpqrTensor | SplitTensor
@@ -139,12 +139,8 @@ class ExpertsLinear(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "*rows in"], chosen: Int[Array, "*batch count"]) -> Array:
-        kernel: Stack
-        if self.has_variable("params", "kernel"):
-            kernel = self.get_variable("params", "kernel")
-        else:
-            shape = self.experts, x.shape[-1], self.features
-            kernel = self.param("kernel", nn.initializers.lecun_normal(batch_axis=0), shape)
+        shape = self.experts, x.shape[-1], self.features
+        kernel: Stack = parameter(self, "kernel", nn.initializers.lecun_normal(batch_axis=0), shape)
         return experts_linear(x, kernel, chosen)
 
 

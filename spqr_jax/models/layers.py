@@ -1,5 +1,7 @@
 """Linear layers, whose weight is dense or packed, and norms."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -40,6 +42,16 @@ def mesh_of(params: object) -> Mesh | None:
     return next((leaf.mesh for leaf in leaves if isinstance(leaf, SplitTensor)), None)
 
 
+def parameter(module: nn.Module, name: str, initializer: nn.initializers.Initializer, shape: tuple[int, ...]) -> Any:
+    """A parameter of a module, in whatever form it was given; a new one is dense.
+
+    Flax's own `param` compares shapes, which a packed weight does not have.
+    """
+    if module.has_variable("params", name):
+        return module.get_variable("params", name)
+    return module.param(name, initializer, shape)
+
+
 class Linear(nn.Module):
     """`linear` with the module's own `kernel` and, if it has one, `bias`."""
 
@@ -48,11 +60,7 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
-        kernel: Kernel
-        if self.has_variable("params", "kernel"):
-            kernel = self.get_variable("params", "kernel")
-        else:
-            kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features))
+        kernel: Kernel = parameter(self, "kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,)) if self.use_bias else None
         return linear(x, kernel, bias)
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from spqr_jax.models.attention import AttentionKind
-from spqr_jax.models.layers import LayerNorm, Linear
+from spqr_jax.models.layers import LayerNorm, Linear, parameter
 
 NORM_EPSILON = 1e-5
 
@@ -58,7 +58,7 @@ class OptEmbedding(nn.Module):
     def setup(self) -> None:
         c = self.config
         normal, rows = nn.initializers.normal(0.02), c.max_positions + FIRST_POSITION
-        self.embedding = self.param("embedding", normal, (c.vocab_size, c.embedding_size))
+        self.embedding = parameter(self, "embedding", normal, (c.vocab_size, c.embedding_size))
         self.positions = self.param("positions", normal, (rows, c.hidden_size))
         if c.embedding_size != c.hidden_size:
             self.project_in = Linear(c.hidden_size)
@@ -67,10 +67,6 @@ class OptEmbedding(nn.Module):
         """Input of the first block, from embeddings of tokens and their positions."""
         hidden = x if self.config.embedding_size == self.config.hidden_size else self.project_in(x)
         return hidden + jnp.take(self.positions, positions + FIRST_POSITION, axis=0).astype(x.dtype)
-
-    def attend(self, x: Float[Array, "*batch features"]) -> Float[Array, "*batch vocabulary"]:
-        """Logits of a tied head."""
-        return x @ self.embedding.astype(x.dtype).T
 
 
 class OptOutput(nn.Module):

@@ -69,7 +69,9 @@ def shard_params(params: Params, model: Decoder, mesh: Mesh) -> Params:
             layer[key] = part
     rest = {key: _whole(params[key], over) for key in params if key not in (*layers, "blocks")}
     embedding = params["embed_tokens"]["embedding"]
-    if len(embedding) % over.shares == 0:
+    if isinstance(embedding, SpqrTensor) and _divides(embedding, "rows", None, over.shares):
+        rest["embed_tokens"] |= {"embedding": _split([embedding], "rows", over)[0]}
+    elif not isinstance(embedding, SpqrTensor) and len(embedding) % over.shares == 0:
         rest["embed_tokens"] |= {"embedding": over.put(embedding, 0)}
     if "lm_head" in params:
         (rest["lm_head"],) = _linear_layers([params["lm_head"]], "rows", None, over)

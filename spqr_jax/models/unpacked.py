@@ -64,7 +64,8 @@ def unpacked_bytes(params: Params, bytes_per_weight: int) -> int:
     """Bytes of all parameters once the packed matrices are unpacked.
 
     Example:
-      >>> unpacked_bytes(quantized, 4) == unpacked_bytes(params, 4)
+      >>> blocks = {name: quantized[name] for name in ("layers_0", "layers_1")}
+      >>> unpacked_bytes(blocks, 4) == unpacked_bytes({name: params[name] for name in blocks}, 4)
       True
     """
 
@@ -93,14 +94,13 @@ def in_rows(params: Params, model: Decoder) -> Params:
     layers = {fused_name(fused): fused for names in block.feeds().values() for fused in _fusable(blocks, names)}
     entries = _by_name(lambda name: _linear_in_rows(blocks, layers[name]), list(layers))
     rest = {key: value for key, value in params.items() if key not in block_names(params)}
-    table = np.asarray(params["embed_tokens"]["embedding"])
-    same = _is_exact(table, jnp.float16)
-    # XLA for CPUs converts all of a table in bfloat16 before it looks up a row.
-    embedding = _device(table.astype(np.float16 if same else np.float32))
-    if model.config.tie_embeddings and same:
-        head = RowMajor(embedding, jnp.ones(table.shape[1]))
+    embedding = _table_in_rows(params["embed_tokens"]["embedding"])
+    if not model.config.tie_embeddings:
+        head = _head(params["lm_head"]["kernel"])
+    elif isinstance(embedding, RowMajor):
+        head = embedding
     else:
-        head = _head(table.T if model.config.tie_embeddings else params["lm_head"]["kernel"])
+        head = _head(params["embed_tokens"]["embedding"].T)
     rest["embed_tokens"] = {**params["embed_tokens"], "embedding": embedding}
     rest["lm_head"] = {**rest.get("lm_head", {}), "kernel": replace(head, pieces=HEAD_PIECES)}
     return jax.device_put({**rest, "blocks": {**_others(blocks, [*entries, *block.matrices()]), **entries}})
@@ -155,7 +155,15 @@ def _dense(params: Params) -> Params:
 
     entries = _by_name(columns, [name for name, part in blocks[0].items() if "kernel" in part])
     rest = {key: value for key, value in params.items() if key not in block_names(params)}
+    rest = jax.tree_util.tree_map_with_path(_dense_end, rest, is_leaf=_is_packed)
     return jax.device_put({**rest, "blocks": {**_others(blocks, [*entries]), **entries}})
+
+
+def _dense_end(path: tuple[jax.tree_util.DictKey, ...], leaf: Array | np.ndarray | SpqrTensor) -> Array | np.ndarray:
+    """A parameter of embedding, last norm or head: a packed kernel as `[in, out]`, a packed table by its rows."""
+    if not isinstance(leaf, SpqrTensor):
+        return leaf
+    return _columns((leaf,)) if path[-1].key == "kernel" else spqr_dequantize(leaf)
 
 
 def _by_name(unpack: Callable[[str], Params], names: Sequence[str]) -> Params:
@@ -200,6 +208,16 @@ def _linear_in_rows(blocks: Sequence[Params], names: tuple[str, ...]) -> Params:
 
     weight = _device(_gathered(kernels, unpack))
     return {**_biases(layers), "kernel": RowMajor(weight, jnp.stack(divisors))}
+
+
+def _table_in_rows(table: Dense | SpqrTensor) -> RowMajor | Array:
+    """A table of embeddings in float16 where that holds its values, or rounds a packed one's; else in float32."""
+    if isinstance(table, SpqrTensor):
+        return _head(table)
+    # XLA for CPUs converts all of a table in bfloat16 before it looks up a row.
+    if _is_exact(np.asarray(table), jnp.float16):
+        return RowMajor(_device(np.asarray(table, np.float16)), jnp.ones(table.shape[1]))
+    return _device(np.asarray(table, np.float32))
 
 
 def _head(kernel: Dense | SpqrTensor) -> RowMajor:

@@ -39,7 +39,7 @@ class QuantizedBlock(NamedTuple):
     report: dict[str, MatrixReport]
 
 
-class _Solved(NamedTuple):
+class Solved(NamedTuple):
     """One quantized matrix: packed, and reported."""
 
     packed: SpqrTensor
@@ -76,17 +76,17 @@ def quantize_block(
     """
     # Converted once here, not at each use.
     dense = jax.tree.map(placement.put_parameter, params)
-    solved: dict[str, _Solved] = {}
+    solved: dict[str, Solved] = {}
     if streams is None:
         for matrix in block.single_matrices():
             config = plan.find(f"{name}.{layer_of(matrix)}")
             if config is not None:
-                solved |= _round_to_nearest(matrix, dense, config, name, placement)
+                solved |= round_to_nearest(matrix, dense, config, name, placement)
     else:
         walk = BlockWalk(block, dense, streams, placement, sequential=plan.config.sequential)
         for shared in walk:
             for config, part in _by_config(shared, plan, name):
-                found, weights = _solve(part, dense, config, name, placement)
+                found, weights = solve_input(part, dense, config, name, placement)
                 solved |= found
                 walk.replace(weights)
         streams = walk.finish()
@@ -112,9 +112,9 @@ def _by_config(shared: SharedInput, plan: Plan, block_name: str) -> Iterator[tup
             yield config, SharedInput(tuple(matrices), moments, shared.pooled)
 
 
-def _solve(
+def solve_input(
     shared: SharedInput, params: Params, config: SpqrConfig, block_name: str, placement: Placement
-) -> tuple[dict[str, _Solved], dict[str, Float[Array, "_ in"]]]:
+) -> tuple[dict[str, Solved], dict[str, Float[Array, "_ in"]]]:
     """Refits and quantizes the matrices of one input; also returns their dequantized weights."""
     moments = shared.take_moments()
     # JAX dispatches asynchronously: wait, so that pending work is not counted as solver time.
@@ -133,9 +133,9 @@ def _solve(
     )
 
 
-def _round_to_nearest(
+def round_to_nearest(
     matrix: str, params: Params, config: SpqrConfig, block_name: str, placement: Placement
-) -> dict[str, _Solved]:
+) -> dict[str, Solved]:
     """Quantizes one matrix without calibration."""
     started = time.perf_counter()
     weights = (_transposed(kernel_of(params, matrix)),)
@@ -152,7 +152,7 @@ def _quantize(
     placement: Placement,
     started: float,
     pooled: bool | Bool[Array, ""] = False,
-) -> tuple[dict[str, _Solved], dict[str, Float[Array, "_ in"]]]:
+) -> tuple[dict[str, Solved], dict[str, Float[Array, "_ in"]]]:
     """Quantizes and reports on matrices of one input, whose work `started` at this time."""
     packed, dense, finite = quantize_shared(weights, hessian, config, placement, shrinkage)
     errors = relative_errors(weights, dense, hessian)
@@ -170,7 +170,7 @@ def _quantize(
         seconds = time.perf_counter() - started
     total = sum(weight.size for weight in weights)
     solved = {
-        matrix: _Solved(tensor, report_matrix(tensor, error, seconds * weight.size / total, pooled))
+        matrix: Solved(tensor, report_matrix(tensor, error, seconds * weight.size / total, pooled))
         for matrix, tensor, error, weight in zip(matrices, packed, errors, weights, strict=True)
     }
     return solved, dict(zip(matrices, dense, strict=True))

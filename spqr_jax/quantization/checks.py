@@ -11,8 +11,10 @@ from jaxtyping import Array, Float, Int, PyTree, Shaped
 
 from pallas_kernels import SplitTensor, SpqrTensor, check_format
 from pallas_kernels.errors import SpqrError
+from pallas_kernels.format.bit_layout import BLOCK
 from spqr_jax.config import SpqrConfig
 from spqr_jax.models.decoder import Decoder, Params, layer_name
+from spqr_jax.models.ending import HEAD, end_names, leaf_name
 from spqr_jax.models.experts import matrix_names
 from spqr_jax.models.token_ids import check_vocabulary
 from spqr_jax.quantization.moments import FEATURES_PER_TOKEN
@@ -34,16 +36,22 @@ def check_weights(params: Params, model: Decoder, plan: Plan) -> None:
       plan: what to quantize its matrices to.
     """
     block = model.new_block()
+    ends = {f"{name}.{leaf_name(name)}": name for name in end_names(model)}
     matrices = {
         f"{layer_name(index)}.{name}": matrix_names(f"{layer_name(index)}.{name}", block.experts().get(name))
         for index in range(model.config.num_layers)
         for name in block.matrices()
     }
     for path, leaf in flatten_dict(params, sep=".").items():
-        name = path.removesuffix(".kernel")
+        name = ends.get(path, path.removesuffix(".kernel"))
         if isinstance(leaf, SpqrTensor | SplitTensor):
             raise SpqrError(f"{name} is quantized already: start from the original weights")
-        if name in matrices and (config := plan.find(name)) is not None:
+        if path in ends and (config := plan.find(name)) is not None:
+            weight = leaf.T if name == HEAD else leaf
+            rows = len(weight) + -len(weight) % rows_together(config)
+            check_sizes(name, (rows, weight.shape[1]), config)
+            check_values(name, weight)
+        elif name in matrices and (config := plan.find(name)) is not None:
             kernels = leaf if leaf.ndim == 3 else (leaf,)
             for matrix, kernel in zip(matrices[name], kernels, strict=True):
                 check_matrix(matrix, kernel.T, config)
@@ -53,9 +61,20 @@ def check_weights(params: Params, model: Decoder, plan: Plan) -> None:
 
 def check_matrix(name: str, weight: Float[Array | np.ndarray, "..."], config: SpqrConfig) -> None:
     """Raises a SpqrError that names a weight `[out, in]` with sizes or values that the format cannot hold."""
+    check_sizes(name, weight.shape, config)
+    check_values(name, weight)
+
+
+def rows_together(config: SpqrConfig) -> int:
+    """Rows whose statistics are stored together: a matrix has a multiple of them."""
+    return BLOCK if config.scale_bits is None and config.zero_bits is None else config.stats_group_size
+
+
+def check_sizes(name: str, shape: tuple[int, ...], config: SpqrConfig) -> None:
+    """Raises a SpqrError that names a weight with a shape (out, in) that the format cannot hold."""
     try:
         check_format(
-            *weight.shape,
+            *shape,
             bits=config.bits,
             group_size=config.group_size,
             scale_bits=config.scale_bits,
@@ -64,6 +83,10 @@ def check_matrix(name: str, weight: Float[Array | np.ndarray, "..."], config: Sp
         )
     except SpqrError as error:
         raise SpqrError(f"{name}: {error}") from None
+
+
+def check_values(name: str, weight: Float[Array | np.ndarray, "..."]) -> None:
+    """Raises a SpqrError that names a weight with values that the format cannot hold."""
     check_finite(name, weight)
     if not is_traced(weight) and (largest := float(_largest(weight))) > LARGEST_WEIGHT:
         raise SpqrError(

@@ -16,6 +16,7 @@ from spqr_jax.models.decoder import Decoder, Params, layer_name
 from spqr_jax.models.stacked_blocks import unstack_blocks
 from spqr_jax.quantization.block import QuantizedBlock, quantize_block
 from spqr_jax.quantization.checks import check_shares, check_tokens, check_weights
+from spqr_jax.quantization.ends import quantize_end
 from spqr_jax.quantization.hidden_states import embed, start
 from spqr_jax.quantization.report import MatrixReport
 from spqr_jax.rules import Plan
@@ -36,7 +37,7 @@ def quantize(
     mesh: Mesh | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> tuple[Params, dict[str, MatrixReport]]:
-    """Quantizes every matrix of the decoder blocks; embedding, norms, biases and head stay as they are.
+    """Quantizes every matrix of the decoder blocks and, with `embedding_bits`, the embedding and the head.
 
     A pure function of its arrays. Under `jax.jit` all blocks are compiled, which suits small models. The outlier arrays
     then keep room for every weight, and `pallas_kernels.trim` cuts them afterwards.
@@ -55,7 +56,7 @@ def quantize(
 
     Returns:
       The tree with an `SpqrTensor` in the place of each quantized kernel.
-      A report per matrix (`layers_3.q_proj`).
+      A report per matrix (`layers_3.q_proj`, `embed_tokens`).
 
     Raises:
       SpqrError: sizes that do not fit the format, values that are not finite, token ids outside the vocabulary, too
@@ -92,7 +93,7 @@ def quantize_blocks(
     mesh: Mesh | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Iterator[QuantizedBlock]:
-    """Yields a model's blocks as `quantize` finishes them, to show progress or to write each one.
+    """Yields a model's blocks as `quantize` finishes them, then embedding and head if they are quantized.
 
     Arguments and errors are those of `quantize`.
 
@@ -101,6 +102,8 @@ def quantize_blocks(
       ...     print(block.name, len(block.report))
       layers_0 7
       layers_1 7
+      embed_tokens 1
+      lm_head 1
     """
     if mesh is not None and is_traced((params, calibration_tokens)):
         raise SpqrError("with a mesh, quantize cannot be traced: call it outside jax.jit, it compiles its parts itself")
@@ -118,3 +121,5 @@ def quantize_blocks(
         name = layer_name(index)
         finished, streams = quantize_block(model.new_block(index), name, params[name], streams, plan, placement)
         yield finished
+    for name in plan.ends(model):
+        yield quantize_end(model, name, params, streams, plan, placement)

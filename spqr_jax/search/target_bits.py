@@ -48,7 +48,7 @@ BITS_PER_OUTLIER = 32
 """16 of its value and 16 of its column."""
 
 SETTINGS: tuple[SpqrConfig, ...] = (
-    *(SpqrConfig(group_size=size, stats_group_size=32, fit="error") for size in (64, 32)),
+    *(SpqrConfig(group_size=size, stats_group_size=32, fit="error", embedding_bits=8) for size in (64, 32)),
     SMALL,
     COMPACT,
     NEAR_LOSSLESS,

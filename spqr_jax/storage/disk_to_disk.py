@@ -19,9 +19,10 @@ from numpy.typing import ArrayLike
 
 from spqr_jax.config import Rules, SpqrConfig
 from spqr_jax.models.decoder import Params, layer_name
-from spqr_jax.quantization.block import quantize_block
+from spqr_jax.quantization.block import QuantizedBlock, quantize_block
 from spqr_jax.quantization.checks import check_shares, check_tokens, check_weights
-from spqr_jax.quantization.hidden_states import embed, start
+from spqr_jax.quantization.ends import quantize_end
+from spqr_jax.quantization.hidden_states import Streams, embed, start
 from spqr_jax.rules import Plan
 from spqr_jax.runtime.placement import Placement
 from spqr_jax.runtime.processes import agree, is_first
@@ -57,8 +58,13 @@ class _Job:
 
     @property
     def ends(self) -> list[str]:
-        """Names of the parts that stay as they are: embedding, final norm and head."""
-        return sorted(self.source.parts.keys() - set(self.blocks))
+        """Names of the parts behind the blocks that are quantized: embedding and head, if they are."""
+        return list(self.plan.ends(self.source.model))
+
+    @property
+    def kept(self) -> list[str]:
+        """Names of the parts that stay as they are: the final norm, and embedding and head where they are dense."""
+        return sorted(self.source.parts.keys() - {*self.blocks, *self.ends})
 
 
 @in_32_bits
@@ -134,7 +140,7 @@ def _survey(job: _Job, directory: Path) -> dict[str, Any]:
     """Reads and checks all inputs of a run, and returns the description that tells it from other runs."""
     digests, size = {}, 0
     model, tokens = job.source.model, job.tokens
-    for name in (*job.blocks, *job.ends):
+    for name in (*job.blocks, *job.ends, *job.kept):
         part = job.source.parts[name]()
         check_weights({name: part}, model, job.plan)
         if name == job.blocks[0] and tokens is not None:
@@ -144,8 +150,9 @@ def _survey(job: _Job, directory: Path) -> dict[str, Any]:
         size += sum(leaf.nbytes for leaf in jax.tree.leaves(part))
     _check_space(directory, size // 2)
     return {
-        "config": dataclasses.asdict(job.plan.config),
-        **({"rules": job.plan.as_rules()} if job.plan.rules else {}),
+        # As earlier versions, which had no such setting, describe their unfinished runs.
+        "config": {n: v for n, v in dataclasses.asdict(job.plan.config).items() if n != "embedding_bits" or v},
+        **({"rules": job.plan.rules} if job.plan.rules else {}),
         "model": describe_model(model),
         "calibration": None if tokens is None else {"shape": list(tokens.shape), "tokens": digest(tokens)},
         "source": dict(sorted(digests.items())),
@@ -181,13 +188,10 @@ def _states(job: _Job, run: PartialRun, state: RunState) -> Iterator[RunState]:
     if not state.blocks:
         state = _start(job, run)
     started = time.perf_counter()
-    for name, params in _read_ahead(job.source.parts, job.blocks[len(state.blocks) :], job.placement):
-        streams = jax.tree.unflatten(structure, state.hidden)
-        block = job.source.model.new_block(len(state.blocks))
-        finished, streams = quantize_block(block, name, params, streams, job.plan, job.placement)
+    for finished, streams in _quantized(job, len(state.blocks), jax.tree.unflatten(structure, state.hidden)):
         entries = dict(state.entries)
         if is_first():
-            entries[name] = run.write_part(name, finished.params)
+            entries[finished.name] = run.write_part(finished.name, finished.params)
         now = time.perf_counter()
         report = BlockReport(len(state.blocks) + 1, now - started, finished.report)
         state = RunState(entries, [*state.blocks, report], jax.tree.leaves(streams))
@@ -197,14 +201,32 @@ def _states(job: _Job, run: PartialRun, state: RunState) -> Iterator[RunState]:
         yield state
 
 
+def _quantized(job: _Job, done: int, streams: Streams | None) -> Iterator[tuple[QuantizedBlock, Streams | None]]:
+    """Yields each further part that is quantized, with the hidden states after it: blocks, then embedding and head.
+
+    Args:
+      job: the inputs.
+      done: number of parts that are quantized already.
+      streams: hidden states after them.
+    """
+    model, parts = job.source.model, job.source.parts
+    for name, params in _read_ahead(parts, job.blocks[done:], job.placement):
+        block = model.new_block(job.blocks.index(name))
+        finished, streams = quantize_block(block, name, params, streams, job.plan, job.placement)
+        yield finished, streams
+    for name in job.ends[max(done - len(job.blocks), 0) :]:
+        params = {part: parts[part]() for part in (name, "norm") if part in parts}
+        yield quantize_end(model, name, params, streams, job.plan, job.placement), streams
+
+
 def _start(job: _Job, run: PartialRun) -> RunState:
     """Writes the parts that stay as they are, and embeds the calibration tokens."""
     parts = job.source.parts
-    ends: dict[str, Entries] = {name: run.write_part(name, parts[name]()) for name in job.ends} if is_first() else {}
+    kept: dict[str, Entries] = {name: run.write_part(name, parts[name]()) for name in job.kept} if is_first() else {}
     if job.tokens is None:
-        return RunState(ends, [], [])
+        return RunState(kept, [], [])
     hidden = embed(job.source.model, {"embed_tokens": parts["embed_tokens"]()}, job.tokens, job.placement)
-    return RunState(ends, [], jax.tree.leaves(start(hidden, job.plan.config)))
+    return RunState(kept, [], jax.tree.leaves(start(hidden, job.plan.config)))
 
 
 def _finish(job: _Job, run: PartialRun, destination: Path, state: RunState, published: bool) -> None:

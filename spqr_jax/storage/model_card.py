@@ -17,7 +17,7 @@ from spqr_jax.rules import described
 from spqr_jax.storage.description import Entries, describe_model
 from spqr_jax.storage.layout import CARD
 from spqr_jax.storage.record import Record
-from spqr_jax.storage.totals import summarize_described
+from spqr_jax.storage.totals import is_end, summarize_described
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 """Ids of the hub; names of other base models are in the text alone, because the hub checks those in the header."""
@@ -122,7 +122,9 @@ def _header(form: Form, base: str | None, quantized: bool) -> str:
 def _sizes(model: Decoder, entries: Entries, base: str | None) -> dict[str, str]:
     described, config = describe_model(model), model.config
     totals = summarize_described(entries)
-    matrices, dense = entries["matrices"].values(), entries["dense"].values()
+    packed, dense = entries["matrices"], entries["dense"].values()
+    matrices = [entry for name, entry in packed.items() if not is_end(name)]
+    ends = {name: entry for name, entry in packed.items() if is_end(name)}
     found = {
         "base model": base or "not known",
         "architecture": f"{described.get('alias', described['family'])}, {config.num_layers} blocks, hidden size "
@@ -138,6 +140,9 @@ def _sizes(model: Decoder, entries: Entries, base: str | None) -> dict[str, str]
             f"{sum(matrix['bytes'] for matrix in matrices):,} bytes",
             "outliers": f"{totals.outlier_share:.2%}",
         }
+    for name, entry in ends.items():
+        width = f"{entry['bits']} bits in groups of {entry['group_size']}"
+        found[name.partition(".")[0]] = f"{width}: {entry['bytes']:,} bytes"
     types = ", ".join(sorted({array["dtype"] for array in dense}))
     found["other arrays"] = f"{sum(array['bytes'] for array in dense):,} bytes ({types})"
     return found

@@ -71,7 +71,7 @@ class PartialRun:
 
     @property
     def finished_blocks(self) -> int:
-        """Number of blocks that need not be quantized again."""
+        """Number of blocks, and then of embedding and head, that need not be quantized again."""
         numbers = (path.name.removeprefix("state-") for path in self.directory.glob("state-*"))
         return max((int(number) for number in numbers if number.isdecimal()), default=0)
 
@@ -193,7 +193,7 @@ class PartialRun:
             free = shutil.disk_usage(existing_parent(self.directory)).free
             raise CheckpointError(
                 f"{self.directory} could not be written: {reason(error)}; {free} bytes are free and "
-                f"{self.finished_blocks} blocks are finished: make room and repeat the command to resume after them"
+                f"{self.finished_blocks} parts are finished: make room and repeat the command to resume after them"
             ) from error
 
     def _check_same(self, description: Mapping[str, Any]) -> None:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from spqr_jax.config import SpqrConfig
+from spqr_jax.config import Rules, SpqrConfig
 from spqr_jax.quantization.report import MatrixReport
 from spqr_jax.rules import Plan
 from spqr_jax.storage.errors import CheckpointError
@@ -28,10 +28,10 @@ from spqr_jax.storage.paths import resolved
 
 
 class BlockReport(NamedTuple):
-    """The report of one block.
+    """The report of one block, or, behind all blocks, of the embedding or the head.
 
     Attributes:
-      number: the block's place among the finished blocks, from 1.
+      number: its place among the finished ones, from 1.
       seconds: wall time since the end of the previous block, reading and writing included.
       matrices: a report per matrix (`layers_3.q_proj`).
     """
@@ -47,7 +47,7 @@ class Record(NamedTuple):
     Attributes:
       config: the settings.
       calibration: shape of the calibration tokens (sequences, tokens); None for round-to-nearest.
-      blocks: a report per block.
+      blocks: a report per block, and then of embedding and head where they are quantized.
       versions: of Python, JAX, jaxlib and this package, where installed.
       device: kind of the devices.
       devices: their number.
@@ -69,7 +69,7 @@ class Record(NamedTuple):
     date: str
     base_model: str | None = None
     quality: dict[str, float] | None = None
-    rules: tuple[tuple[str, dict[str, Any] | None], ...] = ()
+    rules: Rules = ()
     sizes: dict[str, float] | None = None
 
 
@@ -96,7 +96,7 @@ def new_record(
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         base_model=base_model,
         quality=None if quality is None else dict(quality),
-        rules=plan.as_rules(),
+        rules=tuple(plan.rules),
         sizes=None if sizes is None else dict(sizes),
     )
 

@@ -1,7 +1,7 @@
 """Size and outliers of a whole quantized model."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -9,17 +9,18 @@ import numpy as np
 from jaxtyping import PyTree
 
 from pallas_kernels import SpqrTensor
-from spqr_jax.storage.description import Entries
+from spqr_jax.models.ending import ENDS
+from spqr_jax.storage.description import ArrayEntry, Entries, MatrixEntry
 
 
 class Summary(NamedTuple):
-    """Totals over the packed matrices of a model, and over all of its parameters.
+    """Totals over the packed matrices of a model's blocks, and over all of its parameters.
 
     Attributes:
-      weights: number of weights in packed matrices.
+      weights: number of weights in packed matrices of blocks: all but embedding and head.
       bits_per_weight: 8 · bytes of those matrices / weights.
       outlier_share: outliers / weights.
-      parameters: number of all parameters: those weights and the elements of dense arrays.
+      parameters: number of all parameters, with the rows of zeros that fill the groups of a packed table.
       nbytes: bytes of all parameters.
     """
 
@@ -53,11 +54,13 @@ def summarize(params: PyTree) -> Summary:
       >>> summarize(quantized)
       Summary(weights=73728, bits_per_weight=..., outlier_share=..., parameters=..., nbytes=...)
     """
-    leaves = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, SpqrTensor))
-    packed = [leaf for leaf in leaves if isinstance(leaf, SpqrTensor)]
-    dense = [leaf for leaf in leaves if not isinstance(leaf, SpqrTensor)]
+    packed: list[SpqrTensor] = []
+    others: list[Any] = []
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=lambda leaf: isinstance(leaf, SpqrTensor)):
+        in_block = isinstance(leaf, SpqrTensor) and not is_end(jax.tree_util.keystr(path, simple=True, separator="."))
+        (packed if in_block else others).append(leaf)
     outliers = sum(int(np.sum(tensor.outliers.count)) for tensor in packed if tensor.outliers is not None)
-    return _summary(_size(packed), _size(dense), outliers)
+    return _summary(_size(packed), _size(others), outliers)
 
 
 def summarize_described(description: Entries) -> Summary:
@@ -68,12 +71,25 @@ def summarize_described(description: Entries) -> Summary:
       >>> summarize_described(describe("tiny-spqr")) == summarize(quantized)
       True
     """
-    outliers = sum(matrix["outliers"] or 0 for matrix in description["matrices"].values())
-    packed, dense = (
-        (sum(math.prod(entry["shape"]) for entry in entries), sum(entry["bytes"] for entry in entries))
-        for entries in ([*description["matrices"].values()], [*description["dense"].values()])
-    )
-    return _summary(packed, dense, outliers)
+    packed = [entry for name, entry in description["matrices"].items() if not is_end(name)]
+    ends = [entry for name, entry in description["matrices"].items() if is_end(name)]
+    outliers = sum(matrix["outliers"] or 0 for matrix in packed)
+    return _summary(_size_of(packed), _size_of([*ends, *description["dense"].values()]), outliers)
+
+
+def is_end(name: str) -> bool:
+    """Whether an array, by its path, is of the embedding or the head.
+
+    Example:
+      >>> is_end("embed_tokens.embedding"), is_end("layers_0.q_proj.kernel")
+      (True, False)
+    """
+    return name.partition(".")[0] in ENDS
+
+
+def _size_of(entries: Sequence[MatrixEntry | ArrayEntry]) -> tuple[int, int]:
+    """Number of elements, and of bytes."""
+    return sum(math.prod(entry["shape"]) for entry in entries), sum(entry["bytes"] for entry in entries)
 
 
 def _size(leaves: Iterable[Any]) -> tuple[int, int]:

@@ -14,12 +14,16 @@ from typer.testing import CliRunner
 
 from pallas_kernels import SpqrTensor
 from pallas_kernels.aot import GPUS, Format
-from pallas_kernels.aot.compiler import run_apart
+from pallas_kernels.aot.compiler import Program, compile_program, run_apart
 from pallas_kernels.aot.hlo import accessed_bytes, parse_program
+from pallas_kernels.benchmark.matrices import random_matrix
+from spqr_jax import generation
 from spqr_jax.benchmark import __main__ as command
 from spqr_jax.benchmark import decode, predicted
 from spqr_jax.benchmark.random_model import MODELS, fused_shapes, random_params
 from spqr_jax.benchmark.results import read
+from spqr_jax.generation import Policy
+from spqr_jax.models.decoder import Params
 from spqr_jax.models.fusion import fuse_projections
 from spqr_jax.models.stacked_blocks import stack_blocks
 
@@ -204,3 +208,34 @@ def test_kernels_of_a_block(programs):
         # Four products with two kernels each.
         assert sum(name.startswith(predicted.OURS) for name in names) == (2 * 8 if form else 0)
         assert len(names) < 2 * 30 + 20
+
+
+ENDS = Format.parse("8b-g64-s8-o0%")
+TIED = TWO_BLOCKS.clone(config=dataclasses.replace(LLAMA.config, num_layers=2, tie_embeddings=True))
+
+
+def compiled_with_packed_embedding(batch: int) -> Program:
+    """The decode loop of a tied model whose embedding is packed."""
+
+    def packed() -> Params:
+        params = random_params(TIED, FORM)
+        table = random_matrix(ENDS, (LLAMA.config.vocab_size, LLAMA.config.hidden_size), 0)
+        return params | {"embed_tokens": {"embedding": table}}
+
+    params = jax.eval_shape(packed)
+    state = jax.eval_shape(lambda: decode.start(TIED, params, batch, 1024, "gpu")[0])
+    function = jax.jit(functools.partial(generation.decode, TIED, Policy()), donate_argnums=1)
+    return compile_program(function, params, state, jax.ShapeDtypeStruct((), jnp.int32), gpu=GPUS["h100"])
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_a_packed_embedding_is_read_once_as_the_head_and_by_rows_as_the_embedding():
+    for batch, program in zip((1, 16), run_apart(compiled_with_packed_embedding, (1, 16)), strict=True):
+        step = [kernel for kernel in program.kernels if kernel.in_loop]
+        ours = [kernel for kernel in step if kernel.name.startswith(predicted.OURS)]
+        assert len(ours) > 2 * 8
+        others = sum(kernel.accessed_bytes for kernel in step) - sum(kernel.accessed_bytes for kernel in ours)
+        cache = decode.empty_row(TIED, FORM, batch, 1024, "gpu").cache_bytes
+        # Unpacking all of the table would read its 131 MB of codes.
+        assert others < 1.1 * cache + 0.25 * 32000 * 4096

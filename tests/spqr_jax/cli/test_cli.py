@@ -72,7 +72,8 @@ def test_quantize_reports_and_saves(plain: Path, tmp_path: Path) -> None:
     assert inspected["matrices"]["layers_1.v_proj.kernel"]["bits"] == 4
     for name, value in inspected["sizes"].items():
         assert report[name] == value
-    # Embedding, norms and head are dense, in 32 bits.
+    # Embedding and head are in 8 bits, norms in 32.
+    assert inspected["matrices"]["lm_head.kernel"]["bits"] == 8
     assert report["bits_per_weight"] < report["bits_per_parameter"] < 32
     record = read_record(tmp_path / "out")
     assert record is not None
@@ -87,10 +88,11 @@ def test_where_nobody_watches_progress_is_lines(plain: Path, tmp_path: Path) -> 
     done = spqr("quantize", plain, tmp_path / "out", *arguments, "--json")
     report = json.loads(done.stdout)
     lines = done.stderr.splitlines()
-    assert len(lines) == 2 + len(report["matrices"])
+    assert len(lines) == 4 + len(report["matrices"])
     seconds = report["seconds_per_block"]
     assert lines[0] == f"block 1 of 2: {seconds[0]:.1f} s per block, 0:00:{round(seconds[0]):02} left"
     assert lines[8] == f"block 2 of 2: {seconds[1]:.1f} s per block, 0:00:00 left"
+    assert re.fullmatch(r"embed_tokens: \d+\.\d s", lines[16])
     matrix = report["matrices"]["layers_0.q_proj"]
     error, share = f"{matrix['relative_error']:.2e}", f"{matrix['outlier_share']:.2%}"
     assert lines[1] == f"  layers_0.q_proj: error {error}, outliers {share}"
@@ -113,7 +115,7 @@ def test_a_stopped_command_goes_on_where_it_was(plain: Path, tmp_path: Path, mon
         patch.setattr(partial_run, "publish", mock.Mock(side_effect=OSError("No space left on device")))
         done = spqr(*arguments)
     assert done.returncode == 1
-    assert "2 blocks are finished: make room and repeat the command to resume" in done.stderr
+    assert "4 parts are finished: make room and repeat the command to resume" in done.stderr
     refused = spqr(*arguments, "--bits", 3)
     assert refused.returncode == 1
     assert "unfinished run with config.bits 4, not 3" in refused.stderr
@@ -281,7 +283,7 @@ def test_commands_take_other_forms(foreign: dict[str, Path], tmp_path: Path) -> 
         result("quantize", path, tmp_path / name, "--preset", "paper", "--method", "rtn")
     quantized = {name: result("inspect", tmp_path / name)["matrices"] for name in foreign}
     assert quantized["safetensors"] == quantized["gguf"]
-    assert len(quantized["gguf"]) == 14
+    assert len(quantized["gguf"]) == 14 + 2
 
 
 @pytest.mark.parametrize(

@@ -89,6 +89,6 @@ def test_settings_are_the_last_that_fit() -> None:
     model = MODELS["falcon"]
     params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
     source = ModelSource(model, {name: partial(params.__getitem__, name) for name in params}, None)
-    groups_of_32 = SpqrConfig(group_size=32, stats_group_size=32, fit="error")
+    groups_of_32 = SpqrConfig(group_size=32, stats_group_size=32, fit="error", embedding_bits=8)
     found = [settings_for(source, target) for target in (3.0, 3.9, 4.3, 4.6, 9.0)]
     assert found == [groups_of_32, groups_of_32, groups_of_32, NEAR_LOSSLESS, NEAR_LOSSLESS]
