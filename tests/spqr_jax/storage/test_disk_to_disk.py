@@ -309,7 +309,7 @@ def test_a_run_stopped_just_before_and_just_after_its_checkpoint_has_its_name(so
 
     with monkeypatch.context() as patch:
         patch.setattr(partial_run, "publish", refuse)
-        with pytest.raises(CheckpointError, match=r"written: No space left on device; .* 3 blocks are finished"):
+        with pytest.raises(CheckpointError, match=r"written: No space left on device; .* 3 parts are finished"):
             quantize_checkpoint(source, tmp_path / "out", TOKENS, config=CONFIG)
     assert names(tmp_path) == ["out.partial"]
     with monkeypatch.context() as patch:
@@ -330,7 +330,7 @@ def test_a_full_disk_is_one_error_and_what_is_finished_stays(source, expected, t
     def fill(block: BlockReport) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, before[1]))
 
-    message = "out.partial could not be written: File too large; [0-9]+ bytes are free and 1 blocks are finished: "
+    message = "out.partial could not be written: File too large; [0-9]+ bytes are free and 1 parts are finished: "
     try:
         with pytest.raises(CheckpointError, match=message):
             quantize_checkpoint(
