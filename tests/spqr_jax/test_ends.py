@@ -238,15 +238,12 @@ def test_settings_that_cannot_be(settings, named):
 
 
 @pytest.mark.devices
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["tied", "untied"])
 def test_split_over_devices_by_the_vocabulary(name):
     model, params = MODELS[name], packed(name)
     sharded = shard_params(params, model, jax.make_mesh((2,), ("model",)))
     assert not isinstance(sharded["embed_tokens"]["embedding"], SpqrTensor)
     np.testing.assert_allclose(LOGITS(model, sharded, TOKENS), LOGITS(model, params, TOKENS), rtol=1e-3, atol=1e-3)
-    assert generate(model, sharded, [[3, 1, 4]], max_new_tokens=4) == generate(
-        model, params, [[3, 1, 4]], max_new_tokens=4
-    )
 
 
 @pytest.mark.devices
