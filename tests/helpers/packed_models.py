@@ -1,4 +1,4 @@
-"""Models whose matrices are packed with random content."""
+"""Models whose matrices have random content, packed or dense."""
 
 import math
 from typing import Any
@@ -16,6 +16,13 @@ TOKENS = np.random.default_rng(1).integers(0, 61, (2, 12)).astype(np.int32)
 LOGITS = jax.jit(
     lambda model, params, tokens, **kwargs: model.apply({"params": params}, tokens, **kwargs), static_argnums=0
 )
+
+
+def dense_params(model: Decoder) -> dict[str, Any]:
+    """Random parameters, all dense, small enough that hidden states keep their size."""
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), TOKENS)["params"]
+    return jax.tree.map(lambda leaf: rng.normal(0, leaf.shape[-1] ** -0.5, leaf.shape).astype(np.float32), shapes)
 
 
 def random_params(model: Decoder, *, share: float | None = 0.02, one_permutation: bool = True) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers.packed_models import LOGITS
+from helpers.packed_models import LOGITS, dense_params
 
 from converters import export_hf_spqr, export_huggingface, from_pretrained
 from pallas_kernels import SpqrTensor, spqr_dequantize
@@ -49,9 +49,7 @@ MODELS: dict[str, Decoder] = {
 
 @cache
 def random_params(name: str) -> Params:
-    rng = np.random.default_rng(0)
-    shapes = jax.eval_shape(MODELS[name].init, jax.random.key(0), TOKENS)["params"]
-    return jax.tree.map(lambda leaf: rng.normal(0, leaf.shape[-1] ** -0.5, leaf.shape).astype(np.float32), shapes)
+    return dense_params(MODELS[name])
 
 
 @cache

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers.packed_models import LOGITS
+from helpers.packed_models import LOGITS, dense_params
 
 from converters import export_huggingface, from_pretrained
 from pallas_kernels import SpqrTensor, spqr_dequantize
@@ -44,13 +44,7 @@ RULES: Any = [
 ]
 
 
-def random_params() -> dict[str, Any]:
-    rng = np.random.default_rng(0)
-    shapes = jax.eval_shape(MODEL.init, jax.random.key(0), TOKENS)["params"]
-    return jax.tree.map(lambda leaf: rng.normal(0, leaf.shape[-1] ** -0.5, leaf.shape).astype(np.float32), shapes)
-
-
-PARAMS = random_params()
+PARAMS = dense_params(MODEL)
 
 
 @pytest.fixture(scope="module")
