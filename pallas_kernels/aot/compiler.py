@@ -8,7 +8,8 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import TypeVar
@@ -43,7 +44,7 @@ class Kernel:
       writes: result arrays.
       accessed_bytes: bytes read and written, see `hlo.accessed_bytes`.
       in_loop: whether each step of a loop launches the kernel.
-      sass: machine instructions (SASS), as `nvdisasm -c` lists them.
+      cubin: machine code, in a file that may hold other kernels too.
     """
 
     name: str
@@ -56,7 +57,17 @@ class Kernel:
     writes: tuple[ArrayType, ...]
     accessed_bytes: int
     in_loop: bool
-    sass: str
+    cubin: bytes = field(repr=False)
+
+    @cached_property
+    def sass(self) -> str:
+        """Machine instructions (SASS), as `nvdisasm -c` lists them. Disassembling takes longer than compiling."""
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(self.cubin)
+            file.flush()
+            listing = _output(_tool("nvdisasm"), "-c", file.name)
+        sections = re.split(r"^\s*\.section\s+\.text\.([\w$.]+),.*$", listing, flags=re.MULTILINE)
+        return dict(zip(sections[1::2], sections[2::2], strict=True))[self.name]
 
 
 @dataclass(frozen=True)
@@ -159,7 +170,7 @@ def _launches(dump: Path, hlo: str) -> Iterator[Kernel]:
     for indent, thunk, name, *numbers in launch.findall(sequence.read_text()):
         x, y, z, threads_x, threads_y, threads_z, shared = map(int, numbers)
         instruction = by_thunk[int(thunk)]
-        registers, spill_bytes, sass = machine_code[name]
+        registers, spill_bytes, cubin = machine_code[name]
         yield Kernel(
             name=name,
             programs=x * y * z,
@@ -171,30 +182,27 @@ def _launches(dump: Path, hlo: str) -> Iterator[Kernel]:
             writes=program[instruction].types,
             accessed_bytes=accessed_bytes(program, instruction),
             in_loop=bool(indent),
-            sass=sass,
+            cubin=cubin,
         )
 
 
-def _assemble(dump: Path) -> dict[str, tuple[int, int, str]]:
-    """Registers, spilled bytes and SASS of each kernel whose PTX is in a directory, by name."""
+def _assemble(dump: Path) -> dict[str, tuple[int, int, bytes]]:
+    """Registers, spilled bytes and machine code of each kernel whose PTX is in a directory, by name."""
     # One file per call: ptxas 13.5 sometimes crashes when it is given many.
     files = [path for path in sorted(dump.glob("*.ptx")) if ".entry" in path.read_text()]
     return {name: kernel for path in files for name, kernel in _assemble_file(path).items()}
 
 
-def _assemble_file(ptx: Path) -> dict[str, tuple[int, int, str]]:
+def _assemble_file(ptx: Path) -> dict[str, tuple[int, int, bytes]]:
     (architecture,) = re.findall(r"^\.target (\w+)", ptx.read_text(), re.MULTILINE)
     cubin = ptx.with_suffix(".cubin")
     log = _output(_tool("ptxas"), f"-arch={architecture}", "-v", ptx, "-o", cubin)
-    listing = _output(_tool("nvdisasm"), "-c", cubin)
-    sections = re.split(r"^\s*\.section\s+\.text\.([\w$.]+),.*$", listing, flags=re.MULTILINE)
-    sass = dict(zip(sections[1::2], sections[2::2], strict=True))
     properties = re.findall(
         r"Compiling entry function '(.+?)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers",
         log,
         re.DOTALL,
     )
-    return {name: (int(used), int(stores) + int(loads), sass[name]) for name, stores, loads, used in properties}
+    return {name: (int(used), int(stores) + int(loads), cubin.read_bytes()) for name, stores, loads, used in properties}
 
 
 def _output(*command: str | Path) -> str:
