@@ -13,6 +13,7 @@ from pallas_kernels import SplitTensor, split_rows, split_take, spqr_take
 TAKE = jax.jit(spqr_take)
 
 
+@pytest.mark.slow
 @settings(max_examples=25)
 @given(form=formats(), outliers=st.sampled_from(OUTLIERS), seed=st.integers(0, 2**32 - 1))
 def test_rows_are_those_of_the_whole_matrix(form, outliers, seed):

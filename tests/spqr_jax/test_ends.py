@@ -85,6 +85,7 @@ def test_embedding_and_head_are_packed_with_their_own_bits(name):
     assert np.square(error).mean() < 0.005 * np.square(original).mean()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_all_forms_give_the_logits_of_the_dense_weights(name):
     model, params = MODELS[name], packed(name)
@@ -115,6 +116,7 @@ def test_texts_and_perplexity_are_those_of_the_dense_weights(name, memory):
     assert found == pytest.approx(perplexity(model, dense(params), text, window=32), rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["tied", "untied"])
 def test_the_head_is_solved_for_the_final_hidden_states(name):
     """At few bits, its error on these is smaller than that of rounding to nearest."""
@@ -132,6 +134,7 @@ def test_the_head_is_solved_for_the_final_hidden_states(name):
     assert errors[0] < 0.8 * errors[1]
 
 
+@pytest.mark.slow
 def test_an_embedding_beside_a_head_is_rounded_to_nearest():
     config = dataclasses.replace(CONFIG, embedding_bits=3)
     calibrated, rounded = (
@@ -140,6 +143,7 @@ def test_an_embedding_beside_a_head_is_rounded_to_nearest():
     jax.tree.map(np.testing.assert_array_equal, calibrated["embed_tokens"], rounded["embed_tokens"])
 
 
+@pytest.mark.slow
 def test_traced_whole():
     model = MODELS["tied"]
     traced = jax.jit(lambda params: quantize(params, TOKENS, model=model, config=CONFIG)[0])(random_params("tied"))
@@ -159,6 +163,7 @@ def test_saved_loaded_and_exported(name, tmp_path: Path):
     np.testing.assert_allclose(LOGITS(exported.model, exported.params, TOKENS), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["tied", "untied"])
 def test_the_official_format_has_them_dense(name, tmp_path: Path):
     model = MODELS[name]

@@ -67,6 +67,7 @@ def test_the_first_rule_that_matches_decides(mixed):
     np.testing.assert_array_equal(mixed["layers_2"]["down_proj"]["kernel"], PARAMS["layers_2"]["down_proj"]["kernel"])
 
 
+@pytest.mark.slow
 def test_matrices_of_one_input_and_several_settings_are_each_solved_as_alone():
     config = SpqrConfig(bits=3, group_size=16, outlier_threshold=None)
     rules: Any = [("layers_0.k_proj", {"bits": 5}), ("layers_0.v_proj", None)]
@@ -79,6 +80,7 @@ def test_matrices_of_one_input_and_several_settings_are_each_solved_as_alone():
     assert "layers_0.v_proj" not in report
 
 
+@pytest.mark.slow
 def test_all_forms_of_mixed_blocks_give_the_same_logits(mixed):
     expected = LOGITS(MODEL, mixed, TOKENS)
     stacked = stack_blocks(mixed)
@@ -156,6 +158,7 @@ def test_runs_from_disk_to_disk_record_their_rules(mixed, tmp_path: Path):
     assert describe(tmp_path / "out")["matrices"]["layers_1.v_proj.kernel"]["bits"] == 8
 
 
+@pytest.mark.slow
 def test_round_to_nearest_takes_rules():
     quantized, report = quantize(PARAMS, None, model=MODEL, config=CONFIG, rules=RULES)
     assert bits(quantized, 1, "v_proj") == 8

@@ -55,6 +55,7 @@ def test_answers_are_those_of_single_prompts(model: Path, prompts: Path, tmp_pat
     assert rows(output) == found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampling", [(), ("--temperature", 1.5, "--seed", 3)])
 def test_an_interrupted_command_resumes(model: Path, prompts: Path, tmp_path: Path, sampling: tuple) -> None:
     command = ("generate", model, "--prompts", prompts, *OPTIONS, *sampling, "--output")

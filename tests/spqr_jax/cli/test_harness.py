@@ -201,6 +201,7 @@ def generated(model: SpqrLM, prompts: list[str], **options: Any) -> list[str]:
     return model.generate_until([Instance("generate_until", {}, (prompt, options), 0) for prompt in prompts])
 
 
+@pytest.mark.slow
 def test_sampling_differs_between_repeats(plain: Path) -> None:
     model = SpqrLM(str(plain), batch_size=2)
     sampled = generated(model, ["fox"] * 4, do_sample=True, temperature=1.0, max_gen_toks=20)
@@ -208,6 +209,7 @@ def test_sampling_differs_between_repeats(plain: Path) -> None:
     assert len(set(generated(model, ["fox"] * 4, do_sample=True, temperature=1.0, top_k=1, max_gen_toks=20))) == 1
 
 
+@pytest.mark.slow
 def test_requests_of_other_options_and_lengths_keep_their_places(plain: Path) -> None:
     model = SpqrLM(str(plain), batch_size=2)
     prompts = [(word, {"max_gen_toks": count}) for word, count in [("a", 3), ("fox", 5), ("quick", 3), ("the lazy", 3)]]

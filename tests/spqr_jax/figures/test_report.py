@@ -100,6 +100,7 @@ def seal(directory: Path, **files: dict | None) -> None:
     (directory / MANIFEST).write_text(json.dumps(manifest))
 
 
+@pytest.mark.slow
 def test_every_matrix_has_its_numbers_in_the_page(checkpoint: Path) -> None:
     page, record = Page(report_page(checkpoint)), read_record(checkpoint)
     assert record is not None

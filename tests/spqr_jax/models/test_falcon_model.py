@@ -148,6 +148,7 @@ def unpacked(params: dict[str, Any]) -> dict[str, Any]:
     return jax.tree.map(dense, params, is_leaf=lambda leaf: isinstance(leaf, SpqrTensor))
 
 
+@pytest.mark.slow
 def test_checkpoint_gives_back_what_was_saved(falcon: Pretrained, quantized: Any, tmp_path: Any) -> None:
     params, _ = quantized
     save(tmp_path / "checkpoint", falcon.model, params)

@@ -169,6 +169,7 @@ def test_dense_matrices_stay_as_they_are() -> None:
     assert_equal(fuse_projections(params, model), params)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", ["dense", "permuted", "biased"])
 def test_each_block_is_fused_as_far_as_it_can_be(change: str) -> None:
     """Where one block's q, k and v cannot be joined, its gate and up are, and all of the other's."""

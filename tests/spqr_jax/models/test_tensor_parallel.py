@@ -146,6 +146,7 @@ def spread() -> tuple[Decoder, Any]:
     return model, shard_params(random_params(model), model, jax.make_mesh((1,), ("model",)))
 
 
+@pytest.mark.slow
 def test_a_mesh_of_one_device(spread: tuple[Decoder, Any]) -> None:
     model, sharded = spread
     params = random_params(model)

@@ -98,6 +98,7 @@ def test_an_expert_is_solved_for_its_own_tokens_or_for_those_of_all(tokens: np.n
     assert any(few) == (tokens is FEW)
 
 
+@pytest.mark.slow
 def test_experts_are_all_reported_and_packed() -> None:
     quantized, report = quantize(PARAMS, TOKENS, model=MODEL, config=CONFIG)
     assert list(report)[:5] == [f"layers_0.{name}" for name in ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj[0]")]
@@ -109,6 +110,7 @@ def test_experts_are_all_reported_and_packed() -> None:
     assert all(0 < r.relative_error < 0.2 for r in report.values())
 
 
+@pytest.mark.slow
 def test_experts_without_tokens_are_solved_for_those_of_the_others() -> None:
     """In a text of one token, all places choose the same two experts."""
     quantized, report = quantize(PARAMS, np.full((2, 40), 7), model=MODEL, config=CONFIG)

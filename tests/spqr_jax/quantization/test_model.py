@@ -182,6 +182,7 @@ def test_report_agrees_with_the_tensors(config):
     assert any(matrix.outlier_share > 0 for matrix in report.values()) == (config.outlier_threshold is not None)
 
 
+@pytest.mark.slow
 def test_round_to_nearest_needs_no_calibration():
     quantized, report = quantized_model(PLAIN, calibrated=False)
     for name, packed in matrices(quantized).items():
@@ -238,6 +239,7 @@ def test_in_sequence_the_inputs_differ_from_the_second_stage_on():
         assert same == (name in ("layers_0.q_proj", "layers_0.k_proj", "layers_0.v_proj")), name
 
 
+@pytest.mark.slow
 def test_everything_else_stays_as_it_is():
     before = jax.tree.map(np.array, PARAMS)
     structure = jax.tree.structure(PARAMS)
@@ -364,6 +366,7 @@ def test_refit_needs_the_sequential_order():
         np.testing.assert_array_equal(codes_of(packed), codes_of(matrices(refitted)[name]))
 
 
+@pytest.mark.slow
 def test_matrices_of_one_input_are_quantized_so_that_they_can_be_fused():
     quantized, _ = quantized_model(FULL)
     fused = fuse_projections(quantized, MODEL)

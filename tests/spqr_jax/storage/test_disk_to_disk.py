@@ -167,6 +167,7 @@ def test_without_a_second_half_of_sequences_and_without_any(source, tmp_path, to
     assert_identical(load(tmp_path / "out").params, params)
 
 
+@pytest.mark.slow
 def test_no_more_than_two_blocks_are_in_memory(source, tmp_path):
     alive: list[weakref.ref] = []
 
