@@ -15,12 +15,13 @@ from pallas_kernels.errors import SpqrError
 from spqr_jax.cli.calibration import calibration_tokens, running_text
 from spqr_jax.cli.dry_run import MEASURED_BLOCKS, estimate
 from spqr_jax.cli.progress import track_blocks
-from spqr_jax.cli.settings import Settings
+from spqr_jax.cli.settings import Settings, bytes_of
 from spqr_jax.config import Method, SpqrConfig
 from spqr_jax.rules import Plan
 from spqr_jax.runtime.processes import is_first
 from spqr_jax.search import near_lossless
-from spqr_jax.search.target_bits import quantize_to_bits
+from spqr_jax.search.mixed_bits import bits_target, file_target, quantize_mixed
+from spqr_jax.search.target_bits import quantize_to_bits, settings_for
 from spqr_jax.storage.checkpoint import describe
 from spqr_jax.storage.directories import bytes_on_disk
 from spqr_jax.storage.disk_to_disk import quantize_checkpoint
@@ -43,6 +44,13 @@ class Prepared(NamedTuple):
     tokens: Int[np.ndarray, "sequences length"] | None
     quality: dict[str, float] | None
     started: float
+
+
+def configuration(source: ModelSource, settings: Settings) -> SpqrConfig:
+    """The configuration that settings choose: by a size in bits, the largest that fits it."""
+    if settings.by_size and settings.target_bits is not None:
+        return settings.config(settings_for(source, settings.target_bits))
+    return settings.config()
 
 
 def prepare(
@@ -125,7 +133,7 @@ def search(
 
 
 def run(
-    source: ModelSource, destination: Path, prepared: Prepared, target_bits: float | None, **options: Any
+    source: ModelSource, destination: Path, prepared: Prepared, settings: Settings, **options: Any
 ) -> list[BlockReport] | None:
     """Quantizes a model, with progress on standard error.
 
@@ -133,20 +141,31 @@ def run(
       source: the model.
       destination: directory of the checkpoint.
       prepared: configuration, calibration tokens and measured values.
-      target_bits: bits per weight that an outlier threshold is searched for.
+      settings: those that the user has asked for, which may be a size to search.
       options: the others of `quantize_checkpoint`.
 
     Returns:
       A report per block; None in a process that is not the first of a distributed run.
     """
     quantize: Callable[..., list[BlockReport]] = quantize_checkpoint
-    if target_bits is not None:
-        quantize = partial(quantize_to_bits, target_bits=target_bits)
+    if settings.searches_size:
+        quantize = _search_of(source, prepared.config, settings)
+        options.pop("rules", None)  # the search has its own
     ends = Plan.of(prepared.config, options.get("rules", ())).ends(source.model)
     with track_blocks(source.model.config.num_layers, len(ends)) as show:
         options |= {"config": prepared.config, "quality": prepared.quality, "on_block": show if is_first() else None}
         blocks = quantize(source, destination, prepared.tokens, **options)
     return blocks if is_first() else None
+
+
+def _search_of(source: ModelSource, config: SpqrConfig, settings: Settings) -> Callable[..., list[BlockReport]]:
+    """The search for the size that the user has asked for."""
+    if settings.target_size is not None:
+        return partial(quantize_mixed, target=file_target(source, config, bytes_of(settings.target_size)))
+    assert settings.target_bits is not None
+    if settings.mixed:
+        return partial(quantize_mixed, target=bits_target(source, settings.target_bits))
+    return partial(quantize_to_bits, target_bits=settings.target_bits)
 
 
 def estimated(source: ModelSource, destination: Path, prepared: Prepared, **options: Any) -> dict[str, Any]:

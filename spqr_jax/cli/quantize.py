@@ -10,7 +10,7 @@ import typer
 from spqr_jax.cli import console, interrupts, settings
 from spqr_jax.cli.options import Calibration, Json, Model, Seed, SequenceLength, Sequences, StoredType
 from spqr_jax.cli.rules import Rule, RulesFile, Skip, read_rules
-from spqr_jax.config import COMPACT, Method
+from spqr_jax.config import Method
 from spqr_jax.storage.destination import check_outside
 from spqr_jax.storage.paths import resolved
 
@@ -41,6 +41,8 @@ def quantize(
     shrinkage: settings.Shrinkage = None,
     embedding_bits: settings.EmbeddingBits = None,
     target_bits: settings.TargetBits = None,
+    mixed: settings.Mixed = False,
+    target_size: settings.TargetSize = None,
     near_lossless: settings.NearLossless = False,
     skip: Skip = None,
     rule: Rule = None,
@@ -66,25 +68,23 @@ def quantize(
         _join_processes()
     chosen = settings.Settings(
         preset, method, bits, group_size, stats_bits, outlier_threshold, permutation, damping, shrinkage,
-        embedding_bits, target_bits, near_lossless,
+        embedding_bits, target_bits, mixed, target_size, near_lossless,
     )  # fmt: skip
     found = read_rules(skip, rule, rules)
     chosen.check(distributed=distributed, dry_run=dry_run, rules=bool(found))
     check_outside(destination, source)
 
     from spqr_jax.cli.models import mesh_of_all_devices, open_model
-    from spqr_jax.cli.quantization import describe_run, estimated, prepare, run
-    from spqr_jax.search.target_bits import settings_for
+    from spqr_jax.cli.quantization import configuration, describe_run, estimated, prepare, run
 
     opened = open_model(source, dtype)
-    default = settings_for(opened, target_bits) if target_bits is not None and chosen.by_size else COMPACT
     mesh = mesh_of_all_devices()
     texts: dict[str, Any] = {"texts": calibration, "sequences": sequences, "length": sequence_length, "seed": seed}
-    prepared = prepare(opened, destination, chosen, chosen.config(default), mesh, **texts)
+    prepared = prepare(opened, destination, chosen, configuration(opened, chosen), mesh, **texts)
     options = {"mesh": mesh, "hidden_on_disk": hidden_on_disk, "overwrite": overwrite}
     if dry_run:
         console.emit(estimated(opened, destination, prepared, **options), as_json)
-    elif (blocks := run(opened, destination, prepared, target_bits, rules=found, **options)) is not None:
+    elif (blocks := run(opened, destination, prepared, chosen, rules=found, **options)) is not None:
         console.emit(describe_run(destination, blocks, time.perf_counter() - prepared.started), as_json)
 
 

@@ -1,5 +1,6 @@
 """The settings of `spqr quantize`: its options, which of them contradict, and the configuration that they choose."""
 
+import re
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Annotated, Any
@@ -9,6 +10,24 @@ import typer
 from pallas_kernels.errors import SpqrError
 from spqr_jax.cli.options import at_least
 from spqr_jax.config import COMPACT, NEAR_LOSSLESS, SMALL, Method, SpqrConfig
+
+UNITS = {"b": 1, "kb": 1000, "mb": 1000**2, "gb": 1000**3, "tb": 1000**4}
+
+
+def bytes_of(size: str) -> int:
+    """Bytes of a size such as `72MB`; units are powers of 1000.
+
+    Raises:
+      SpqrError: it is no positive number with one of these units; the message has the option's name.
+
+    Example:
+      >>> bytes_of("1.5 GB"), bytes_of("1200")
+      (1500000000, 1200)
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?b?)\s*", size.lower())
+    if found is None:
+        raise SpqrError(f"--target-size is {size}, but must be bytes, or a number with KB, MB, GB or TB, such as 72MB")
+    return round(float(found[1]) * UNITS[found[2].removesuffix("b") + "b"])
 
 
 class Preset(StrEnum):
@@ -68,6 +87,17 @@ TargetBits = Annotated[
         callback=at_least(1, 16), help="Bits per weight to reach, within 0.02; chooses the settings and the threshold."
     ),
 ]
+Mixed = Annotated[
+    bool, typer.Option("--mixed", help="With --target-bits: other settings for each matrix, where bits matter.")
+]
+TargetSize = Annotated[
+    str | None,
+    typer.Option(
+        callback=lambda size: size and str(bytes_of(size)),
+        metavar="SIZE",
+        help="Size of the whole checkpoint to reach, such as 72MB; chooses the settings of each matrix.",
+    ),
+]
 NearLossless = Annotated[
     bool,
     typer.Option("--near-lossless", help="Search for the smallest settings that cost less than 1 % of perplexity."),
@@ -83,6 +113,8 @@ class Settings:
       permutation, damping, shrinkage, bits, group_size, outlier_threshold: those of `SpqrConfig`.
       embedding_bits: width of the codes of embedding and head; 16 leaves them dense.
       target_bits: bits per weight that an outlier threshold is searched for.
+      mixed: at that size, each matrix gets its own settings.
+      target_size: size of the checkpoint, see `bytes_of`, at which each matrix gets its own settings.
       near_lossless: search for all settings.
     """
 
@@ -97,6 +129,8 @@ class Settings:
     shrinkage: float | None = None
     embedding_bits: int | None = None
     target_bits: float | None = None
+    mixed: bool = False
+    target_size: str | None = None
     near_lossless: bool = False
 
     @property
@@ -115,7 +149,17 @@ class Settings:
     @property
     def by_size(self) -> bool:
         """Whether the target size alone chooses the configuration."""
-        return self.target_bits is not None and self.preset is self.bits is self.group_size is None
+        return self.target_bits is not None and not self.mixed and self.preset is self.bits is self.group_size is None
+
+    @property
+    def searches_size(self) -> bool:
+        """Whether settings are searched for a size."""
+        return self.target_bits is not None or self.target_size is not None
+
+    @property
+    def of_all_matrices(self) -> bool:
+        """Whether no setting is given that differs between matrices where they are chosen for each."""
+        return self.preset is self.bits is self.group_size is self.stats_bits is None
 
     def check(self, *, distributed: bool, dry_run: bool, rules: bool = False) -> None:
         """Checks that no option contradicts another.
@@ -123,24 +167,33 @@ class Settings:
         Raises:
           SpqrError: two options contradict.
         """
-        if self.target_bits is not None and (
-            self.method is not Method.SPQR or self.outlier_threshold is not None or distributed
-        ):
+        searched = self.searches_size
+        if searched and (self.method is not Method.SPQR or self.outlier_threshold is not None or distributed):
             raise SpqrError(
-                "--target-bits searches for SpQR's outlier threshold in one process: leave out --method, "
-                "--outlier-threshold and --distributed"
+                "--target-bits and --target-size search for SpQR's outlier thresholds in one process: leave out "
+                "--method, --outlier-threshold and --distributed"
             )
-        others = self.fields or self.preset or self.target_bits is not None or self.method is not Method.SPQR
+        if self.target_size is not None and self.target_bits is not None:
+            raise SpqrError("--target-bits is the size of the blocks, --target-size that of the checkpoint: give one")
+        if self.mixed and self.target_bits is None:
+            raise SpqrError("--mixed chooses settings for a size: give --target-bits too")
+        if (self.mixed or self.target_size is not None) and not self.of_all_matrices:
+            raise SpqrError(
+                "--mixed and --target-size choose the settings of each matrix: leave out --preset, --bits, "
+                "--group-size and --stats-bits"
+            )
+        others = self.fields or self.preset or searched or self.method is not Method.SPQR
         if self.near_lossless and (others or distributed):
             raise SpqrError("--near-lossless chooses all settings, in one process: leave out the options of settings")
-        if rules and (self.near_lossless or self.target_bits is not None or dry_run):
+        if rules and (self.near_lossless or searched or dry_run):
             raise SpqrError(
-                "--near-lossless and --target-bits choose all settings, and --dry-run takes blocks to be alike: "
-                "leave out --skip, --rule and --rules"
+                "--near-lossless, --target-bits and --target-size choose all settings, and --dry-run takes blocks to "
+                "be alike: leave out --skip, --rule and --rules"
             )
-        if dry_run and (distributed or self.near_lossless or self.target_bits is not None):
+        if dry_run and (distributed or self.near_lossless or searched):
             raise SpqrError(
-                "--dry-run estimates one run in one process: leave out --near-lossless, --target-bits and --distributed"
+                "--dry-run estimates one run in one process: leave out --near-lossless, --target-bits, --target-size "
+                "and --distributed"
             )
 
     def config(self, default: SpqrConfig = COMPACT) -> SpqrConfig:

@@ -84,11 +84,11 @@ def quantize_shared(
     """
     # A program of its own: inputs of one size feed different matrices, and the memory of one is free for the other.
     factor = None if hessian is None else in_one_thread(factorize, hessian, config, shrinkage)
-    return _quantize_factored(weights, factor, config, placement)
+    return quantize_factored(weights, factor, config, placement)
 
 
 @partial(jax.jit, static_argnames=("config", "placement"))
-def _quantize_factored(
+def quantize_factored(
     weights: tuple[Float[Array, "_ in"], ...], factor: Factor | None, config: SpqrConfig, placement: Placement
 ) -> tuple[tuple[SpqrTensor, ...], tuple[Float[Array, "_ in"], ...], Bool[Array, ""]]:
     """`quantize_shared` after the factorization; None rounds to nearest."""

@@ -6,7 +6,6 @@ one Hessian. The pass does not see how inputs change once earlier blocks are qua
 """
 
 import dataclasses
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -31,15 +30,9 @@ from spqr_jax.quantization.thresholds import outlier_threshold
 from spqr_jax.quantization.walk import walk_original
 from spqr_jax.runtime.lapack import in_one_thread
 from spqr_jax.runtime.x64 import in_32_bits
-from spqr_jax.storage.checkpoint import check_destination, describe
-from spqr_jax.storage.digests import digest
-from spqr_jax.storage.directories import write_text
-from spqr_jax.storage.disk_to_disk import quantize_checkpoint
-from spqr_jax.storage.json_files import read_json
+from spqr_jax.search.size_search import Choice, Try, goal_of_bits, quantize_to_size
 from spqr_jax.storage.model_source import ModelSource
-from spqr_jax.storage.paths import resolved
 from spqr_jax.storage.record import BlockReport
-from spqr_jax.storage.totals import summarize_described
 
 THRESHOLDS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 """Thresholds with which the pass solves every matrix."""
@@ -54,12 +47,6 @@ SETTINGS: tuple[SpqrConfig, ...] = (
     NEAR_LOSSLESS,
 )
 """From small to large; where two of them can give a size, the later one is better."""
-
-TOLERANCE = 0.02
-"""The largest difference between measured and target bits per weight."""
-
-MOST_RUNS = 4
-"""The most quantizations in a search for a threshold."""
 
 
 class Curve(NamedTuple):
@@ -108,7 +95,7 @@ def outlier_curve(
         del moments
         counts += np.asarray(outlier_counts(kernels, factor, jnp.asarray(thresholds), config))
         weights += sum(kernel.size for kernel in kernels)
-        size += sum(_bytes_without_outliers(kernel.shape, config) for kernel in kernels)
+        size += sum(bytes_without_outliers(kernel.shape, config) for kernel in kernels)
     return Curve(8 * size / weights, tuple(thresholds), tuple((counts / weights).tolist()))
 
 
@@ -166,7 +153,7 @@ def settings_for(source: ModelSource, target_bits: float) -> SpqrConfig:
     shapes = kernel_shapes(source)
 
     def fits(config: SpqrConfig) -> bool:
-        size = sum(_bytes_without_outliers(shape, config) for shape in shapes)
+        size = sum(bytes_without_outliers(shape, config) for shape in shapes)
         return 8 * size <= target_bits * sum(map(math.prod, shapes))
 
     possible = dividing(shapes, SETTINGS)
@@ -182,11 +169,12 @@ def kernel_shapes(source: ModelSource) -> list[tuple[int, int]]:
 
 def dividing(shapes: Sequence[tuple[int, int]], settings: Sequence[SpqrConfig]) -> Sequence[SpqrConfig]:
     """The settings whose groups divide matrices of these shapes `(in, out)`; if none do, the first, for its error."""
+    return [config for config in settings if divides(config, shapes)] or settings[:1]
 
-    def divides(config: SpqrConfig) -> bool:
-        return all(columns % config.group_size == out % config.stats_group_size == 0 for columns, out in shapes)
 
-    return list(filter(divides, settings)) or settings[:1]
+def divides(config: SpqrConfig, shapes: Sequence[tuple[int, int]]) -> bool:
+    """Whether the groups of a configuration divide matrices of these shapes `(in, out)`."""
+    return all(columns % config.group_size == out % config.stats_group_size == 0 for columns, out in shapes)
 
 
 def quantize_to_bits(
@@ -202,8 +190,7 @@ def quantize_to_bits(
     """Quantizes a model to `target_bits` per weight, within 0.02, by searching the outlier threshold.
 
     The first threshold is that of `outlier_curve`. Where the measured size differs, it corrects the curve, and the
-    model is quantized again. `<destination>.budget.json` keeps the curve and the sizes, so that the same call resumes
-    an interrupted search.
+    model is quantized again; see `quantize_to_size`.
 
     Args:
       source: the model.
@@ -217,41 +204,22 @@ def quantize_to_bits(
     Raises:
       SpqrError: no threshold gives that size, or four tried ones did not; or as for `quantize_checkpoint`.
     """
-    destination = resolved(destination)
-    notes = destination.with_name(f"{destination.name}.budget.json")
-    calibration = digest(calibration_tokens)
-    search = {"config": dataclasses.asdict(config), "target_bits": target_bits, "calibration": calibration}
-    found = _read_notes(notes, search)
-    # An existing checkpoint may be of this search.
-    overwrite = overwrite or found is not None
-    if found is None:
-        check_destination(destination, overwrite=overwrite)  # before long work
-        found = outlier_curve(source, calibration_tokens, config), []
-    curve, tried = found
-    while len(tried) < MOST_RUNS:
-        threshold = threshold_for(curve, target_bits, tried[-1] if tried else None)
-        write_text(notes, json.dumps(search | {"curve": curve, "tried": tried}))
-        chosen = replace(config, outlier_threshold=threshold)
-        blocks = quantize_checkpoint(
-            source, destination, calibration_tokens, config=chosen, overwrite=overwrite, **options
-        )
-        bits = summarize_described(describe(destination)).bits_per_weight
-        if abs(bits - target_bits) <= TOLERANCE:
-            notes.unlink()
-            return blocks
-        tried, overwrite = [*tried, (threshold, bits)], True
-    raise SpqrError(
-        f"{MOST_RUNS} thresholds did not give {target_bits} bits per weight: "
-        + ", ".join(f"{bits:.3f} with {threshold:.3g}" for threshold, bits in tried)
+
+    def choose(curve: list[Any], tried: Sequence[Try]) -> Choice:
+        threshold = threshold_for(Curve(*curve), target_bits, tried[-1] if tried else None)
+        return Choice(threshold, replace(config, outlier_threshold=threshold))
+
+    return quantize_to_size(
+        source,
+        destination,
+        calibration_tokens,
+        goal=goal_of_bits(target_bits),
+        survey=lambda: outlier_curve(source, calibration_tokens, config),
+        choose=choose,
+        description={"config": dataclasses.asdict(config), "target_bits": target_bits},
+        overwrite=overwrite,
+        **options,
     )
-
-
-def _read_notes(notes: Path, search: dict[str, Any]) -> tuple[Curve, list[tuple[float, float]]] | None:
-    """The curve, and the thresholds tried with their sizes, of an interrupted run of the same search."""
-    found = read_json(notes) if notes.is_file() else {}
-    if {name: found.get(name) for name in search} != search:
-        return None
-    return Curve(*found["curve"]), found["tried"]
 
 
 @partial(jax.jit, static_argnames="config")
@@ -272,10 +240,15 @@ def outlier_counts(
     return jax.lax.map(count, thresholds)
 
 
-def _bytes_without_outliers(kernel_shape: tuple[int, int], config: SpqrConfig) -> int:
+def bytes_without_outliers(kernel_shape: tuple[int, int], config: SpqrConfig) -> int:
+    """Bytes of a packed matrix of this shape `(in, out)`, outliers not counted.
+
+    Example:
+      >>> 8 * bytes_without_outliers((64, 64), SpqrConfig()) / 64**2
+      4.38...
+    """
     columns, out = kernel_shape
-    some = replace(config, outlier_threshold=1.0)
     shapes = jax.ShapeDtypeStruct((out, columns), jnp.float32), jax.ShapeDtypeStruct((columns, columns), jnp.float32)
-    packed = jax.eval_shape(partial(quantize_matrix, config=some), *shapes)
-    assert packed.outliers is not None
-    return packed.nbytes - packed.outliers.capacity * BITS_PER_OUTLIER // 8
+    packed = jax.eval_shape(partial(quantize_matrix, config=config), *shapes)
+    room = 0 if packed.outliers is None else packed.outliers.capacity
+    return packed.nbytes - room * BITS_PER_OUTLIER // 8

@@ -159,6 +159,7 @@ def test_compare_finds_a_model_equal_to_itself(plain: Path, quantized: Path) -> 
     assert other["perplexity_of_original_text"] == same["perplexity_of_original_text"]
 
 
+@pytest.mark.slow
 def test_generate_prints_text_as_it_says_in_json(quantized: Path) -> None:
     said = spqr("generate", quantized, "hello", "--max-new-tokens", 12)
     told = result("generate", quantized, "hello", "--max-new-tokens", 12)
@@ -197,6 +198,7 @@ def test_analyze_shows_the_means_of_each_kind(plain: Path, tmp_path: Path) -> No
     assert drawn == {name for name in told["matrices"] if name.startswith("layers_1.")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["hf", "hf-spqr", "spqr"])
 def test_every_exported_form_is_recognised_and_as_good(form: str, quantized: Path, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 10)
@@ -408,6 +410,11 @@ def test_smallest_near_lossless_settings_are_found_or_told_missing(
     [
         (("--target-bits", 4, "--method", "gptq"), "leave out --method, --outlier-threshold"),
         (("--target-bits", 4, "--outlier-threshold", 0.3), "leave out --method, --outlier-threshold"),
+        (("--target-size", "1MB", "--method", "rtn"), "leave out --method, --outlier-threshold"),
+        (("--target-size", "1MB", "--target-bits", 4), "--target-size that of the checkpoint: give one"),
+        (("--target-size", "1MB", "--bits", 4), "leave out --preset, --bits"),
+        (("--target-size", "1MB", "--skip", "*.down_proj"), "leave out --skip, --rule and --rules"),
+        (("--mixed",), "give --target-bits too"),
         (("--near-lossless", "--bits", 4), "--near-lossless chooses all settings"),
         (("--near-lossless", "--target-bits", 4), "--near-lossless chooses all settings"),
         (("--near-lossless", "--calibration", "ids.npy"), "ids.npy has token ids: give text"),

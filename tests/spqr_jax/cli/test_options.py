@@ -16,6 +16,7 @@ QUANTIZE = {
     "--outlier-threshold": ("nan", "inf", "-inf", "-1", "-1e-9"),
     "--damping": ("nan", "inf", "-1"),
     "--shrinkage": ("nan", "inf", "-0.1"),
+    "--target-size": ("nan", "-4MB", "4 XB", "MB"),
     "--target-bits": ("nan", "inf", "-4", "0", "17"),
     "--bits": ("0", "-3"),
     "--group-size": ("0", "-16"),

@@ -1,0 +1,140 @@
+"""Estimates of what each setting would cost each matrix: bytes, and divergence from the original model."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import SpqrTensor
+from spqr_jax.config import SpqrConfig
+from spqr_jax.models.decoder import Block, Params, layer_name
+from spqr_jax.models.ending import EMBEDDING, head_name
+from spqr_jax.models.experts import kernel_of, layer_of, with_kernels
+from spqr_jax.quantization.factorize import factorize
+from spqr_jax.quantization.hidden_states import Streams, embed
+from spqr_jax.quantization.solver import quantize_factored
+from spqr_jax.quantization.walk import BlockWalk
+from spqr_jax.runtime.lapack import in_one_thread
+from spqr_jax.runtime.placement import ONE_DEVICE, to_host
+from spqr_jax.runtime.x64 import in_32_bits
+from spqr_jax.search.allocation import Option
+from spqr_jax.search.fisher import gradients_of_drawn, output_of_block, slopes_of_block
+from spqr_jax.storage.model_source import ModelSource
+
+MOST_SEQUENCES = 32
+"""Most calibration sequences that are used; each gives one sample of the Fisher information."""
+
+BYTES_PER_OUTLIER = 4
+"""Two of its value and two of its column."""
+
+TINY = 1e-30
+"""Instead of the error of a matrix of zeros, which has none."""
+
+
+@in_32_bits
+def estimate_costs(
+    source: ModelSource,
+    calibration_tokens: Int[ArrayLike, "sequences tokens"],
+    settings: Sequence[SpqrConfig],
+) -> dict[str, list[Option]]:
+    """The bytes of each matrix of a model's blocks with each setting, and the divergence that it alone would cause.
+
+    A matrix is solved with each setting for its inputs in the original model; that gives bytes, and the error
+    e = ‖(W − Ŵ) X‖². Along W − Ŵ of the first setting the Fisher information F gives the divergence ½ F, see `fisher`.
+    That of another setting is ½ F e / e₁: what an error at this place does does not depend on the setting. Blocks are
+    taken from the last to the first, with one block's weights in memory at a time, and the states before all blocks.
+
+    Args:
+      source: the model.
+      calibration_tokens: token ids of sequences of equal length.
+      settings: what matrices may be quantized to; all with the same permutation, damping and shrinkage.
+
+    Returns:
+      For each name of `rules.matrix_paths` that is in a block, an option for each setting, of bytes and nats per token.
+
+    Raises:
+      SpqrError: as for `quantize`.
+
+    Example:
+      >>> costs = estimate_costs(source, calibration, [COMPACT, NEAR_LOSSLESS])
+      >>> small, large = costs["layers_0.q_proj"]
+      >>> small.size < large.size, small.cost > large.cost
+      (True, True)
+    """
+    model, parts = source.model, source.parts
+    tokens = np.asarray(calibration_tokens)[:MOST_SEQUENCES]
+    states = [np.asarray(embed(model, {EMBEDDING: parts[EMBEDDING]()}, tokens))]
+    for index in range(model.config.num_layers):
+        states.append(_after(model.new_block(index), _on_device(parts[layer_name(index)]()), states[-1]))
+    ending = {name: _on_device(parts[name]()) for name in ("norm", head_name(model)) if name in parts}
+    gradients = gradients_of_drawn(model, ending, jnp.asarray(states.pop()), jax.random.key(0))
+    costs: dict[str, list[Option]] = {}
+    for index in reversed(range(model.config.num_layers)):
+        block, params, hidden = model.new_block(index), _on_device(parts[layer_name(index)]()), states.pop()
+        options, directions = _solve_block(block, params, hidden, settings)
+        gradients, slopes = slopes_of_block(block, params, directions, hidden, gradients)
+        for name, found in options.items():
+            divergence = float(jnp.square(slopes[name]).sum()) / tokens.size / 2
+            costs[f"{layer_name(index)}.{name}"] = [Option(size, divergence * share) for size, share in found]
+    return costs
+
+
+def _after(
+    block: Block, params: Params, hidden: Float[np.ndarray, "sequences tokens hidden"]
+) -> Float[np.ndarray, "sequences tokens hidden"]:
+    """States after a block, computed one sequence at a time."""
+    return np.stack([to_host(output_of_block(block, params, one[None]))[0] for one in hidden])
+
+
+def _on_device(params: Params) -> Params:
+    return jax.tree.map(ONE_DEVICE.put_parameter, params)
+
+
+def _solve_block(
+    block: Block, params: Params, hidden: Float[np.ndarray, "sequences tokens hidden"], settings: Sequence[SpqrConfig]
+) -> tuple[dict[str, list[tuple[float, float]]], dict[str, Float[Array, "*experts in out"]]]:
+    """Solves the matrices of a block with each setting.
+
+    Returns:
+      Bytes and e / e₁ with each setting, and Ŵ − W of the first one as a kernel, by the names of `Block.matrices`.
+    """
+    sizes, errors = ({name: np.zeros(len(settings)) for name in block.matrices()} for _ in range(2))
+    directions: dict[str, Array] = {}
+    for shared in BlockWalk(block, params, Streams({"hidden": hidden}, None)):
+        moments = shared.take_moments()
+        factor = in_one_thread(factorize, moments.hessian, settings[0], settings[0].shrinkage * moments.sampling_noise)
+        weights = tuple(kernel_of(params, matrix).T for matrix in shared.matrices)
+        for place, config in enumerate(settings):
+            packed, dense, _ = quantize_factored(weights, factor, config, ONE_DEVICE)
+            changes = tuple(approximation - weight for approximation, weight in zip(dense, weights, strict=True))
+            for matrix, own, change in zip(shared.matrices, packed, changes, strict=True):
+                sizes[layer_of(matrix)][place] += _bytes_if_trimmed(own)
+                errors[layer_of(matrix)][place] += float(_error(change, moments.hessian))
+            if place == 0:
+                directions |= {matrix: change.T for matrix, change in zip(shared.matrices, changes, strict=True)}
+    found = {
+        name: [
+            (float(size), float(error / max(errors[name][0], TINY)))
+            for size, error in zip(sizes[name], errors[name], strict=True)
+        ]
+        for name in block.matrices()
+    }
+    stacked = with_kernels({name: {} for name in block.matrices()}, directions)
+    return found, {name: layer["kernel"] for name, layer in stacked.items()}
+
+
+@jax.jit
+def _error(change: Float[Array, "out in"], hessian: Float[Array, "in in"]) -> Float[Array, ""]:
+    """‖(W − Ŵ) X‖², from H = X Xᵀ."""
+    return jnp.vdot(change, change @ hessian)
+
+
+def _bytes_if_trimmed(packed: SpqrTensor) -> int:
+    """Bytes of a packed matrix without the room for outliers that it has not."""
+    if packed.outliers is None:
+        return packed.nbytes
+    empty = packed.outliers.capacity - int(packed.outliers.count)
+    return packed.nbytes - empty * BYTES_PER_OUTLIER
