@@ -11,11 +11,10 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
 from pallas_kernels import SpqrTensor, join_rows, trim
-from pallas_kernels.errors import SpqrError
 from spqr_jax.config import SpqrConfig
 from spqr_jax.models.decoder import Block, Params
 from spqr_jax.models.experts import kernel_of, layer_of, with_kernels
-from spqr_jax.quantization.checks import check_hidden
+from spqr_jax.quantization.checks import check_factorized, check_hidden
 from spqr_jax.quantization.hidden_states import Streams
 from spqr_jax.quantization.refit import refit_kernels
 from spqr_jax.quantization.report import MatrixReport, relative_errors, report_matrix
@@ -158,11 +157,7 @@ def _quantize(
     errors = relative_errors(weights, dense, hessian)
     seconds = float("nan")
     if not is_traced(finite):
-        if not finite:
-            raise SpqrError(
-                f"{block_name}: the Hessian of the input of {', '.join(matrices)} cannot be factorized, not even with "
-                f"{1000 * config.damping:g} of its mean diagonal added: look for NaNs or extreme values in the inputs"
-            )
+        check_factorized(bool(finite), block_name, matrices, config)
         if placement.mesh is None:
             packed = tuple(trim(tensor) for tensor in packed)
         else:

@@ -1,5 +1,6 @@
 """Checks of weights and calibration tokens before, and of hidden states during, the long work."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -144,6 +145,15 @@ def check_hidden(streams: PyTree, name: str) -> None:
     for hidden in jax.tree.leaves(streams):
         if not is_traced(hidden) and not all(np.isfinite(sequence).all() for sequence in hidden):
             raise SpqrError(f"{name}: its output has values that are NaN or infinite on the calibration tokens")
+
+
+def check_factorized(finite: bool, name: str, matrices: Sequence[str], config: SpqrConfig) -> None:
+    """Raises a SpqrError that names the block and the matrices whose Hessian could not be factorized."""
+    if not finite:
+        raise SpqrError(
+            f"{name}: the Hessian of the input of {', '.join(matrices)} cannot be factorized, not even with "
+            f"{1000 * config.damping:g} of its mean diagonal added: look for NaNs or extreme values in the inputs"
+        )
 
 
 @jax.jit

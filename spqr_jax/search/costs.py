@@ -1,6 +1,7 @@
 """Estimates of what each setting would cost each matrix: bytes, and divergence from the original model."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +14,12 @@ from spqr_jax.config import SpqrConfig
 from spqr_jax.models.decoder import Block, Params, layer_name
 from spqr_jax.models.ending import EMBEDDING, head_name
 from spqr_jax.models.experts import kernel_of, layer_of, with_kernels
+from spqr_jax.quantization.checks import check_factorized, check_hidden, check_tokens, check_weights
 from spqr_jax.quantization.factorize import factorize
 from spqr_jax.quantization.hidden_states import Streams, embed
 from spqr_jax.quantization.solver import quantize_factored
 from spqr_jax.quantization.walk import BlockWalk
+from spqr_jax.rules import Plan
 from spqr_jax.runtime.lapack import in_one_thread
 from spqr_jax.runtime.placement import ONE_DEVICE, to_host
 from spqr_jax.runtime.x64 import in_32_bits
@@ -64,22 +67,32 @@ def estimate_costs(
       >>> small.size < large.size, small.cost > large.cost
       (True, True)
     """
-    model, parts = source.model, source.parts
+    model = source.model
     tokens = np.asarray(calibration_tokens)[:MOST_SEQUENCES]
-    states = [np.asarray(embed(model, {EMBEDDING: parts[EMBEDDING]()}, tokens))]
+    read = partial(_checked_part, source, settings[0])
+    check_tokens(tokens, read(layer_name(0)), model)
+    states = [np.asarray(embed(model, {EMBEDDING: read(EMBEDDING)}, tokens))]
     for index in range(model.config.num_layers):
-        states.append(_after(model.new_block(index), _on_device(parts[layer_name(index)]()), states[-1]))
-    ending = {name: _on_device(parts[name]()) for name in ("norm", head_name(model)) if name in parts}
+        states.append(_after(model.new_block(index), read(layer_name(index)), states[-1]))
+        check_hidden(states[-1], layer_name(index))
+    ending = {name: read(name) for name in ("norm", head_name(model)) if name in source.parts}
     gradients = gradients_of_drawn(model, ending, jnp.asarray(states.pop()), jax.random.key(0))
     costs: dict[str, list[Option]] = {}
     for index in reversed(range(model.config.num_layers)):
-        block, params, hidden = model.new_block(index), _on_device(parts[layer_name(index)]()), states.pop()
-        options, directions = _solve_block(block, params, hidden, settings)
+        block, params, hidden = model.new_block(index), read(layer_name(index)), states.pop()
+        options, directions = _solve_block(block, layer_name(index), params, hidden, settings)
         gradients, slopes = slopes_of_block(block, params, directions, hidden, gradients)
         for name, found in options.items():
             divergence = float(jnp.square(slopes[name]).sum()) / tokens.size / 2
             costs[f"{layer_name(index)}.{name}"] = [Option(size, divergence * share) for size, share in found]
     return costs
+
+
+def _checked_part(source: ModelSource, config: SpqrConfig, name: str) -> Params:
+    """A part of the parameters on the device, in float32."""
+    part = source.parts[name]()
+    check_weights({name: part}, source.model, Plan(config))
+    return jax.tree.map(ONE_DEVICE.put_parameter, part)
 
 
 def _after(
@@ -89,12 +102,12 @@ def _after(
     return np.stack([to_host(output_of_block(block, params, one[None]))[0] for one in hidden])
 
 
-def _on_device(params: Params) -> Params:
-    return jax.tree.map(ONE_DEVICE.put_parameter, params)
-
-
 def _solve_block(
-    block: Block, params: Params, hidden: Float[np.ndarray, "sequences tokens hidden"], settings: Sequence[SpqrConfig]
+    block: Block,
+    block_name: str,
+    params: Params,
+    hidden: Float[np.ndarray, "sequences tokens hidden"],
+    settings: Sequence[SpqrConfig],
 ) -> tuple[dict[str, list[tuple[float, float]]], dict[str, Float[Array, "*experts in out"]]]:
     """Solves the matrices of a block with each setting.
 
@@ -108,7 +121,8 @@ def _solve_block(
         factor = in_one_thread(factorize, moments.hessian, settings[0], settings[0].shrinkage * moments.sampling_noise)
         weights = tuple(kernel_of(params, matrix).T for matrix in shared.matrices)
         for place, config in enumerate(settings):
-            packed, dense, _ = quantize_factored(weights, factor, config, ONE_DEVICE)
+            packed, dense, finite = quantize_factored(weights, factor, config, ONE_DEVICE)
+            check_factorized(bool(finite), block_name, shared.matrices, config)
             changes = tuple(approximation - weight for approximation, weight in zip(dense, weights, strict=True))
             for matrix, own, change in zip(shared.matrices, packed, changes, strict=True):
                 sizes[layer_of(matrix)][place] += _bytes_if_trimmed(own)

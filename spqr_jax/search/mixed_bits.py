@@ -145,7 +145,8 @@ def quantize_mixed(
         for `quantize_checkpoint`.
     """
     shapes = kernel_shapes(source)
-    settings = [setting for setting in SETTINGS if divides(replace(config, **setting), shapes)]
+    # If no groups divide the matrices, the first setting gives the error.
+    settings = [setting for setting in SETTINGS if divides(replace(config, **setting), shapes)] or SETTINGS[:1]
 
     def choose(costs: dict[str, Any], tried: Sequence[Try]) -> Choice:
         aim = (target.goal.smallest + target.goal.largest) / 2

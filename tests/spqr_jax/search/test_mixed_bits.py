@@ -3,11 +3,12 @@
 import dataclasses
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from helpers.tiny_llama import CONFIG, MODEL, tiny_params
 
-from spqr_jax import SpqrConfig, load
+from spqr_jax import COMPACT, SpqrConfig, load
 from spqr_jax.search import mixed_bits, size_search
 from spqr_jax.search.allocation import Option
 from spqr_jax.search.costs import estimate_costs
@@ -94,6 +95,17 @@ def test_a_size_that_is_too_small_is_told() -> None:
     costs = {"a": [Option(200, 8.0), Option(300, 2.0)], "b": [Option(250, 3.0)]}
     with pytest.raises(ValueError, match=r"take at least 450 bytes, but only 449 are left for them: give a larger"):
         mixed_rules(costs, [{"bits": 3}, {"bits": 4}], nbytes=449)
+
+
+def test_what_cannot_be_used_is_named_before_the_work() -> None:
+    bad = {**PARAMS, "layers_1": jax.tree.map(lambda leaf: np.full_like(leaf, np.nan), PARAMS["layers_1"])}
+    source = SOURCE._replace(parts={name: lambda part=part: part for name, part in bad.items()})
+    with pytest.raises(ValueError, match=r"layers_1.*values that are NaN"):
+        estimate_costs(source, TOKENS, [SMALL])
+    with pytest.raises(ValueError, match="61"):
+        estimate_costs(SOURCE, np.full((2, 16), 61), [SMALL])
+    with pytest.raises(ValueError, match="do not divide into groups of 64"):
+        estimate_costs(SOURCE, TOKENS, [COMPACT])
 
 
 @pytest.mark.slow
