@@ -199,10 +199,12 @@ def test_the_disk_use_of_a_small_language_model_is_that_of_its_arrays(tmp_path):
         for i in range(30)
     }
     save(tmp_path / "saved", MODEL, params)
-    blocks = sum(512 * path.stat().st_blocks for path in (tmp_path / "saved").rglob("*"))
+    files = [path for path in (tmp_path / "saved").rglob("*") if path.is_file()]
     held = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     assert held == sum(entry["bytes"] for entry in describe(tmp_path / "saved")["matrices"].values())
-    assert blocks < 1.05 * held
+    assert sum(path.stat().st_size for path in files) < 1.03 * held
+    # A file system rounds each up to its blocks. How many data files a part has depends on timing.
+    assert len(files) < 20 * len(params)
 
 
 def test_describe_reads_no_arrays(saved, quantized):
