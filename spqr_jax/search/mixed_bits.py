@@ -90,6 +90,16 @@ def bytes_beside_matrices(source: ModelSource, config: SpqrConfig) -> int:
     return total
 
 
+def check_largest(costs: Mapping[str, Sequence[Option]], nbytes: float) -> None:
+    """Raises a SpqrError where all matrices at their largest are smaller than a size."""
+    largest = sum(max(options).size for options in costs.values())
+    if largest < nbytes:
+        raise SpqrError(
+            f"the matrices of the blocks take at most {largest:,.0f} bytes, but the target leaves {nbytes:,.0f} for "
+            "them: give a smaller target, or --bits 8 instead"
+        )
+
+
 def mixed_rules(costs: Mapping[str, Sequence[Option]], settings: Sequence[Mapping[str, Any]], nbytes: float) -> Rules:
     """The setting of each matrix with the least total cost at a total size.
 
@@ -141,8 +151,8 @@ def quantize_mixed(
       options: further arguments of `quantize_checkpoint`.
 
     Raises:
-      SpqrError: the size is smaller than that of all matrices at their smallest, or four tries did not give it; or as
-        for `quantize_checkpoint`.
+      SpqrError: the size is out of the range that the settings give, or four tries did not give it; or as for
+        `quantize_checkpoint`.
     """
     shapes = kernel_shapes(source)
     # If no groups divide the matrices, the first setting gives the error.
@@ -152,6 +162,8 @@ def quantize_mixed(
         aim = (target.goal.smallest + target.goal.largest) / 2
         amount = tried[-1].amount + aim - tried[-1].size if tried else aim
         found = {name: [Option(*option) for option in options] for name, options in costs.items()}
+        if tried:  # only then is it known what else is in the files
+            check_largest(found, target.matrix_bytes(amount - (target.goal.largest - target.goal.smallest) / 2))
         return Choice(amount, config, mixed_rules(found, settings, target.matrix_bytes(amount)))
 
     return quantize_to_size(

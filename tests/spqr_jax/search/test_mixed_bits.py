@@ -15,6 +15,7 @@ from spqr_jax.search.costs import estimate_costs
 from spqr_jax.search.mixed_bits import (
     bits_target,
     bytes_beside_matrices,
+    check_largest,
     file_target,
     mixed_rules,
     quantize_mixed,
@@ -91,8 +92,11 @@ def test_an_interrupted_search_keeps_its_costs(tmp_path: Path, monkeypatch: pyte
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_a_size_that_is_too_small_is_told() -> None:
+def test_a_size_that_no_settings_give_is_told() -> None:
     costs = {"a": [Option(200, 8.0), Option(300, 2.0)], "b": [Option(250, 3.0)]}
+    check_largest(costs, 550)
+    with pytest.raises(ValueError, match=r"take at most 550 bytes, but the target leaves 551 for them: give a smaller"):
+        check_largest(costs, 551)
     with pytest.raises(ValueError, match=r"take at least 450 bytes, but only 449 are left for them: give a larger"):
         mixed_rules(costs, [{"bits": 3}, {"bits": 4}], nbytes=449)
 
