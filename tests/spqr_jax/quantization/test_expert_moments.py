@@ -84,7 +84,7 @@ def test_an_expert_is_solved_for_its_own_tokens_or_for_those_of_all(tokens: np.n
     quantized, report = quantize(PARAMS, tokens, model=MODEL, config=config)
     x, experts = routed(tokens)
     pooled = sum(x[(experts == e).any(axis=1)].T @ x[(experts == e).any(axis=1)] for e in range(6))
-    few = []
+    few, same = [], []
     for expert in range(6):
         own = x[(experts == expert).any(axis=1)]
         few.append(8 * len(own) < 64)
@@ -92,10 +92,12 @@ def test_an_expert_is_solved_for_its_own_tokens_or_for_those_of_all(tokens: np.n
         weight = PARAMS["layers_0"]["up_proj"]["kernel"][expert].T
         expected = quantize_matrix(weight, hessian.astype(np.float32), config)
         found = element(quantized["layers_0"]["up_proj"]["kernel"], expert)
-        # Solved for the other H, no word of codes is the same. Another rounding of H changes a few.
-        assert np.mean(np.asarray(found.codes) == np.asarray(expected.codes)) > 0.9
+        same.append(np.mean(np.asarray(found.codes) == np.asarray(expected.codes)))
         assert report[f"layers_0.up_proj[{expert}]"].pooled == few[-1]
     assert any(few) == (tokens is FEW)
+    # Another rounding of H changes a few words of codes. Solved for the other H, an expert has none in common.
+    assert min(same) > 0.9
+    assert np.mean(same) > 0.98
 
 
 @pytest.mark.slow
