@@ -9,7 +9,6 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import SpqrTensor
 from spqr_jax.config import SpqrConfig
 from spqr_jax.models.decoder import Block, Params, layer_name
 from spqr_jax.models.ending import EMBEDDING, head_name
@@ -25,13 +24,11 @@ from spqr_jax.runtime.placement import ONE_DEVICE, to_host
 from spqr_jax.runtime.x64 import in_32_bits
 from spqr_jax.search.allocation import Option
 from spqr_jax.search.fisher import gradients_of_drawn, output_of_block, slopes_of_block
+from spqr_jax.search.target_bits import trimmed_bytes
 from spqr_jax.storage.model_source import ModelSource
 
 MOST_SEQUENCES = 32
 """Most calibration sequences that are used; each gives one sample of the Fisher information."""
-
-BYTES_PER_OUTLIER = 4
-"""Two of its value and two of its column."""
 
 TINY = 1e-30
 """Instead of the error of a matrix of zeros, which has none."""
@@ -125,7 +122,9 @@ def _solve_block(
             check_factorized(bool(finite), block_name, shared.matrices, config)
             changes = tuple(approximation - weight for approximation, weight in zip(dense, weights, strict=True))
             for matrix, own, change in zip(shared.matrices, packed, changes, strict=True):
-                sizes[layer_of(matrix)][place] += _bytes_if_trimmed(own)
+                sizes[layer_of(matrix)][place] += trimmed_bytes(
+                    own, 0 if own.outliers is None else int(own.outliers.count)
+                )
                 errors[layer_of(matrix)][place] += float(_error(change, moments.hessian))
             if place == 0:
                 directions |= {matrix: change.T for matrix, change in zip(shared.matrices, changes, strict=True)}
@@ -144,11 +143,3 @@ def _solve_block(
 def _error(change: Float[Array, "out in"], hessian: Float[Array, "in in"]) -> Float[Array, ""]:
     """‖(W − Ŵ) X‖², from H = X Xᵀ."""
     return jnp.vdot(change, change @ hessian)
-
-
-def _bytes_if_trimmed(packed: SpqrTensor) -> int:
-    """Bytes of a packed matrix without the room for outliers that it has not."""
-    if packed.outliers is None:
-        return packed.nbytes
-    empty = packed.outliers.capacity - int(packed.outliers.count)
-    return packed.nbytes - empty * BYTES_PER_OUTLIER

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from spqr_jax.rules import Plan
 from spqr_jax.search.allocation import Option, allocate
 from spqr_jax.search.costs import estimate_costs
 from spqr_jax.search.size_search import TOLERANCE, Choice, Goal, Try, goal_of_bits, quantize_to_size
-from spqr_jax.search.target_bits import bytes_without_outliers, divides, kernel_shapes
+from spqr_jax.search.target_bits import bytes_without_outliers, dividing, kernel_shapes
 from spqr_jax.storage.directories import bytes_on_disk
 from spqr_jax.storage.model_source import ModelSource
 from spqr_jax.storage.record import BlockReport
@@ -47,24 +47,33 @@ class Target:
 
     Attributes:
       goal: the sizes that are good.
-      matrix_bytes: from a size in the goal's unit, bytes of these matrices.
+      unit_bytes: bytes of one unit of the goal.
+      others: bytes that count besides those of these matrices.
     """
 
     goal: Goal
-    matrix_bytes: Callable[[float], float]
+    unit_bytes: float
+    others: int = 0
+
+    def matrix_bytes(self, size: float) -> float:
+        """Bytes of these matrices at a size in the goal's unit."""
+        return size * self.unit_bytes - self.others
+
+    def size_of(self, matrix_bytes: float) -> float:
+        """The size in the goal's unit with so many bytes of these matrices."""
+        return (matrix_bytes + self.others) / self.unit_bytes
 
 
 def bits_target(source: ModelSource, bits: float) -> Target:
     """Bits per weight of the blocks' matrices, within 0.02."""
-    weights = weights_of_blocks(source)
-    return Target(goal_of_bits(bits), lambda bits: bits * weights / 8)
+    return Target(goal_of_bits(bits), weights_of_blocks(source) / 8)
 
 
 def file_target(source: ModelSource, config: SpqrConfig, nbytes: int) -> Target:
     """Bytes of the whole checkpoint on the disk: at most these, and at most 0.04 bits per weight of the blocks less."""
     slack = 2 * TOLERANCE * weights_of_blocks(source) / 8
-    others = bytes_beside_matrices(source, config)
-    return Target(Goal(nbytes - slack, nbytes, "bytes", bytes_on_disk), lambda size: size - others)
+    goal = Goal(nbytes - slack, nbytes, "bytes", bytes_on_disk)
+    return Target(goal, 1, bytes_beside_matrices(source, config))
 
 
 def weights_of_blocks(source: ModelSource) -> int:
@@ -88,16 +97,6 @@ def bytes_beside_matrices(source: ModelSource, config: SpqrConfig) -> int:
             elif path not in matrices:
                 total += leaf.nbytes
     return total
-
-
-def check_largest(costs: Mapping[str, Sequence[Option]], nbytes: float) -> None:
-    """Raises a SpqrError where all matrices at their largest are smaller than a size."""
-    largest = sum(max(options).size for options in costs.values())
-    if largest < nbytes:
-        raise SpqrError(
-            f"the matrices of the blocks take at most {largest:,.0f} bytes, but the target leaves {nbytes:,.0f} for "
-            "them: give a smaller target, or --bits 8 instead"
-        )
 
 
 def mixed_rules(costs: Mapping[str, Sequence[Option]], settings: Sequence[Mapping[str, Any]], nbytes: float) -> Rules:
@@ -154,16 +153,20 @@ def quantize_mixed(
       SpqrError: the size is out of the range that the settings give, or four tries did not give it; or as for
         `quantize_checkpoint`.
     """
-    shapes = kernel_shapes(source)
-    # If no groups divide the matrices, the first setting gives the error.
-    settings = [setting for setting in SETTINGS if divides(replace(config, **setting), shapes)] or SETTINGS[:1]
+    possible = dividing(kernel_shapes(source), [replace(config, **setting) for setting in SETTINGS])
+    settings = [{name: getattr(one, name) for name in SETTINGS[0]} for one in possible]
 
     def choose(costs: dict[str, Any], tried: Sequence[Try]) -> Choice:
+        found = {name: [Option(*option) for option in options] for name, options in costs.items()}
+        largest = target.size_of(sum(max(options).size for options in found.values()))
         aim = (target.goal.smallest + target.goal.largest) / 2
         amount = tried[-1].amount + aim - tried[-1].size if tried else aim
-        found = {name: [Option(*option) for option in options] for name, options in costs.items()}
-        if tried:  # only then is it known what else is in the files
-            check_largest(found, target.matrix_bytes(amount - (target.goal.largest - target.goal.smallest) / 2))
+        if tried and tried[-1].amount == largest and amount > largest:
+            raise SpqrError(
+                f"the largest settings give {tried[-1].size:.6g} {target.goal.unit}, less than "
+                f"{target.goal.smallest:.6g}: give a smaller target, or --bits 8 instead"
+            )
+        amount = min(amount, largest)
         return Choice(amount, config, mixed_rules(found, settings, target.matrix_bytes(amount)))
 
     return quantize_to_size(
@@ -171,7 +174,7 @@ def quantize_mixed(
         destination,
         calibration_tokens,
         goal=target.goal,
-        survey=lambda: estimate_costs(source, calibration_tokens, [replace(config, **setting) for setting in settings]),
+        survey=lambda: estimate_costs(source, calibration_tokens, possible),
         choose=choose,
         description={"config": dataclasses.asdict(config), "settings": settings, "target": target.goal.largest},
         overwrite=overwrite,

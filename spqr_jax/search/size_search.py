@@ -97,8 +97,7 @@ def quantize_to_size(
 ) -> list[BlockReport]:
     """Quantizes a model until its size is the wanted one, at most `MOST_RUNS` times.
 
-    `<destination>.budget.json` keeps what the survey found, and the tries, so that the same call resumes an interrupted
-    search.
+    `<destination>.budget.json` keeps the survey and the tries: the same call resumes an interrupted search.
 
     Args:
       source: the model.
@@ -117,20 +116,23 @@ def quantize_to_size(
     destination = resolved(destination)
     notes = destination.with_name(f"{destination.name}.budget.json")
     search = json.loads(json.dumps({**description, "calibration": digest(calibration_tokens)}))
-    found = read_json(notes) if notes.is_file() else {}
-    known = {name: found.get(name) for name in search} == search and {"survey", "tried"} <= found.keys()
+    found = _read_notes(notes, search)
     # An existing checkpoint may be of this search.
-    overwrite = overwrite or known
-    if not known:
+    overwrite = overwrite or found is not None
+    if found is None:
         check_destination(destination, overwrite=overwrite)  # before long work
-    surveyed = found["survey"] if known else json.loads(json.dumps(survey()))
-    tried = [Try(*one) for one in found["tried"]] if known else []
+    surveyed, tried = found or (json.loads(json.dumps(survey())), [])
     while len(tried) < MOST_RUNS:
         choice = choose(surveyed, tried)
         write_text(notes, json.dumps(search | {"survey": surveyed, "tried": tried}))
-        settings: dict[str, Any] = {"config": choice.config, "rules": choice.rules}
         blocks = quantize_checkpoint(
-            source, destination, calibration_tokens, overwrite=overwrite, **settings, **options
+            source,
+            destination,
+            calibration_tokens,
+            config=choice.config,
+            rules=choice.rules,
+            overwrite=overwrite,
+            **options,
         )
         size = goal.measure(destination)
         if goal.smallest <= size <= goal.largest:
@@ -141,3 +143,11 @@ def quantize_to_size(
         f"{MOST_RUNS} tries did not give {goal.smallest:.6g} to {goal.largest:.6g} {goal.unit}, but "
         + ", ".join(f"{size:.6g}" for _, size in tried)
     )
+
+
+def _read_notes(notes: Path, search: dict[str, Any]) -> tuple[Any, list[Try]] | None:
+    """The survey and the tries of an interrupted run of the same search."""
+    found = read_json(notes) if notes.is_file() else {}
+    if {name: found.get(name) for name in search} != search or not {"survey", "tried"} <= found.keys():
+        return None
+    return found["survey"], [Try(*one) for one in found["tried"]]

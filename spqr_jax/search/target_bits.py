@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 from scipy.interpolate import PchipInterpolator
 
+from pallas_kernels import SpqrTensor
 from pallas_kernels.errors import SpqrError
 from spqr_jax.config import COMPACT, NEAR_LOSSLESS, SMALL, SpqrConfig
 from spqr_jax.models.decoder import layer_name
@@ -86,6 +87,7 @@ def outlier_curve(
       >>> curve.shares[0] > curve.shares[1]
       True
     """
+    some = replace(config, outlier_threshold=1.0)
     # Without the original model beside it: the refit changes these counts little.
     counts, weights, size = np.zeros(len(thresholds)), 0, 0
     for _, params, shared in walk_original(source.model, source.parts, calibration_tokens, config):
@@ -95,7 +97,7 @@ def outlier_curve(
         del moments
         counts += np.asarray(outlier_counts(kernels, factor, jnp.asarray(thresholds), config))
         weights += sum(kernel.size for kernel in kernels)
-        size += sum(bytes_without_outliers(kernel.shape, config) for kernel in kernels)
+        size += sum(bytes_without_outliers(kernel.shape, some) for kernel in kernels)
     return Curve(8 * size / weights, tuple(thresholds), tuple((counts / weights).tolist()))
 
 
@@ -169,12 +171,11 @@ def kernel_shapes(source: ModelSource) -> list[tuple[int, int]]:
 
 def dividing(shapes: Sequence[tuple[int, int]], settings: Sequence[SpqrConfig]) -> Sequence[SpqrConfig]:
     """The settings whose groups divide matrices of these shapes `(in, out)`; if none do, the first, for its error."""
-    return [config for config in settings if divides(config, shapes)] or settings[:1]
 
+    def divides(config: SpqrConfig) -> bool:
+        return all(columns % config.group_size == out % config.stats_group_size == 0 for columns, out in shapes)
 
-def divides(config: SpqrConfig, shapes: Sequence[tuple[int, int]]) -> bool:
-    """Whether the groups of a configuration divide matrices of these shapes `(in, out)`."""
-    return all(columns % config.group_size == out % config.stats_group_size == 0 for columns, out in shapes)
+    return list(filter(divides, settings)) or settings[:1]
 
 
 def quantize_to_bits(
@@ -250,5 +251,10 @@ def bytes_without_outliers(kernel_shape: tuple[int, int], config: SpqrConfig) ->
     columns, out = kernel_shape
     shapes = jax.ShapeDtypeStruct((out, columns), jnp.float32), jax.ShapeDtypeStruct((columns, columns), jnp.float32)
     packed = jax.eval_shape(partial(quantize_matrix, config=config), *shapes)
+    return trimmed_bytes(packed, 0)
+
+
+def trimmed_bytes(packed: SpqrTensor, outliers: int) -> int:
+    """Bytes of a packed matrix with room for this number of outliers."""
     room = 0 if packed.outliers is None else packed.outliers.capacity
-    return packed.nbytes - room * BITS_PER_OUTLIER // 8
+    return packed.nbytes - (room - outliers) * BITS_PER_OUTLIER // 8

@@ -15,7 +15,6 @@ from spqr_jax.search.costs import estimate_costs
 from spqr_jax.search.mixed_bits import (
     bits_target,
     bytes_beside_matrices,
-    check_largest,
     file_target,
     mixed_rules,
     quantize_mixed,
@@ -94,11 +93,14 @@ def test_an_interrupted_search_keeps_its_costs(tmp_path: Path, monkeypatch: pyte
 
 def test_a_size_that_no_settings_give_is_told() -> None:
     costs = {"a": [Option(200, 8.0), Option(300, 2.0)], "b": [Option(250, 3.0)]}
-    check_largest(costs, 550)
-    with pytest.raises(ValueError, match=r"take at most 550 bytes, but the target leaves 551 for them: give a smaller"):
-        check_largest(costs, 551)
     with pytest.raises(ValueError, match=r"take at least 450 bytes, but only 449 are left for them: give a larger"):
         mixed_rules(costs, [{"bits": 3}, {"bits": 4}], nbytes=449)
+
+
+@pytest.mark.slow
+def test_a_size_above_that_of_the_largest_settings_is_told_after_one_run(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"give 7\.\d+ bits per weight, less than 11\.98: give a smaller"):
+        quantize_mixed(SOURCE, tmp_path / "out", TOKENS, config=SMALL, target=bits_target(SOURCE, 12.0))
 
 
 def test_what_cannot_be_used_is_named_before_the_work() -> None:
