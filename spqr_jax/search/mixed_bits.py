@@ -119,8 +119,8 @@ def mixed_rules(costs: Mapping[str, Sequence[Option]], settings: Sequence[Mappin
     total = sum(options[place].size for options, place in zip(costs.values(), chosen, strict=True))
     if total > nbytes:
         raise SpqrError(
-            f"the matrices of the blocks take at least {total:,.0f} bytes, but only {nbytes:,.0f} are left for them: "
-            "give a larger target"
+            f"the matrices of the blocks take at least {total:,.0f} bytes, but only {max(nbytes, 0):,.0f} are left for "
+            "them: give a larger target"
         )
     return [(name, settings[place]) for name, place in zip(costs, chosen, strict=True)]
 
