@@ -1,3 +1,4 @@
+import gc
 import os
 import shutil
 import signal
@@ -43,6 +44,9 @@ jax.config.update("jax_traceback_in_locations_limit", 0)
 # Small programs too: tracing and reading one took 25 ms of CPU, compiling it 137.
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
+# Tracing makes millions of objects: looking for cycles among them took a tenth of the time.
+gc.set_threshold(100_000, 20, 10)
+
 settings.register_profile("spqr", deadline=None, derandomize="CI" in os.environ)
 settings.load_profile("spqr")
 
@@ -51,6 +55,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files first, then those with slow tests: what runs last beside nothing else is then short."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: (item.path.name not in LONGEST, item.path not in slow))
+    gc.freeze()  # what is there now stays: the libraries, and the tests
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -40,9 +40,9 @@ FAST = {(3, 16)}
 
 
 def formats():
-    """Every width of a code with two or three group sizes, every group size with as many widths, all else in turn."""
+    """Every width of a code and every group size at least once, all else in turn."""
     for i, (bits, group_size) in enumerate(itertools.product(BITS, GROUP_SIZES)):
-        if (bits, group_size) not in FAST and (BITS.index(bits) + GROUP_SIZES.index(group_size)) % 5 not in (0, 2):
+        if (bits, group_size) not in FAST and (BITS.index(bits) + GROUP_SIZES.index(group_size)) % 5:
             continue
         settings = {
             "bits": bits,

@@ -94,9 +94,8 @@ def test_a_form_is_kept(model: Decoder, params: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["llama", "falcon"])
-def test_trained_models_say_the_same(name: str) -> None:
-    model, params = trained(name)
+def test_a_trained_model_says_the_same() -> None:
+    model, params = trained("llama")
     text = byte_tokens("test")
     config = SpqrConfig(bits=3, group_size=16)
     quantized, _ = quantize(params, byte_tokens("valid")[: 16 * 128].reshape(16, 128), model=model, config=config)

@@ -198,7 +198,6 @@ def test_round_to_nearest_needs_no_calibration():
     [
         pytest.param(PLAIN, True, id="plain", marks=SLOW),
         pytest.param(FULL, True, id="full", marks=SLOW),
-        pytest.param(GPTQ, True, id="gptq", marks=SLOW),
         pytest.param(PLAIN, False, id="round-to-nearest", marks=SLOW),
     ],
 )
