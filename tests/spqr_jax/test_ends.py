@@ -72,6 +72,7 @@ def dense(params: Params) -> Params:
 
 
 @pytest.mark.parametrize("name", MODELS)
+@pytest.mark.slow
 def test_embedding_and_head_are_packed_with_their_own_bits(name):
     params = packed(name)
     table = params["embed_tokens"]["embedding"]
@@ -204,6 +205,7 @@ def test_a_run_from_disk_to_disk_resumes_before_each_of_them(name, tmp_path: Pat
     assert record.config == CONFIG
 
 
+@pytest.mark.slow
 def test_rules_name_them():
     rules: Any = [("lm_head", None), ("embed_tokens", {"bits": 8, "outlier_threshold": None})]
     model = MODELS["untied"]

@@ -57,6 +57,7 @@ def bits(params: dict[str, Any], block: int, name: str) -> int | None:
     return kernel.bits if isinstance(kernel, SpqrTensor) else None
 
 
+@pytest.mark.slow
 def test_the_first_rule_that_matches_decides(mixed):
     assert [bits(mixed, block, "v_proj") for block in range(5)] == [3, 8, 3, 4, 3]
     assert [bits(mixed, block, "q_proj") for block in range(5)] == [3, 4, 3, 4, 3]
@@ -122,6 +123,7 @@ def test_mixed_models_generate_and_are_measured(mixed, memory):
     assert found == pytest.approx(perplexity(MODEL, dense, text, window=32), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_compile_time_grows_with_kinds_of_blocks_and_not_with_blocks(mixed):
     """The program of five blocks of three kinds has the operations of three blocks."""
 
@@ -137,6 +139,7 @@ def test_compile_time_grows_with_kinds_of_blocks_and_not_with_blocks(mixed):
     assert operations(many) < 1.05 * operations(few)
 
 
+@pytest.mark.slow
 def test_saved_loaded_and_exported(mixed, tmp_path: Path):
     save(tmp_path / "packed", MODEL, mixed)
     loaded = load(tmp_path / "packed")[1]
@@ -148,6 +151,7 @@ def test_saved_loaded_and_exported(mixed, tmp_path: Path):
     )
 
 
+@pytest.mark.slow
 def test_runs_from_disk_to_disk_record_their_rules(mixed, tmp_path: Path):
     source = ModelSource(MODEL, {name: partial(PARAMS.__getitem__, name) for name in PARAMS}, None, "random")
     quantize_checkpoint(source, tmp_path / "out", TOKENS, config=CONFIG, rules=RULES)

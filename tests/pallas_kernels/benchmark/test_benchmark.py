@@ -62,6 +62,7 @@ def statistic(w: SpqrTensor, name: str) -> np.ndarray:
 
 
 @pytest.mark.parametrize("spelling", COLUMNS)
+@pytest.mark.slow
 def test_random_matrix_is_one_of_its_format(spelling):
     form, shape = Format.parse(spelling), (64, COLUMNS[spelling])
     w = random_matrix(form, shape, 0)

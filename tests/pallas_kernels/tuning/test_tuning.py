@@ -145,6 +145,7 @@ def test_crossovers_are_of_both_files(directory, packaged):
     assert most_tokens("fma", "mma", H100) == 2
 
 
+@pytest.mark.slow
 def test_tuning_writes_to_the_cache_directory_and_says_where(directory, packaged, monkeypatch):
     kind = jax.devices()[0].device_kind
     known = trial("fma", DEFAULT["fma"], shape=(32, 256), measured_us=1e-3)
@@ -268,11 +269,8 @@ def by_xla(x, w, *, tile, interpret):
     return spqr_matmul(x, w, implementation="xla")
 
 
-@pytest.mark.parametrize(
-    "matmuls", [dict.fromkeys(MATMULS, by_xla), pytest.param(MATMULS, marks=pytest.mark.slow)], ids=["xla", "kernels"]
-)
-def test_tuning_is_resumed(matmuls, directory, monkeypatch):
-    monkeypatch.setattr(command, "MATMULS", matmuls)
+def test_tuning_is_resumed(directory, monkeypatch):
+    monkeypatch.setattr(command, "MATMULS", dict.fromkeys(MATMULS, by_xla))
     few = {"fma": (DEFAULT["fma"], OTHER), "mma": (DEFAULT["mma"],), "dequantize": (DEFAULT["dequantize"],)}
     monkeypatch.setattr(command, "candidates", few.__getitem__)
     monkeypatch.setattr(command, "CROSSOVERS", {2: ("fma", "mma")})

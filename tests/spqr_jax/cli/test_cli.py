@@ -20,7 +20,7 @@ from helpers.command_line import result, spqr
 from helpers.tiny_models import random_tensors, tiny_config, write_checkpoint, write_gguf
 from rich.console import Console
 
-from spqr_jax import COMPACT, NEAR_LOSSLESS, save
+from spqr_jax import COMPACT, save
 from spqr_jax.cli import console, progress
 from spqr_jax.cli.app import COMMANDS
 from spqr_jax.config import SMALL
@@ -213,6 +213,7 @@ def test_every_exported_form_is_recognised_and_as_good(form: str, quantized: Pat
     assert ("bits_per_weight" in after) == (form != "hf")
 
 
+@pytest.mark.slow
 def test_inspect_lists_every_matrix(quantized: Path) -> None:
     done = spqr("inspect", quantized)
     assert done.returncode == 0

@@ -122,6 +122,7 @@ def test_every_matrix_has_its_numbers_in_the_page(checkpoint: Path) -> None:
         ]
 
 
+@pytest.mark.slow
 def test_totals_settings_and_versions_are_in_the_page(checkpoint: Path) -> None:
     page, record = Page(report_page(checkpoint)), read_record(checkpoint)
     assert record is not None
@@ -154,6 +155,7 @@ def test_totals_settings_and_versions_are_in_the_page(checkpoint: Path) -> None:
     assert {label: pairs.get(label) for label in expected} == expected
 
 
+@pytest.mark.slow
 def test_the_page_loads_nothing(checkpoint: Path) -> None:
     text = report_page(checkpoint)
     page = Page(text)
@@ -168,6 +170,7 @@ def test_the_page_loads_nothing(checkpoint: Path) -> None:
         assert kind in page.words
 
 
+@pytest.mark.slow
 def test_names_cannot_be_markup(copy: Path) -> None:
     hostile = '</text></svg><script>alert("x")</script>&amp;$\\frac$'
     header, record = describe(copy), json.loads((copy / RECORD).read_text())
@@ -186,6 +189,7 @@ def test_names_cannot_be_markup(copy: Path) -> None:
     assert page.words.count(hostile) >= 6  # in three legends or axes, and in the tables
 
 
+@pytest.mark.slow
 def test_a_checkpoint_without_a_record_says_so(copy: Path, tmp_path: Path) -> None:
     seal(copy, quantization=None)
     assert read_record(copy) is None
@@ -201,6 +205,7 @@ def test_a_checkpoint_without_a_record_says_so(copy: Path, tmp_path: Path) -> No
     assert Page(report_page(tmp_path / "again")).rows() == rows
 
 
+@pytest.mark.slow
 def test_a_matrix_outside_blocks_and_without_outliers(copy: Path) -> None:
     header = describe(copy)
     first = next(iter(header["matrices"].values())) | {"outliers": None}
@@ -211,6 +216,7 @@ def test_a_matrix_outside_blocks_and_without_outliers(copy: Path) -> None:
 
 
 @pytest.mark.filterwarnings("error")
+@pytest.mark.slow
 def test_what_is_no_number_leaves_the_page_whole(copy: Path) -> None:
     record = json.loads((copy / RECORD).read_text())
     for value in (float("nan"), 0.0, float("inf")):
@@ -221,6 +227,7 @@ def test_what_is_no_number_leaves_the_page_whole(copy: Path) -> None:
         assert Page(report_page(copy)).rows()["layers_0.q_proj"][3] == f"{value:.2e}"
 
 
+@pytest.mark.slow
 def test_the_command_writes_beside_the_checkpoint_and_leaves_it_as_it_is(copy: Path, tmp_path: Path) -> None:
     before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
     told = result("report", copy)
@@ -234,6 +241,7 @@ def test_the_command_writes_beside_the_checkpoint_and_leaves_it_as_it_is(copy: P
     assert not (copy / RECORD).exists()
 
 
+@pytest.mark.slow
 def test_a_write_that_fails_leaves_the_old_page(copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "tiny.html").write_text("old")
 
@@ -247,6 +255,7 @@ def test_a_write_that_fails_leaves_the_old_page(copy: Path, tmp_path: Path, monk
     assert sorted(path.name for path in tmp_path.iterdir()) == ["tiny", "tiny.html"]
 
 
+@pytest.mark.slow
 def test_errors_are_one_sentence(copy: Path, tmp_path: Path) -> None:
     save(tmp_path / "dense", MODEL, tiny_params(0))
     (tmp_path / "folder").mkdir()
@@ -264,6 +273,7 @@ def test_errors_are_one_sentence(copy: Path, tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "folder", "tiny"]
 
 
+@pytest.mark.slow
 def test_a_damaged_record_is_named(copy: Path) -> None:
     record = json.loads((copy / RECORD).read_text())
     for changed in (record | {"wisdom": 3}, record | {"config": record["config"] | {"wisdom": 3}}, {"config": {}}):
@@ -278,6 +288,7 @@ def test_a_damaged_record_is_named(copy: Path) -> None:
         report_page(copy)
 
 
+@pytest.mark.slow
 def test_without_matplotlib_one_sentence_says_so(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ValueError, match="drawn by matplotlib, which is not installed: pip install matplotlib"):
@@ -293,6 +304,7 @@ def test_logarithmic_ticks_enclose_the_values() -> None:
 
 
 @pytest.mark.skipif(BROWSER is None, reason="neither chromium nor google-chrome is installed")
+@pytest.mark.slow
 def test_a_browser_shows_the_page(checkpoint: Path, tmp_path: Path) -> None:
     page, picture = write_report(checkpoint, tmp_path / "page.html"), tmp_path / "page.png"
     flags = ("--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=900,1200")

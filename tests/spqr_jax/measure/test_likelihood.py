@@ -65,6 +65,7 @@ def test_likelihoods_are_those_of_whole_passes(batch_size):
     assert_close(in_order(MODEL, PARAMS, PAIRS, batch_size=batch_size), [expected(MODEL, PARAMS, *p) for p in PAIRS])
 
 
+@pytest.mark.slow
 def test_what_greedy_decoding_writes_is_greedy():
     (written,) = generation.generate(MODEL, PARAMS, [SHARED], max_new_tokens=6)
     other = [*written[:-1], (written[-1] + 1) % MODEL.config.vocab_size]
@@ -72,7 +73,8 @@ def test_what_greedy_decoding_writes_is_greedy():
     assert [x.greedy for x in found] == [True, False, True]
 
 
-@pytest.mark.parametrize("alibi", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.parametrize("alibi", [False, True])
+@pytest.mark.slow
 def test_falcon(alibi):
     model = Falcon(FalconConfig(61, 32, 48, 2, 4, 1, "parallel", tiny_llama.CONFIG.rotary, alibi=alibi))
     params = tiny_llama.tiny_params(1, model)

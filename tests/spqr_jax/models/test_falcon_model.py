@@ -158,6 +158,7 @@ def test_checkpoint_gives_back_what_was_saved(falcon: Pretrained, quantized: Any
     jax.tree.map(np.testing.assert_array_equal, loaded, params)
 
 
+@pytest.mark.slow
 def test_perplexity_is_that_of_the_logits(falcon: Pretrained, quantized: Any) -> None:
     params, _ = quantized
     logits = jax.nn.log_softmax(LOGITS(falcon.model, unpacked(params), TOKENS))

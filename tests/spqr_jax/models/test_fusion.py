@@ -111,6 +111,7 @@ def test_generation_and_perplexity_are_the_same(name: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "products"), [("llama", 4), ("falcon, parallel", 3)])
+@pytest.mark.slow
 def test_a_decode_step_takes_one_product_per_input(name: str, products: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model = MODELS[name]
     params = random_params(model)

@@ -79,6 +79,7 @@ def test_overflow_is_an_error_that_names_the_block(what: str, large: dict[str, A
         use(what, large)
 
 
+@pytest.mark.slow
 def test_what_a_sequence_computes_after_its_end_is_no_error(large: dict[str, Any]) -> None:
     every = range(61)
     assert generate(MODEL, large, [[1, 2]], max_new_tokens=3, stop_tokens=every) == [[]]

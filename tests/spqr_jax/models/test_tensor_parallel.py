@@ -85,6 +85,7 @@ def contents(tensor: SpqrTensor) -> dict[str, np.ndarray]:
 
 @settings(max_examples=4)
 @given(formats(), st.integers(0, 2**32 - 1), st.sampled_from(OUTLIERS), st.sampled_from((1, 3)))
+@pytest.mark.slow
 def test_split_columns_are_the_columns_that_were(options: dict[str, Any], seed: int, outliers: str, parts: int) -> None:
     tensor = small_matrix(seed, outliers=outliers, **options)
     out, columns = tensor.shape
@@ -248,10 +249,8 @@ def test_a_device_holds_an_eighth_of_the_matrices() -> None:
 @pytest.mark.parametrize(
     ("name", "devices"),
     [
-        ("llama", 8),
         ("llama, grouped queries and biases", 8),
         ("falcon, multi-query", 8),
-        ("falcon, grouped queries", 8),
         ("falcon, sequential", 4),
         ("olmo2", 8),
         ("phi3", 4),

@@ -23,7 +23,6 @@ SIZES = {"vocab_size": 61, "hidden_size": 64, "mlp_size": 96, "num_layers": 2, "
 LLAMA = partial(LlamaConfig, **SIZES, num_kv_heads=2, head_dim=16, rotary=RotaryConfig())
 FALCON = partial(FalconConfig, **SIZES, num_kv_heads=2, rotary=RotaryConfig())
 MODELS: dict[str, Decoder] = {
-    "llama": Llama(LLAMA()),
     "llama, tied, biases": Llama(LLAMA(tie_embeddings=True, attention_bias=True, mlp_bias=True)),
     "falcon, parallel, biases": Falcon(FALCON(arrangement="parallel", bias=True)),
     "falcon, two norms": Falcon(FALCON(arrangement="parallel_two_norms", tie_embeddings=False)),
@@ -136,7 +135,7 @@ def test_products_in_rows_of_no_rows_and_of_many_axes() -> None:
 
 def test_float16_has_room_for_weights_of_any_size() -> None:
     """Weights whose columns are larger or smaller than float16's numbers by far."""
-    model = MODELS["llama"]
+    model = MODELS[FAST]
     params = dequantized(random_params(model))
     sizes = np.exp2(np.linspace(-60, 60, 64)).astype(np.float32)[:, None]
     wide = jax.tree.map(lambda leaf: leaf, params)
@@ -148,7 +147,7 @@ def test_float16_has_room_for_weights_of_any_size() -> None:
 
 
 def test_memory_decides(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = MODELS["llama"]
+    model = MODELS[FAST]
     params = random_params(model)
     assert form_of(for_decoding(model, params)).startswith("unpacked to float16")
     assert form_of(for_measuring(params)).startswith("unpacked to float32")
@@ -165,7 +164,7 @@ def test_memory_decides(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_step_copies_no_weights() -> None:
     """No instruction of the compiled loop over the tokens makes an array of the size of a matrix."""
-    model = MODELS["llama, tied, biases"]
+    model = MODELS[FAST]
     form = for_decoding(model, random_params(model) | {"embed_tokens": {"embedding": np.ones((61, 64), np.float16)}})
     state, tokens, mask = start(model, form, [[1, 2, 3]], 8)
     state = jax.eval_shape(partial(extend, model, Policy()), form, state, tokens, mask)

@@ -78,7 +78,8 @@ def routed(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.asarray(state["mlp_input"], np.float64).reshape(-1, 64), np.asarray(state["experts"]).reshape(-1, 2)
 
 
-@pytest.mark.parametrize("tokens", [pytest.param(TOKENS, marks=pytest.mark.slow), FEW], ids=["many tokens", "few"])
+@pytest.mark.parametrize("tokens", [TOKENS, FEW], ids=["many tokens", "few"])
+@pytest.mark.slow
 def test_an_expert_is_solved_for_its_own_tokens_or_for_those_of_all(tokens: np.ndarray) -> None:
     config = SpqrConfig(bits=3, group_size=16, outlier_threshold=None, sequential=False, refit=False, shrinkage=0.0)
     quantized, report = quantize(PARAMS, tokens, model=MODEL, config=config)

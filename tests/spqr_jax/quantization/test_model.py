@@ -40,7 +40,6 @@ TOKENS = np.random.default_rng(0).integers(0, 256, (4, 32)).astype(np.int32)
 FULL = SpqrConfig()
 PLAIN = SpqrConfig(sequential=False, refit=False, simplified=True)
 SEQUENTIAL = replace(PLAIN, sequential=True)
-GPTQ = replace(PLAIN, outlier_threshold=None)
 
 
 def random_params() -> dict[str, Any]:
@@ -156,7 +155,6 @@ CONFIGS = [
     pytest.param(FULL, id="full"),
     pytest.param(PLAIN, id="plain", marks=SLOW),
     pytest.param(SEQUENTIAL, id="sequential", marks=SLOW),
-    pytest.param(GPTQ, id="gptq", marks=SLOW),
 ]
 
 
@@ -250,6 +248,7 @@ def test_everything_else_stays_as_it_is():
     assert "bias" in quantized["layers_1"]["q_proj"]
 
 
+@pytest.mark.slow
 def test_hidden_states_of_a_float16_model_may_be_larger_than_float16():
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.float16), PARAMS)
     for layer in ("layers_0", "layers_1"):
@@ -357,6 +356,7 @@ def test_outputs_that_overflow_are_named():
         quantize(params, TOKENS, model=model, config=PLAIN)
 
 
+@pytest.mark.slow
 def test_refit_needs_the_sequential_order():
     """Without it, each matrix of a block would make up for the same drift once more."""
     plain, _ = quantized_model(PLAIN)

@@ -316,6 +316,7 @@ def test_constant_rows_are_exact():
     np.testing.assert_allclose(DEQUANTIZE(quantize_matrix(weight, hessian, config))[5:7], weight[5:7], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_matrices_that_share_an_input_are_solved_as_each_alone():
     first, hessian = random_matrix(0)
     second = 3 * random_matrix(1)[0][:16]
@@ -397,6 +398,7 @@ def test_sizes_that_do_not_divide(out, columns, message):
 # Whole rows as outliers
 
 
+@pytest.mark.slow
 def test_whole_rows_are_kept_and_no_other_weight() -> None:
     rng = np.random.default_rng(0)
     weight = rng.normal(size=(64, 48)) * np.exp(rng.normal(size=(64, 1)))
@@ -415,6 +417,7 @@ def test_whole_rows_are_kept_and_no_other_weight() -> None:
     assert set(np.flatnonzero(rows)) <= set(np.argsort(-np.abs(weight).max(axis=1))[:12])
 
 
+@pytest.mark.slow
 def test_no_whole_rows_is_gptq() -> None:
     rng = np.random.default_rng(0)
     weight, x = rng.normal(size=(32, 48)), rng.normal(size=(300, 48))

@@ -37,6 +37,7 @@ def few_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mixed_bits, "SETTINGS", SETTINGS)
 
 
+@pytest.mark.slow
 def test_sizes_and_errors_are_those_of_the_packed_matrices() -> None:
     settings = [dataclasses.replace(SMALL, refit=False, **setting) for setting in SETTINGS]
     costs = estimate_costs(SOURCE, TOKENS, settings)

