@@ -153,6 +153,7 @@ def test_traced_whole():
 
 
 @pytest.mark.parametrize("name", MODELS)
+@pytest.mark.slow
 def test_saved_loaded_and_exported(name, tmp_path: Path):
     model, params = MODELS[name], packed(name)
     save(tmp_path / "packed", model, params)

@@ -92,6 +92,7 @@ def test_command(monkeypatch, tmp_path):
         assert row.tokens_per_second_in_all == pytest.approx(2 * row.tokens_per_second)
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_skipped_with_the_numbers(monkeypatch):
     packed, dense = (nbytes(random_params(TINY, form)) for form in (FORM, None))
     limit = dense + decode.empty_row(TINY, None, batch=1, prefix=0).cache_bytes

@@ -257,6 +257,7 @@ def test_hidden_states_of_a_float16_model_may_be_larger_than_float16():
     assert all(0 < matrix.relative_error < 0.2 for matrix in report.values())
 
 
+@pytest.mark.slow
 def test_a_float16_model_is_followed_as_a_float32_model_is():
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.float16), PARAMS)
     _, report = quantize(params, TOKENS, model=MODEL.clone(dtype=jnp.float16), config=SEQUENTIAL)

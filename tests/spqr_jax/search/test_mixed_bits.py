@@ -48,6 +48,7 @@ def test_sizes_and_errors_are_those_of_the_packed_matrices() -> None:
         assert small.cost > large.cost > largest.cost > 0
 
 
+@pytest.mark.slow
 def test_a_matrix_of_zeros_costs_nothing() -> None:
     zeros = {**PARAMS["layers_0"], "q_proj": {"kernel": np.zeros_like(PARAMS["layers_0"]["q_proj"]["kernel"])}}
     parts = {name: lambda part=part: part for name, part in {**PARAMS, "layers_0": zeros}.items()}
