@@ -390,7 +390,7 @@ def test_smallest_near_lossless_settings_are_found_or_told_missing(
 ) -> None:
     from spqr_jax.search import near_lossless
 
-    # One of each kind, so that fewer are tried.
+    # Two of them, so that fewer are tried.
     search = partial(near_lossless.smallest_near_lossless, settings=(SMALL, COMPACT))
     monkeypatch.setattr(near_lossless, "smallest_near_lossless", search)
     options = "--near-lossless", "--sequences", 4, "--sequence-length", 64
