@@ -17,8 +17,8 @@ if os.environ.get("CHECK_ANNOTATIONS") != "0":
 ROOT = Path(__file__).parents[1]
 MAPS = Path("/proc/self/maps")
 LONGEST = "test_notebooks.py", "test_devices.py"
-# Leaves three quarters of the limit to the next module.
-MOST_REGIONS = 16_000
+# Leaves half of the limit to the next module.
+MOST_REGIONS = 32_000
 
 # Processes that tests start find this checkout and the tests' helpers.
 os.environ["PYTHONPATH"] = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))

@@ -42,6 +42,13 @@ ROOMS: tuple[str, ...] = (
 """Modules whose examples run, by the start of their names."""
 PROGRAMS = ("__main__", "harness")
 """Modules that do something, or need an optional package, when they are imported."""
+SLOW = (
+    "pallas_kernels.aot.compiler.compile_program",
+    "spqr_jax.analyze.sensitivity.sensitivities",
+    "spqr_jax.search.costs.estimate_costs",
+    "spqr_jax.search.target_bits.outlier_curve",
+)
+"""Examples that compile for seconds."""
 
 
 def examples() -> Iterator[doctest.DocTest]:
@@ -65,7 +72,13 @@ def names(directory: Path) -> dict[str, Any]:
     return example_names.names(directory)
 
 
-@pytest.mark.parametrize("example", list(examples()), ids=lambda example: example.name)
+@pytest.mark.parametrize(
+    "example",
+    [
+        pytest.param(example, id=example.name, marks=pytest.mark.slow if example.name in SLOW else ())
+        for example in examples()
+    ],
+)
 def test_example(
     example: doctest.DocTest, directory: Path, names: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

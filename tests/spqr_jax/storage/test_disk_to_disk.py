@@ -2,25 +2,22 @@
 
 import dataclasses
 import errno
-import itertools
 import json
 import os
 import random
 import re
 import resource
 import signal
-import subprocess
-import sys
 import time
 import weakref
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.byte_tokenizer import byte_tokenizer
+from helpers.forked import QuantizingProcess
 from helpers.same import assert_identical
 from helpers.tiny_falcon import STYLES, falcon_config, falcon_tensors
 from helpers.tiny_models import random_tensors, tiny_config, write_checkpoint, write_gguf
@@ -39,32 +36,6 @@ CONFIG = SpqrConfig()
 BLOCKS = 3
 LLAMA = tiny_config(num_hidden_layers=BLOCKS)
 TOKENS = np.random.default_rng(0).integers(0, 96, (4, 32)).astype(np.int32)
-
-# Runs to its end, or is killed at an event, in a process of its own.
-RUN = """
-import os, signal, sys
-import jax, numpy as np
-from converters import open_pretrained
-from spqr_jax import SpqrConfig
-from spqr_jax.storage.disk_to_disk import quantize_checkpoint
-source, destination, cache, kill_at = sys.argv[1:]
-jax.config.update("jax_compilation_cache_dir", cache)
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-events = 0
-
-def count(event, args):
-    global events
-    if event.split(".")[0] in ("open", "os", "shutil", "pathlib", "tempfile"):
-        events += 1
-        if events == int(kill_at):
-            os.kill(os.getpid(), signal.SIGKILL)
-
-tokens = np.random.default_rng(0).integers(0, 96, (4, 32)).astype(np.int32)
-opened = open_pretrained(source, dtype=np.float16)
-sys.addaudithook(count)
-reports = quantize_checkpoint(opened, destination, tokens, config=SpqrConfig())
-print(len(reports), events)
-"""
 
 
 @pytest.fixture(scope="module")
@@ -86,16 +57,6 @@ def expected(source: ModelSource) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def names(directory: Path) -> list[str]:
     return sorted(path.name for path in directory.iterdir())
-
-
-def run(source: Path, destination: Path, kill_at: int = 0) -> subprocess.Popen[str]:
-    cache = jax.config.jax_compilation_cache_dir
-    command = [sys.executable, "-c", RUN, str(source), str(destination), str(cache), str(kill_at)]
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    root = Path(__file__).parents[3]
-    return subprocess.Popen(
-        command, env=environment, cwd=root, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
 
 
 @pytest.mark.parametrize("hidden_on_disk", [False, pytest.param(True, marks=pytest.mark.slow)])
@@ -346,61 +307,56 @@ def test_a_full_disk_is_one_error_and_what_is_finished_stays(source, expected, t
     assert_identical(load(tmp_path / "out").params, expected[0])
 
 
+@pytest.fixture(scope="module")
+def events(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> int:
+    """Events of a run that is not killed, and finds all programs compiled."""
+    directory = tmp_path_factory.mktemp("whole")
+    QuantizingProcess(llama, directory / "compiled", TOKENS).result()
+    return QuantizingProcess(llama, directory / "whole", TOKENS).result()[1]
+
+
 @pytest.mark.slow
-def test_a_run_that_is_killed_again_and_again_resumes(llama, expected, tmp_path):
+def test_a_run_that_is_killed_again_and_again_resumes(llama, expected, events, tmp_path):
     """Killed at its first event, and in three parts of what is left to do."""
-    events = int(run(llama, tmp_path / "whole").communicate()[0].split()[1])
     for kill_at in (1, *[events // 3] * 3):
-        killed = run(llama, tmp_path / "out", kill_at)
-        _, complaint = killed.communicate()
-        assert killed.returncode == -signal.SIGKILL, complaint
-    assert run(llama, tmp_path / "out").communicate()[0].split()[0] == str(BLOCKS)
+        assert QuantizingProcess(llama, tmp_path / "out", TOKENS, kill_at).wait() == -signal.SIGKILL
+    assert QuantizingProcess(llama, tmp_path / "out", TOKENS).result()[0] == BLOCKS
     assert_identical(load(tmp_path / "out").params, expected[0])
-    assert names(tmp_path) == ["out", "whole"]
+    assert names(tmp_path) == ["out"]
 
 
 @pytest.mark.slow
-def test_a_run_killed_at_its_end_resumes(llama, expected, tmp_path):
+def test_a_run_killed_at_its_end_resumes(llama, expected, events, tmp_path):
     """The last events are those after the checkpoint has got its name.
 
     Runs have not quite as many events each: some end before they would be killed among the last.
     """
-    # The first run compiles, which is events too; those to be killed do not.
-    run(llama, tmp_path / "first").communicate()
-    events = int(run(llama, tmp_path / "whole").communicate()[0].split()[1])
     kills = 0
     for kill_at in range(events - 20, events, 6):
         destination = tmp_path / f"out-{kill_at}"
-        process = run(llama, destination, kill_at)
-        _, complaint = process.communicate()
-        assert process.returncode in (0, -signal.SIGKILL), complaint
-        kills += process.returncode != 0
+        status = QuantizingProcess(llama, destination, TOKENS, kill_at).wait()
+        assert status in (0, -signal.SIGKILL)
+        kills += status != 0
         if not destination.exists() or (tmp_path / f"{destination.name}.partial").exists():
-            assert run(llama, destination).communicate()[0].split()[0] == str(BLOCKS)
+            assert QuantizingProcess(llama, destination, TOKENS).result()[0] == BLOCKS
         assert not (tmp_path / f"{destination.name}.partial").exists()
         assert_identical(load(destination).params, expected[0])
     assert kills > 1
 
 
 @pytest.mark.slow
-def test_a_run_killed_at_random_moments_again_and_again_ends_with_the_same_bits(llama, expected, tmp_path):
-    # The first run compiles; those to be killed do not.
-    run(llama, tmp_path / "first").communicate()
+def test_a_run_killed_at_random_moments_again_and_again_ends_with_the_same_bits(llama, expected, events, tmp_path):
     started = time.monotonic()
-    run(llama, tmp_path / "whole").communicate()
+    QuantizingProcess(llama, tmp_path / "whole", TOKENS).result()
     whole = time.monotonic() - started
     moments = random.Random(0)
     kills = 0
-    for attempt in itertools.count():
+    for attempt in range(3):
         destination = tmp_path / f"out-{attempt}"
-        while not destination.exists() or destination.with_name(f"{destination.name}.partial").exists():
-            process = run(llama, destination)
-            try:
-                process.communicate(timeout=moments.uniform(0.3, 0.9) * whole)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.communicate()
-                kills += 1
+        for _ in range(2):
+            process = QuantizingProcess(llama, destination, TOKENS)
+            if process.wait(moments.uniform(0.2, 1) * whole) is None:
+                kills += process.kill() == -signal.SIGKILL
+        QuantizingProcess(llama, destination, TOKENS).result()
         assert_identical(load(destination).params, expected[0])
-        if kills >= 3:
-            break
+    assert kills >= 3

@@ -80,6 +80,7 @@ def test_checkpoints_of_a_version_load_bit_for_bit(tmp_path: Path, version: int)
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("version", READ_VERSIONS)
 def test_an_unfinished_run_of_a_version_resumes_to_the_same_bits(tmp_path: Path, version: int) -> None:
     expected = extract(version, tmp_path)
