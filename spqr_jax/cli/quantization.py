@@ -161,7 +161,8 @@ def run(
 def _search_of(source: ModelSource, config: SpqrConfig, settings: Settings) -> Callable[..., list[BlockReport]]:
     """The search for the size that the user has asked for."""
     if settings.target_size is not None:
-        return partial(quantize_mixed, target=file_target(source, config, bytes_of(settings.target_size)))
+        nbytes, ends = bytes_of(settings.target_size), settings.embedding_bits is None
+        return partial(quantize_mixed, target=file_target(source, config, nbytes, ends=ends))
     assert settings.target_bits is not None
     if settings.mixed:
         return partial(quantize_mixed, target=bits_target(source, settings.target_bits))

@@ -1,6 +1,6 @@
 """Estimates of what each setting would cost each matrix: bytes, and divergence from the original model."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import jax
@@ -9,11 +9,13 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels import spqr_dequantize
 from spqr_jax.config import SpqrConfig
-from spqr_jax.models.decoder import Block, Params, layer_name
-from spqr_jax.models.ending import EMBEDDING, head_name
+from spqr_jax.models.decoder import Block, Decoder, Params, layer_name
+from spqr_jax.models.ending import EMBEDDING, end_names, head_name, leaf_name
 from spqr_jax.models.experts import kernel_of, layer_of, with_kernels
 from spqr_jax.quantization.checks import check_factorized, check_hidden, check_tokens, check_weights
+from spqr_jax.quantization.ends import quantize_end
 from spqr_jax.quantization.factorize import factorize
 from spqr_jax.quantization.hidden_states import Streams, embed
 from spqr_jax.quantization.solver import quantize_factored
@@ -23,7 +25,7 @@ from spqr_jax.runtime.lapack import in_one_thread
 from spqr_jax.runtime.placement import ONE_DEVICE, to_host
 from spqr_jax.runtime.x64 import in_32_bits
 from spqr_jax.search.allocation import Option
-from spqr_jax.search.fisher import gradients_of_drawn, output_of_block, slopes_of_block
+from spqr_jax.search.fisher import output_of_block, slopes_of_block, slopes_of_embedding, slopes_of_ending
 from spqr_jax.search.target_bits import trimmed_bytes
 from spqr_jax.storage.model_source import ModelSource
 
@@ -33,14 +35,18 @@ MOST_SEQUENCES = 32
 TINY = 1e-30
 """Instead of the error of a matrix of zeros, which has none."""
 
+Options = list[tuple[float, float]]
+"""Bytes and e / e₁ of a matrix with each setting."""
+
 
 @in_32_bits
 def estimate_costs(
     source: ModelSource,
     calibration_tokens: Int[ArrayLike, "sequences tokens"],
     settings: Sequence[SpqrConfig],
+    ends: Sequence[SpqrConfig] = (),
 ) -> dict[str, list[Option]]:
-    """The bytes of each matrix of a model's blocks with each setting, and the divergence that it alone would cause.
+    """The bytes of each matrix of a model with each setting, and the divergence that it alone would cause.
 
     A matrix is solved with each setting for its inputs in the original model; that gives bytes, and the error
     e = ‖(W − Ŵ) X‖². Along W − Ŵ of the first setting the Fisher information F gives the divergence ½ F, see `fisher`.
@@ -50,10 +56,11 @@ def estimate_costs(
     Args:
       source: the model.
       calibration_tokens: token ids of sequences of equal length.
-      settings: what matrices may be quantized to; all with the same permutation, damping and shrinkage.
+      settings: what matrices of blocks may be quantized to; all with the same permutation, damping and shrinkage.
+      ends: what embedding and head may be, by `SpqrConfig.of_ends`; if there are none, they are left out.
 
     Returns:
-      For each name of `rules.matrix_paths` that is in a block, an option for each setting, of bytes and nats per token.
+      For each name of `rules.matrix_paths`, an option for each setting, of bytes and nats per token.
 
     Raises:
       SpqrError: as for `quantize`.
@@ -68,21 +75,42 @@ def estimate_costs(
     tokens = np.asarray(calibration_tokens)[:MOST_SEQUENCES]
     read = partial(_checked_part, source, settings[0])
     check_tokens(tokens, read(layer_name(0)), model)
-    states = [np.asarray(embed(model, {EMBEDDING: read(EMBEDDING)}, tokens))]
-    for index in range(model.config.num_layers):
-        states.append(_after(model.new_block(index), read(layer_name(index)), states[-1]))
-        check_hidden(states[-1], layer_name(index))
-    ending = {name: read(name) for name in ("norm", head_name(model)) if name in source.parts}
-    gradients = gradients_of_drawn(model, ending, jnp.asarray(states.pop()), jax.random.key(0))
+    states = _states(model, read, tokens)
+    head, last = head_name(model), states.pop()
+    ending = {name: read(name) if name in source.parts else {} for name in ("norm", head)}
+    solved = {end: _solve_end(model, end, ending | {end: read(end)}, last, ends) for end in end_names(model) if ends}
+    direction = {"norm": jax.tree.map(jnp.zeros_like, ending["norm"]), head: solved[head][1]} if ends else None
+    gradients, slopes_of_head = slopes_of_ending(model, ending, direction, jnp.asarray(last), jax.random.key(0))
+    del ending, direction
     costs: dict[str, list[Option]] = {}
+
+    def add(name: str, found: Options, slopes: Float[Array, " sequences"]) -> None:
+        divergence = float(jnp.square(slopes).sum()) / tokens.size / 2
+        costs[name] = [Option(size, divergence * share) for size, share in found]
+
     for index in reversed(range(model.config.num_layers)):
         block, params, hidden = model.new_block(index), read(layer_name(index)), states.pop()
         options, directions = _solve_block(block, layer_name(index), params, hidden, settings)
         gradients, slopes = slopes_of_block(block, params, directions, hidden, gradients)
         for name, found in options.items():
-            divergence = float(jnp.square(slopes[name]).sum()) / tokens.size / 2
-            costs[f"{layer_name(index)}.{name}"] = [Option(size, divergence * share) for size, share in found]
+            add(f"{layer_name(index)}.{name}", found, slopes[name])
+    for name, (found, moved) in solved.items():
+        own = slopes_of_head if name == head else jnp.zeros(len(tokens))
+        if name == EMBEDDING:
+            own += slopes_of_embedding(model, read(name), moved, jnp.asarray(tokens), gradients)
+        add(name, found, own)
     return costs
+
+
+def _states(
+    model: Decoder, read: Callable[[str], Params], tokens: Int[np.ndarray, "sequences tokens"]
+) -> list[Float[np.ndarray, "sequences tokens hidden"]]:
+    """States before each block and after the last one."""
+    states = [np.asarray(embed(model, {EMBEDDING: read(EMBEDDING)}, tokens))]
+    for index in range(model.config.num_layers):
+        states.append(_after(model.new_block(index), read(layer_name(index)), states[-1]))
+        check_hidden(states[-1], layer_name(index))
+    return states
 
 
 def _checked_part(source: ModelSource, config: SpqrConfig, name: str) -> Params:
@@ -105,7 +133,7 @@ def _solve_block(
     params: Params,
     hidden: Float[np.ndarray, "sequences tokens hidden"],
     settings: Sequence[SpqrConfig],
-) -> tuple[dict[str, list[tuple[float, float]]], dict[str, Float[Array, "*experts in out"]]]:
+) -> tuple[dict[str, Options], dict[str, Float[Array, "*experts in out"]]]:
     """Solves the matrices of a block with each setting.
 
     Returns:
@@ -137,6 +165,28 @@ def _solve_block(
     }
     stacked = with_kernels({name: {} for name in block.matrices()}, directions)
     return found, {name: layer["kernel"] for name, layer in stacked.items()}
+
+
+def _solve_end(
+    model: Decoder,
+    name: str,
+    params: Params,
+    hidden: Float[np.ndarray, "sequences tokens hidden"],
+    settings: Sequence[SpqrConfig],
+) -> tuple[Options, Params]:
+    """Bytes and e / e₁ of the embedding or the head with each setting, and Ŵ − W of the first one as this part."""
+    leaf, sizes, errors = leaf_name(name), [], []
+    for config in settings:
+        block = quantize_end(model, name, params, Streams({"hidden": hidden}, None), Plan(config))
+        packed, (report,) = block.params[leaf], block.report.values()
+        sizes.append(trimmed_bytes(packed, 0 if packed.outliers is None else int(packed.outliers.count)))
+        errors.append(report.relative_error)
+        if len(errors) == 1:
+            dense = spqr_dequantize(packed) if name == EMBEDDING else spqr_dequantize(packed).T
+            # Behind the vocabulary are rows of zeros.
+            dense = dense[tuple(map(slice, params[name][leaf].shape))]
+            direction = jax.tree.map(jnp.zeros_like, params[name]) | {leaf: dense - params[name][leaf]}
+    return [(float(size), error / max(errors[0], TINY)) for size, error in zip(sizes, errors, strict=True)], direction
 
 
 @jax.jit

@@ -14,10 +14,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from spqr_jax.models.decoder import Block, Decoder, Params, make_context
-from spqr_jax.models.ending import FinalNorm
+from spqr_jax.models.ending import EMBEDDING, FinalNorm
 
 POSITIONS = 128
 """Most positions whose logits are in memory at once."""
@@ -34,34 +34,69 @@ def output_of_block(
 
 
 @partial(jax.jit, static_argnums=0)
-def gradients_of_drawn(
-    model: Decoder, ending: Params, hidden: Float[Array, "batch tokens hidden"], key: PRNGKeyArray
-) -> Float[Array, "batch tokens hidden"]:
-    """The gradients of Σ log p(token) at the last block's output, one token being drawn at each position.
+def slopes_of_ending(
+    model: Decoder,
+    ending: Params,
+    direction: Params | None,
+    hidden: Float[Array, "batch tokens hidden"],
+    key: PRNGKeyArray,
+) -> tuple[Float[Array, "batch tokens hidden"], Float[Array, " batch"]]:
+    """The gradients of Σ log p(token) at the last block's output, and the derivatives s along a direction of the head.
 
     Args:
       model: the Flax module.
-      ending: parameters of the final norm and the head.
+      ending: parameters of the final norm and the head, dense.
+      direction: D of each of them; None for none.
       hidden: the last block's output.
-      key: of the drawn tokens.
+      key: of the drawn tokens, one at each position.
     """
 
-    def step(_: None, inputs: tuple[Float[Array, "positions hidden"], PRNGKeyArray]) -> tuple[None, Array]:
+    def step(_: None, inputs: tuple[Float[Array, "positions hidden"], PRNGKeyArray]) -> tuple[None, Any]:
         own, key = inputs
 
-        def logits_of(own: Array) -> Array:
+        def logits_of(own: Array, ending: Params) -> Array:
             features = FinalNorm(model)(ending.get("norm", {}), own)
             logits: Any = model.apply({"params": ending}, features, method="head")
             return logits.astype(jnp.float32)
 
-        logits, pull = jax.vjp(logits_of, own)
+        logits, pull = jax.vjp(lambda own: logits_of(own, ending), own)
         drawn = jax.nn.one_hot(jax.random.categorical(key, logits), logits.shape[-1])
-        return None, pull(drawn - jax.nn.softmax(logits))[0]
+        gradient = drawn - jax.nn.softmax(logits)
+        if direction is None:
+            return None, (pull(gradient)[0], jnp.zeros(()))
+        moved = jax.jvp(lambda ending: logits_of(own, ending), (ending,), (direction,))[1]
+        return None, (pull(gradient)[0], jnp.vdot(gradient, moved))
 
     flat = hidden.reshape(-1, hidden.shape[-1])
-    steps = len(flat) // math.gcd(len(flat), POSITIONS)
+    steps = len(flat) // math.gcd(hidden.shape[1], POSITIONS)
     inputs = flat.reshape(steps, -1, flat.shape[1]), jax.random.split(key, steps)
-    return jax.lax.scan(step, None, inputs)[1].reshape(hidden.shape)
+    gradients, slopes = jax.lax.scan(step, None, inputs)[1]
+    return gradients.reshape(hidden.shape), slopes.reshape(len(hidden), -1).sum(1)
+
+
+@partial(jax.jit, static_argnums=0)
+def slopes_of_embedding(
+    model: Decoder,
+    params: Params,
+    direction: Params,
+    tokens: Int[Array, "batch tokens"],
+    gradients: Float[Array, "batch tokens hidden"],
+) -> Float[Array, " batch"]:
+    """The derivatives s along a direction of the embedding, from the gradients at the first block's input.
+
+    Args:
+      model: the Flax module.
+      params: its `embed_tokens`, dense.
+      direction: D of them.
+      tokens: the texts.
+      gradients: at the first block's input.
+    """
+
+    def run(params: Params) -> Any:
+        return model.clone(dtype=jnp.float32).apply({"params": {EMBEDDING: params}}, tokens, method="embed")
+
+    moved = jax.jvp(run, (params,), (direction,))[1]
+    return jnp.einsum("bth,bth->b", moved.astype(jnp.float32), gradients.astype(jnp.float32))
 
 
 @partial(jax.jit, static_argnums=0)

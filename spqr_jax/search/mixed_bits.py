@@ -13,9 +13,9 @@ from jaxtyping import Int
 
 from pallas_kernels.errors import SpqrError
 from spqr_jax.config import Rules, SpqrConfig
-from spqr_jax.models.ending import EMBEDDING, head_name, leaf_name
+from spqr_jax.models.ending import EMBEDDING, ENDS, end_names, head_name, leaf_name
 from spqr_jax.quantization.checks import rows_together
-from spqr_jax.rules import Plan
+from spqr_jax.rules import Plan, matrix_paths
 from spqr_jax.search.allocation import Option, allocate
 from spqr_jax.search.costs import estimate_costs
 from spqr_jax.search.size_search import TOLERANCE, Choice, Goal, Try, goal_of_bits, quantize_to_size
@@ -38,7 +38,16 @@ SETTINGS: tuple[Mapping[str, Any], ...] = tuple(
         (5, 32, 32, 0.2),
     )
 )
-"""What a matrix may get. Along the error of the first one, divergence is measured, see `costs`."""
+"""What a matrix of a block may get. Along the error of the first one, divergence is measured, see `costs`."""
+
+END_BITS = (4, 3, 5, 8)
+"""Widths of the codes that embedding and head may get."""
+
+OF_ENDS = ("bits", "scale_bits", "zero_bits", "outlier_threshold", "fit")
+"""Settings that these widths change, see `SpqrConfig.of_ends`."""
+
+SLOPES = 0.5, 2.0
+"""The smallest and the largest change of the size for one of the wanted size that is believed."""
 
 
 @dataclass(frozen=True)
@@ -49,11 +58,13 @@ class Target:
       goal: the sizes that are good.
       unit_bytes: bytes of one unit of the goal.
       others: bytes that count besides those of these matrices.
+      ends: whether embedding and head are among these matrices.
     """
 
     goal: Goal
     unit_bytes: float
     others: int = 0
+    ends: bool = False
 
     def matrix_bytes(self, size: float) -> float:
         """Bytes of these matrices at a size in the goal's unit."""
@@ -69,11 +80,18 @@ def bits_target(source: ModelSource, bits: float) -> Target:
     return Target(goal_of_bits(bits), weights_of_blocks(source) / 8)
 
 
-def file_target(source: ModelSource, config: SpqrConfig, nbytes: int) -> Target:
-    """Bytes of the whole checkpoint on the disk: at most these, and at most 0.04 bits per weight of the blocks less."""
+def file_target(source: ModelSource, config: SpqrConfig, nbytes: int, *, ends: bool) -> Target:
+    """Bytes of the whole checkpoint on the disk: at most these, and at most 0.04 bits per weight of the blocks less.
+
+    Args:
+      source: the model.
+      config: says what embedding and head get, unless
+      ends: that is chosen as for the matrices of the blocks.
+      nbytes: the largest size.
+    """
     slack = 2 * TOLERANCE * weights_of_blocks(source) / 8
     goal = Goal(nbytes - slack, nbytes, "bytes", bytes_on_disk)
-    return Target(goal, 1, bytes_beside_matrices(source, config))
+    return Target(goal, 1, bytes_beside_matrices(source, config, ends=ends), ends)
 
 
 def weights_of_blocks(source: ModelSource) -> int:
@@ -81,14 +99,23 @@ def weights_of_blocks(source: ModelSource) -> int:
     return source.model.config.num_layers * sum(map(math.prod, kernel_shapes(source)))
 
 
-def bytes_beside_matrices(source: ModelSource, config: SpqrConfig) -> int:
-    """Bytes of all parameters but the blocks' matrices; embedding and head packed as the configuration says."""
+def bytes_beside_matrices(source: ModelSource, config: SpqrConfig, *, ends: bool = False) -> int:
+    """Bytes of all parameters but the matrices of the blocks, and of the ends.
+
+    Args:
+      source: the model.
+      config: says how embedding and head are packed, unless
+      ends: they are not counted.
+    """
     model, total = source.model, 0
     matrices = {(name, "kernel") for name in model.new_block().matrices()}
-    ends = Plan(config).ends(model)
+    packed = Plan(config).ends(model)
     for name, read in source.parts.items():
         for path, leaf in flatten_dict(read()).items():
-            own = config.of_ends() if name in ends and path == (leaf_name(name),) else None
+            table = name in end_names(model) and path == (leaf_name(name),)
+            if table and ends:
+                continue
+            own = config.of_ends() if table and name in packed else None
             if own is not None:
                 if name != head_name(model):
                     own = replace(own, permutation="identity")  # rounded to nearest, in no order
@@ -99,12 +126,14 @@ def bytes_beside_matrices(source: ModelSource, config: SpqrConfig) -> int:
     return total
 
 
-def mixed_rules(costs: Mapping[str, Sequence[Option]], settings: Sequence[Mapping[str, Any]], nbytes: float) -> Rules:
+def mixed_rules(
+    costs: Mapping[str, Sequence[Option]], settings: Mapping[str, Sequence[Mapping[str, Any]]], nbytes: float
+) -> Rules:
     """The setting of each matrix with the least total cost at a total size.
 
     Args:
-      costs: the options of each matrix, one for each setting, see `estimate_costs`.
-      settings: what matrices may be quantized to.
+      costs: the options of each matrix, see `estimate_costs`.
+      settings: of each matrix, one for each option.
       nbytes: the largest size of all matrices together.
 
     Raises:
@@ -112,17 +141,40 @@ def mixed_rules(costs: Mapping[str, Sequence[Option]], settings: Sequence[Mappin
 
     Example:
       >>> costs = {"a": [Option(2, 8.0), Option(3, 2.0)], "b": [Option(2, 3.0), Option(3, 1.0)]}
-      >>> mixed_rules(costs, [{"bits": 3}, {"bits": 4}], nbytes=5)
+      >>> mixed_rules(costs, dict.fromkeys(costs, [{"bits": 3}, {"bits": 4}]), nbytes=5)
       [('a', {'bits': 4}), ('b', {'bits': 3})]
     """
     chosen = allocate(list(costs.values()), nbytes)
     total = sum(options[place].size for options, place in zip(costs.values(), chosen, strict=True))
     if total > nbytes:
         raise SpqrError(
-            f"the matrices of the blocks take at least {total:,.0f} bytes, but only {max(nbytes, 0):,.0f} are left for "
-            "them: give a larger target"
+            f"the matrices take at least {total:,.0f} bytes, but only {max(nbytes, 0):,.0f} are left for them: give a "
+            "larger target"
         )
-    return [(name, settings[place]) for name, place in zip(costs, chosen, strict=True)]
+    return [(name, settings[name][place]) for name, place in zip(costs, chosen, strict=True)]
+
+
+def next_amount(aim: float, tried: Sequence[Try]) -> float:
+    """The size to ask for, so that a wanted one is measured.
+
+    A line through the last two tries, where there are two; one of slope 1 through the only one.
+
+    Args:
+      aim: the wanted size.
+      tried: sizes asked for, and measured.
+
+    Example:
+      >>> next_amount(72.0, []), next_amount(72.0, [Try(72.0, 74.0)])
+      (72.0, 70.0)
+      >>> round(next_amount(72.0, [Try(72.0, 74.0), Try(70.0, 71.0)]), 2)
+      70.67
+    """
+    if not tried:
+        return aim
+    slope, (amount, size) = 1.0, tried[-1]
+    if len(tried) > 1 and amount != tried[-2].amount:
+        slope = float(np.clip((size - tried[-2].size) / (amount - tried[-2].amount), *SLOPES))
+    return amount + (aim - size) / slope
 
 
 def quantize_mixed(
@@ -137,8 +189,8 @@ def quantize_mixed(
 ) -> list[BlockReport]:
     """Quantizes a model to a size, each matrix with its own setting, see `mixed_rules`.
 
-    The costs are estimated once. Sizes change a little once earlier blocks are quantized: where the measured one is not
-    the wanted one, other rules correct it; see `quantize_to_size`.
+    The costs are estimated once. Files are compressed, and sizes change once earlier blocks are quantized: where the
+    measured one is not the wanted one, other rules correct it; see `quantize_to_size`.
 
     Args:
       source: the model.
@@ -150,33 +202,38 @@ def quantize_mixed(
       options: further arguments of `quantize_checkpoint`.
 
     Raises:
-      SpqrError: the size is out of the range that the settings give, or four tries did not give it; or as for
-        `quantize_checkpoint`.
+      SpqrError: the settings do not give the size, or four tries did not; or as for `quantize_checkpoint`.
     """
     possible = dividing(kernel_shapes(source), [replace(config, **setting) for setting in SETTINGS])
-    settings = [{name: getattr(one, name) for name in SETTINGS[0]} for one in possible]
+    of_ends = [replace(config, embedding_bits=bits) for bits in END_BITS] if target.ends else []
+    in_blocks = [{name: getattr(one, name) for name in SETTINGS[0]} for one in possible]
+    in_ends = [{name: getattr(one.of_ends(), name) for name in OF_ENDS} for one in of_ends]
+    settings = {name: in_ends if name in ENDS else in_blocks for name in matrix_paths(source.model)}
 
     def choose(costs: dict[str, Any], tried: Sequence[Try]) -> Choice:
         found = {name: [Option(*option) for option in options] for name, options in costs.items()}
         largest = target.size_of(sum(max(options).size for options in found.values()))
-        aim = (target.goal.smallest + target.goal.largest) / 2
-        amount = tried[-1].amount + aim - tried[-1].size if tried else aim
+        amount = next_amount((target.goal.smallest + target.goal.largest) / 2, tried)
         if tried and tried[-1].amount == largest and amount > largest:
             raise SpqrError(
                 f"the largest settings give {tried[-1].size:.6g} {target.goal.unit}, less than "
                 f"{target.goal.smallest:.6g}: give a smaller target, or --bits 8 instead"
             )
-        amount = min(amount, largest)
-        return Choice(amount, config, mixed_rules(found, settings, target.matrix_bytes(amount)))
+        rules = mixed_rules(found, settings, target.matrix_bytes(min(amount, largest)))
+        return Choice(min(amount, largest), config, rules)
 
     return quantize_to_size(
         source,
         destination,
         calibration_tokens,
         goal=target.goal,
-        survey=lambda: estimate_costs(source, calibration_tokens, possible),
+        survey=lambda: estimate_costs(source, calibration_tokens, possible, of_ends),
         choose=choose,
-        description={"config": dataclasses.asdict(config), "settings": settings, "target": target.goal.largest},
+        description={
+            "config": dataclasses.asdict(config),
+            "target": target.goal.largest,
+            "settings": [in_blocks, in_ends],
+        },
         overwrite=overwrite,
         **options,
     )

@@ -40,8 +40,10 @@ def few_settings(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.slow
 def test_sizes_and_errors_are_those_of_the_packed_matrices() -> None:
     settings = [dataclasses.replace(SMALL, refit=False, **setting) for setting in SETTINGS]
-    costs = estimate_costs(SOURCE, TOKENS, settings)
-    assert len(costs) == 2 * 7
+    ends = [dataclasses.replace(SMALL, embedding_bits=bits) for bits in (5, 3, 8)]
+    costs = estimate_costs(SOURCE, TOKENS, settings, ends)
+    assert list(costs)[-2:] == ["embed_tokens", "lm_head"]
+    assert len(costs) == 2 * 7 + 2
     for options in costs.values():
         large, small, largest = options
         assert small.size < large.size < largest.size
@@ -71,6 +73,7 @@ def test_a_size_in_bits_is_met_and_settings_differ(tmp_path: Path) -> None:
 def test_a_size_on_the_disk_is_met(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Beside so small a model, what describes it weighs more than its weights, and depends on the order of writes.
     beside = 20_000
+    monkeypatch.setattr(mixed_bits, "END_BITS", (5, 3))
 
     def measure(checkpoint: Path) -> int:
         assert bytes_on_disk(checkpoint) > summarize_described(describe(checkpoint)).nbytes
@@ -78,7 +81,9 @@ def test_a_size_on_the_disk_is_met(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(mixed_bits, "bytes_on_disk", measure)
     target = bytes_beside_matrices(SOURCE, SMALL) + beside + int(6.2 * weights_of_blocks(SOURCE) / 8)
-    quantize_mixed(SOURCE, tmp_path / "out", TOKENS, config=SMALL, target=file_target(SOURCE, SMALL, target))
+    quantize_mixed(SOURCE, tmp_path / "out", TOKENS, config=SMALL, target=file_target(SOURCE, SMALL, target, ends=True))
+    params = load(tmp_path / "out").params
+    assert {params["embed_tokens"]["embedding"].bits, params["lm_head"]["kernel"].bits} <= {3, 5}
     assert target - 0.04 * weights_of_blocks(SOURCE) / 8 <= measure(tmp_path / "out") <= target
 
 
@@ -100,8 +105,9 @@ def test_an_interrupted_search_keeps_its_costs(tmp_path: Path, monkeypatch: pyte
 
 def test_a_size_that_no_settings_give_is_told() -> None:
     costs = {"a": [Option(200, 8.0), Option(300, 2.0)], "b": [Option(250, 3.0)]}
-    with pytest.raises(ValueError, match=r"take at least 450 bytes, but only 449 are left for them: give a larger"):
-        mixed_rules(costs, [{"bits": 3}, {"bits": 4}], nbytes=449)
+    message = r"the matrices take at least 450 bytes, but only 449 are left for them: give a larger"
+    with pytest.raises(ValueError, match=message):
+        mixed_rules(costs, {name: [{"bits": 3}, {"bits": 4}] for name in costs}, nbytes=449)
 
 
 @pytest.mark.slow
@@ -127,3 +133,8 @@ def test_bytes_beside_matrices_are_those_of_a_checkpoint(tmp_path: Path) -> None
     totals = summarize_described(describe(tmp_path / "out"))
     inside = totals.bits_per_weight * totals.weights / 8
     assert bytes_beside_matrices(SOURCE, SMALL) == pytest.approx(totals.nbytes - inside)
+    ends = sum(
+        load(tmp_path / "out").params[name][leaf].nbytes
+        for name, leaf in (("embed_tokens", "embedding"), ("lm_head", "kernel"))
+    )
+    assert bytes_beside_matrices(SOURCE, SMALL, ends=True) == pytest.approx(totals.nbytes - inside - ends)
