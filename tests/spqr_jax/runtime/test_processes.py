@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from helpers.byte_tokenizer import byte_tokenizer
+from helpers.command_line import spqr
 from helpers.same import assert_identical
 from helpers.tiny_models import random_tensors, tiny_config, write_checkpoint
 from helpers.virtual_devices import environment
@@ -24,29 +25,34 @@ BLOCKS = 3
 
 
 @pytest.fixture(scope="module")
-def start(tmp_path_factory: pytest.TempPathFactory) -> Start:
-    """Starts the command in several processes, each on this number of devices."""
+def arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Of the command, but for its destination."""
     directory = tmp_path_factory.mktemp("source")
     config = tiny_config(num_hidden_layers=BLOCKS, vocab_size=300)
     source = write_checkpoint(directory / "model", config, random_tensors(config))
     byte_tokenizer().save_pretrained(source)
     (directory / "text").write_text("The sky is blue, and the sea is green. " * 200)
-    common = ["--calibration", str(directory / "text"), "--sequences", "8", "--sequence-length", "32", "--json"]
-    common += ["--preset", "paper"]
+    options = ["--calibration", str(directory / "text"), "--sequences", "8", "--sequence-length", "32", "--json"]
+    return [str(source), *options, "--preset", "paper"]
 
-    def run(destination: Path, processes: int, devices: int, *options: tuple[str, ...]) -> list[subprocess.Popen[str]]:
+
+@pytest.fixture(scope="module")
+def start(arguments: list[str]) -> Start:
+    """Starts the command in two processes of two devices each, with options of its own each."""
+
+    def run(destination: Path, *options: tuple[str, ...]) -> list[subprocess.Popen[str]]:
         with socket.create_server(("localhost", 0)) as free:
             port = free.getsockname()[1]
         started = []
-        for index in range(processes):
+        for index in range(2):
             variables = {
-                **environment(devices),
+                **environment(devices=2),
                 "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
-                "JAX_NUM_PROCESSES": str(processes),
+                "JAX_NUM_PROCESSES": "2",
                 "JAX_PROCESS_ID": str(index),
             }
-            command = [sys.executable, "-m", "spqr_jax.cli", "quantize", str(source), str(destination), *common]
-            command += ["--distributed"] * (processes > 1) + list(options[index] if options else ())
+            command = [sys.executable, "-m", "spqr_jax.cli", "quantize", *arguments, str(destination)]
+            command += ["--distributed", *(options[index] if options else ())]
             started.append(
                 subprocess.Popen(
                     command,
@@ -63,17 +69,16 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Start:
 
 
 @pytest.fixture(scope="module")
-def alone(start: Start, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What one process with as many devices writes."""
+def alone(arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What one process writes, on one device."""
     destination = tmp_path_factory.mktemp("alone") / "out"
-    (process,) = start(destination, 1, 4)
-    _, complaint = process.communicate()
-    assert process.returncode == 0, complaint
+    done = spqr("quantize", *arguments, destination)
+    assert done.returncode == 0, done.stderr
     return destination
 
 
 def test_two_processes_write_what_one_writes(start: Start, alone: Path, tmp_path: Path) -> None:
-    processes = start(tmp_path / "out", 2, 2)
+    processes = start(tmp_path / "out")
     (result, log), (silence, no_log) = (process.communicate() for process in processes)
     assert [process.returncode for process in processes] == [0, 0], log + no_log
     assert len(json.loads(result)["seconds_per_block"]) == BLOCKS
@@ -93,7 +98,7 @@ def wait_for_state(directory: Path, blocks: int, processes: list[subprocess.Pope
 
 def test_a_process_that_dies_ends_the_other_and_the_run_goes_on(start: Start, alone: Path, tmp_path: Path) -> None:
     for victim, done in ((0, 1), (1, 2)):
-        processes = start(tmp_path / "out", 2, 2)
+        processes = start(tmp_path / "out")
         wait_for_state(tmp_path / "out.partial", done, processes)
         processes[victim].send_signal(signal.SIGKILL)
         survivor = processes[1 - victim]
@@ -102,7 +107,7 @@ def test_a_process_that_dies_ends_the_other_and_the_run_goes_on(start: Start, al
         assert complaint.strip()
         processes[victim].communicate()
         assert not (tmp_path / "out").exists()
-    again = start(tmp_path / "out", 2, 2)
+    again = start(tmp_path / "out")
     (result, log), _ = (process.communicate() for process in again)
     assert again[0].returncode == 0, log
     assert len(json.loads(result)["seconds_per_block"]) == BLOCKS
@@ -111,7 +116,7 @@ def test_a_process_that_dies_ends_the_other_and_the_run_goes_on(start: Start, al
 
 
 def test_processes_that_are_not_to_do_the_same_end_with_the_difference(start: Start, tmp_path: Path) -> None:
-    processes = start(tmp_path / "out", 2, 2, (), ("--bits", "4"))
+    processes = start(tmp_path / "out", (), ("--bits", "4"))
     for process in processes:
         _, complaint = process.communicate(timeout=120)
         assert process.returncode == 1
@@ -130,7 +135,7 @@ def test_who_the_others_are_must_be_known() -> None:
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_ctrl_c_of_one_process_ends_all(start: Start, tmp_path: Path, victim: int) -> None:
-    processes = start(tmp_path / "out", 2, 2)
+    processes = start(tmp_path / "out")
     wait_for_state(tmp_path / "out.partial", 1, processes)
     processes[victim].send_signal(signal.SIGINT)
     ends = [process.communicate(timeout=60)[1] for process in processes]
@@ -140,7 +145,7 @@ def test_ctrl_c_of_one_process_ends_all(start: Start, tmp_path: Path, victim: in
 
 
 def test_ctrl_c_ends_a_process_that_waits_for_the_others(start: Start, tmp_path: Path) -> None:
-    waiting, other = start(tmp_path / "out", 2, 2)
+    waiting, other = start(tmp_path / "out")
     other.kill()
     time.sleep(10)
     waiting.send_signal(signal.SIGINT)
