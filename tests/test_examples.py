@@ -43,8 +43,10 @@ ROOMS: tuple[str, ...] = (
 PROGRAMS = ("__main__", "harness")
 """Modules that do something, or need an optional package, when they are imported."""
 SLOW = (
+    "converters.export.export_hf_spqr",
     "pallas_kernels.aot.compiler.compile_program",
     "spqr_jax.analyze.sensitivity.sensitivities",
+    "spqr_jax.measure.continuations.continuation_perplexity",
     "spqr_jax.search.costs.estimate_costs",
     "spqr_jax.search.target_bits.outlier_curve",
 )

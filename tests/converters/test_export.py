@@ -93,6 +93,7 @@ def test_transformers_loads_the_dequantized_model(
     assert ids == tokenizer("hello")["input_ids"]
 
 
+@pytest.mark.slow
 def test_dequantized_weights_come_back(quantized: Pretrained, tmp_path: Path) -> None:
     export_huggingface(tmp_path / "out", quantized.model, quantized.params, dtype="float32")
     model, params, _ = from_pretrained(tmp_path / "out")

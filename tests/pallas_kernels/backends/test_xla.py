@@ -19,12 +19,13 @@ def assert_right(w: SpqrTensor) -> None:
     np.testing.assert_array_equal(PRODUCT(x[0], w), y[0])
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])
+@pytest.mark.parametrize("bits", [3, *(pytest.param(bits, marks=pytest.mark.slow) for bits in (2, 4, 5, 8))])
 @pytest.mark.parametrize("group_size", [8, 32])
 def test_every_width_of_codes(bits: int, group_size: int) -> None:
     assert_right(small_matrix(0, bits=bits, group_size=group_size, permutation="random"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("columns", [16, 48, 128])
 def test_any_number_of_blocks(columns: int) -> None:
     assert_right(small_matrix(0, columns=columns, padding=3))
@@ -35,6 +36,7 @@ def test_groups_of_several_blocks(group_size: int) -> None:
     assert_right(small_matrix(0, columns=3 * group_size, group_size=group_size, stats_bits=None, outliers="none"))
 
 
+@pytest.mark.slow
 def test_no_row_is_read_as_many() -> None:
     """Rows alone and together are the same products."""
     w = small_matrix(0, outliers="one row")

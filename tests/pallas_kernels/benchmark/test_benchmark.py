@@ -77,6 +77,7 @@ def test_random_matrix_is_one_of_its_format(spelling):
     assert all((a != b).any() for a, b in zip(jax.tree.leaves(w), jax.tree.leaves(other), strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spelling", [spelling for spelling in COLUMNS if "o" in spelling])
 def test_outliers_of_random_matrices(spelling):
     form, shape = Format.parse(spelling), (64, COLUMNS[spelling])
@@ -94,6 +95,7 @@ def test_outliers_of_random_matrices(spelling):
     assert np.histogram(columns, 4, (0, shape[1]))[0].min() > 0.15 * len(columns)
 
 
+@pytest.mark.slow
 def test_more_outliers_than_a_row_has_columns_are_cut_off():
     w = random_matrix(Format.parse("3b-g16-o90%"), (16, 16), 0)
     counts = np.diff(w.outliers.offsets)
@@ -317,6 +319,7 @@ def test_command_measures_what_is_there(short, monkeypatch, tmp_path):
     assert all(f"{1e6 * row.seconds:.2f}" in done.stdout for row in results.rows)
 
 
+@pytest.mark.slow
 def test_a_wrong_product_of_this_library_is_a_failure(short, monkeypatch, tmp_path):
     monkeypatch.setattr("pallas_kernels.benchmark.__main__.choose", lambda _: BACKENDS["pallas"])
     monkeypatch.setattr("pallas_kernels.benchmark.__main__.missing", lambda form: skip_all())

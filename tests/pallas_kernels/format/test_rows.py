@@ -46,6 +46,7 @@ def test_joined_rows_are_the_rows_that_were(options: dict[str, Any], seed: int, 
         assert joined.outliers.offsets.dtype == jnp.int32
 
 
+@pytest.mark.slow
 @settings(max_examples=4)
 @given(formats(), st.integers(0, 2**32 - 1), st.sampled_from(OUTLIERS), st.integers(1, 3), st.integers(1, 2))
 def test_split_rows_are_the_rows_that_were(
@@ -98,6 +99,7 @@ def test_one_permutation_serves_all_rows() -> None:
     assert bits_per_weight(concatenate_rows(tensors)) == bits_per_weight(tensors[0]) - 2 / 3 * 16 * 64 / (32 * 64)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "message"),
     [

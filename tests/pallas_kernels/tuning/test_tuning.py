@@ -269,6 +269,7 @@ def by_xla(x, w, *, tile, interpret):
     return spqr_matmul(x, w, implementation="xla")
 
 
+@pytest.mark.slow
 def test_tuning_is_resumed(directory, monkeypatch):
     monkeypatch.setattr(command, "MATMULS", dict.fromkeys(MATMULS, by_xla))
     few = {"fma": (DEFAULT["fma"], OTHER), "mma": (DEFAULT["mma"],), "dequantize": (DEFAULT["dequantize"],)}

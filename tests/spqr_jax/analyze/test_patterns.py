@@ -39,6 +39,7 @@ def planted(rng: np.random.Generator, count: int) -> tuple[np.ndarray, np.ndarra
 # Rows and columns
 
 
+@pytest.mark.slow
 @given(seeds, st.integers(1, 4))
 def test_planted_rows_are_found_and_no_others(seed, count):
     values, rows = planted(np.random.default_rng(seed), count)

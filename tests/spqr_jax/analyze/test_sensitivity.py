@@ -62,6 +62,7 @@ def reference(weight: np.ndarray, hessian: np.ndarray, config: SpqrConfig) -> tu
     return values, float((errors[:, order] ** 2 / remaining > threshold).mean())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("permutation", ["act_order", "identity"])
 @pytest.mark.parametrize(("bits", "group_size", "threshold"), [(3, 16, 0.1), (4, 8, 0.01)])
 def test_against_float64(weight, hessian, permutation, bits, group_size, threshold):
@@ -92,6 +93,7 @@ def test_it_is_half_the_least_error_that_other_weights_leave(weight, hessian):
     assert float(found.values[row, column]) == pytest.approx(change @ h @ change / 2, rel=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stats", [None, 3])
 def test_weights_are_rounded_as_the_solver_does_it(weight, stats):
     config = replace(UNDAMPED, scale_bits=stats, zero_bits=stats, outlier_threshold=None)
@@ -100,6 +102,7 @@ def test_weights_are_rounded_as_the_solver_does_it(weight, stats):
     np.testing.assert_allclose(found.values, errors**2 / 2, rtol=1e-3, atol=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("simplified", [False, True])
 def test_outliers_are_those_of_the_solver_where_nothing_is_corrected(weight, simplified):
     """With H = I there are no corrections."""

@@ -42,6 +42,7 @@ def answer(model: Path, prompt: str) -> str:
     return tokenizer.decode(tokens, skip_special_tokens=True)
 
 
+@pytest.mark.slow
 def test_the_model_sees_all_turns_until_a_reset(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     done = talk(model, "Hi\n\nWhy?\n/reset\nWhy?", monkeypatch, "--json")
     assert done.returncode == 0

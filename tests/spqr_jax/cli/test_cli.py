@@ -124,6 +124,7 @@ def test_a_stopped_command_goes_on_where_it_was(plain: Path, tmp_path: Path, mon
     assert result("inspect", tmp_path / "out")["matrices"]["layers_1.v_proj.kernel"]["bits"] == 4
 
 
+@pytest.mark.slow
 def test_round_to_nearest_needs_no_text(plain: Path, tmp_path: Path) -> None:
     report = result("quantize", plain, tmp_path / "out", "--method", "rtn", "--stats-bits", 0)
     assert report["bits_per_weight"] == 4 + 32 / 64

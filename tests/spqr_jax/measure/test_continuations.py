@@ -16,6 +16,7 @@ def test_agreement_ends_at_the_first_difference():
     np.testing.assert_array_equal(agreement_lengths(one, other), [4, 1, 0])
 
 
+@pytest.mark.slow
 def test_the_likeliest_token_follows():
     written = continue_greedily(MODEL, PARAMS, PROMPTS, 5)
     assert written.shape == (3, 5)

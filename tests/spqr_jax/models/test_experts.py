@@ -100,6 +100,7 @@ def test_all_forms_of_the_parameters_give_the_same_logits() -> None:
         )
 
 
+@pytest.mark.slow
 def test_the_experts_that_a_token_goes_to_change_its_logits() -> None:
     """Otherwise the tests above could not fail."""
     router = PARAMS["layers_0"]["router"]["kernel"]

@@ -48,6 +48,7 @@ def quantized(falcon: Pretrained) -> tuple[dict[str, Any], dict[str, Any]]:
     return quantize(falcon.params, TOKENS, model=falcon.model, config=SpqrConfig())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stacked", [False, True])
 def test_cache_gives_the_logits_of_a_whole_pass(falcon: Pretrained, stacked: bool) -> None:
     model, params, _ = falcon

@@ -75,7 +75,7 @@ def greedy(model: Decoder, params: Any, prompt: list[int], count: int) -> list[i
     return chosen
 
 
-@pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize("stacked", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_logits_are_the_same(model: Decoder, params: Any, stacked: bool) -> None:
     params = stack_blocks(params) if stacked else params
     fused = fuse_projections(params, model)

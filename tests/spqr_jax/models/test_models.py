@@ -56,6 +56,7 @@ def logits(params, tokens, **kwargs):
     return MODEL.apply({"params": params}, tokens, **kwargs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["params", "packed"])
 def test_stacked_blocks_give_the_same_logits(kind, tokens, request):
     params = request.getfixturevalue(kind)

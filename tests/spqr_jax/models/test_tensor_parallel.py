@@ -156,6 +156,7 @@ def test_a_mesh_of_one_device(spread: tuple[Decoder, Any]) -> None:
     assert perplexity(model, sharded, TOKENS[0], window=6) == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_blocks_are_stacked_and_levelled(spread: tuple[Decoder, Any]) -> None:
     _, sharded = spread
     for form in (unstack_blocks(stack_blocks(sharded)), level_blocks(stack_blocks(sharded)), level_blocks(sharded)):

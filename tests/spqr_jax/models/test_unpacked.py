@@ -57,6 +57,7 @@ def assert_close(actual: Any, expected: Any, tolerance: float) -> None:
     np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance * float(np.abs(expected).max()))
 
 
+@pytest.mark.slow
 def test_logits_are_those_of_the_packed_model(model: Decoder, params: dict[str, Any]) -> None:
     expected = LOGITS(model, params, TOKENS)
     assert_close(LOGITS(model, for_measuring(params), TOKENS), expected, 1e-5)
@@ -133,6 +134,7 @@ def test_products_in_rows_of_no_rows_and_of_many_axes() -> None:
     assert (y.shape, y.dtype) == ((2, 1, 3), jnp.bfloat16)
 
 
+@pytest.mark.slow
 def test_float16_has_room_for_weights_of_any_size() -> None:
     """Weights whose columns are larger or smaller than float16's numbers by far."""
     model = MODELS[FAST]

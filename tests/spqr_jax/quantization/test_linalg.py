@@ -16,6 +16,7 @@ def random_hessian(size: int) -> np.ndarray:
     return (x.T @ x).astype(np.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 3, 64, 257, 400, 601])
 def test_blocks_give_the_factor_of_the_inverse(size):
     hessian = random_hessian(size)

@@ -297,6 +297,7 @@ def test_unusable_tokens(tokens, message):
         quantize(PARAMS, tokens, model=MODEL, config=PLAIN)
 
 
+@pytest.mark.slow
 def test_texts_and_lists_of_unequal_length_are_packed():
     text = "The sky is blue, and the sea is green. " * 6
     tokenizer = byte_tokenizer()

@@ -235,8 +235,8 @@ def random_matrix(seed: int, out: int = 32, columns: int = 64) -> tuple[np.ndarr
             replace(SMALL, group_size=8, bits=2, scale_bits=None, permutation="identity"), True, id="mixed", marks=SLOW
         ),
         pytest.param(replace(SMALL, simplified=True, stats_dtype="float32"), True, id="simplified", marks=SLOW),
-        pytest.param(replace(GPTQ, bits=4, stats_group_size=32, stats_dtype="float32"), True, id="gptq"),
-        pytest.param(replace(SMALL, fit="error"), True, id="fitted by error"),
+        pytest.param(replace(GPTQ, bits=4, stats_group_size=32, stats_dtype="float32"), True, id="gptq", marks=SLOW),
+        pytest.param(replace(SMALL, fit="error"), True, id="fitted by error", marks=SLOW),
         pytest.param(replace(GPTQ, fit="error"), True, id="gptq, fitted by error", marks=SLOW),
         pytest.param(SMALL, False, id="round-to-nearest"),
     ],

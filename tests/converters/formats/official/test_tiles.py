@@ -172,6 +172,7 @@ def test_a_matrix_comes_back(matrix: TiledMatrix, order: str) -> None:
     assert_same(decoded, matrix)
 
 
+@pytest.mark.slow
 @settings(max_examples=15)
 @given(matrices)
 def test_a_tensor_comes_back(matrix: TiledMatrix) -> None:
