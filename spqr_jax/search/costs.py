@@ -1,7 +1,8 @@
 """Estimates of what each setting would cost each matrix: bytes, and divergence from the original model."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +45,7 @@ def estimate_costs(
     source: ModelSource,
     calibration_tokens: Int[ArrayLike, "sequences tokens"],
     settings: Sequence[SpqrConfig],
-    ends: Sequence[SpqrConfig] = (),
+    ends: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, list[Option]]:
     """The bytes of each matrix of a model with each setting, and the divergence that it alone would cause.
 
@@ -57,7 +58,7 @@ def estimate_costs(
       source: the model.
       calibration_tokens: token ids of sequences of equal length.
       settings: what matrices of blocks may be quantized to; all with the same permutation, damping and shrinkage.
-      ends: what embedding and head may be, by `SpqrConfig.of_ends`; if there are none, they are left out.
+      ends: settings that embedding and head may get by rules; if there are none, they are left out.
 
     Returns:
       For each name of `rules.matrix_paths`, an option for each setting, of bytes and nats per token.
@@ -71,18 +72,18 @@ def estimate_costs(
       >>> small.size < large.size, small.cost > large.cost
       (True, True)
     """
-    model = source.model
-    tokens = np.asarray(calibration_tokens)[:MOST_SEQUENCES]
+    model, tokens = source.model, np.asarray(calibration_tokens)[:MOST_SEQUENCES]
     read = partial(_checked_part, source, settings[0])
     check_tokens(tokens, read(layer_name(0)), model)
     states = _states(model, read, tokens)
     head, last = head_name(model), states.pop()
     ending = {name: read(name) if name in source.parts else {} for name in ("norm", head)}
-    solved = {end: _solve_end(model, end, ending | {end: read(end)}, last, ends) for end in end_names(model) if ends}
+    plans = [Plan(settings[0], (("*", one),)) for one in ends]
+    solved = {end: _solve_end(model, end, ending | {end: read(end)}, last, plans) for end in end_names(model) if plans}
     direction = {"norm": jax.tree.map(jnp.zeros_like, ending["norm"]), head: solved[head][1]} if ends else None
     gradients, slopes_of_head = slopes_of_ending(model, ending, direction, jnp.asarray(last), jax.random.key(0))
-    del ending, direction
     costs: dict[str, list[Option]] = {}
+    del ending, direction
 
     def add(name: str, found: Options, slopes: Float[Array, " sequences"]) -> None:
         divergence = float(jnp.square(slopes).sum()) / tokens.size / 2
@@ -172,12 +173,12 @@ def _solve_end(
     name: str,
     params: Params,
     hidden: Float[np.ndarray, "sequences tokens hidden"],
-    settings: Sequence[SpqrConfig],
+    plans: Sequence[Plan],
 ) -> tuple[Options, Params]:
-    """Bytes and e / e₁ of the embedding or the head with each setting, and Ŵ − W of the first one as this part."""
+    """Bytes and e / e₁ of the embedding or the head with each plan, and Ŵ − W of the first one as this part."""
     leaf, sizes, errors = leaf_name(name), [], []
-    for config in settings:
-        block = quantize_end(model, name, params, Streams({"hidden": hidden}, None), Plan(config))
+    for plan in plans:
+        block = quantize_end(model, name, params, Streams({"hidden": hidden}, None), plan)
         packed, (report,) = block.params[leaf], block.report.values()
         sizes.append(trimmed_bytes(packed, 0 if packed.outliers is None else int(packed.outliers.count)))
         errors.append(report.relative_error)

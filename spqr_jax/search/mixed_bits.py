@@ -40,11 +40,12 @@ SETTINGS: tuple[Mapping[str, Any], ...] = tuple(
 )
 """What a matrix of a block may get. Along the error of the first one, divergence is measured, see `costs`."""
 
-END_BITS = (4, 3, 5, 8)
-"""Widths of the codes that embedding and head may get."""
-
-OF_ENDS = ("bits", "scale_bits", "zero_bits", "outlier_threshold", "fit")
-"""Settings that these widths change, see `SpqrConfig.of_ends`."""
+END_SETTINGS: tuple[Mapping[str, Any], ...] = tuple(
+    {"bits": bits, "scale_bits": bits, "zero_bits": bits, "group_size": size, "stats_group_size": 32}
+    | {"outlier_threshold": threshold, "fit": "min_max" if threshold is None else "error"}
+    for bits, size, threshold in ((4, 64, 1.2), (3, 32, 0.8), (4, 32, 0.4), (5, 64, 1.2), (5, 32, 0.4), (8, 64, None))
+)
+"""What embedding and head may get."""
 
 SLOPES = 0.5, 2.0
 """The smallest and the largest change of the size for one of the wanted size that is believed."""
@@ -126,6 +127,12 @@ def bytes_beside_matrices(source: ModelSource, config: SpqrConfig, *, ends: bool
     return total
 
 
+def settings_of_ends(source: ModelSource) -> Sequence[Mapping[str, Any]]:
+    """Those of `END_SETTINGS` whose groups divide the embedding's features; if none do, the first, for its error."""
+    features = source.parts[EMBEDDING]()[leaf_name(EMBEDDING)].shape[1]
+    return [one for one in END_SETTINGS if features % one["group_size"] == 0] or END_SETTINGS[:1]
+
+
 def mixed_rules(
     costs: Mapping[str, Sequence[Option]], settings: Mapping[str, Sequence[Mapping[str, Any]]], nbytes: float
 ) -> Rules:
@@ -205,9 +212,8 @@ def quantize_mixed(
       SpqrError: the settings do not give the size, or four tries did not; or as for `quantize_checkpoint`.
     """
     possible = dividing(kernel_shapes(source), [replace(config, **setting) for setting in SETTINGS])
-    of_ends = [replace(config, embedding_bits=bits) for bits in END_BITS] if target.ends else []
     in_blocks = [{name: getattr(one, name) for name in SETTINGS[0]} for one in possible]
-    in_ends = [{name: getattr(one.of_ends(), name) for name in OF_ENDS} for one in of_ends]
+    in_ends = settings_of_ends(source) if target.ends else []
     settings = {name: in_ends if name in ENDS else in_blocks for name in matrix_paths(source.model)}
 
     def choose(costs: dict[str, Any], tried: Sequence[Try]) -> Choice:
@@ -227,7 +233,7 @@ def quantize_mixed(
         destination,
         calibration_tokens,
         goal=target.goal,
-        survey=lambda: estimate_costs(source, calibration_tokens, possible, of_ends),
+        survey=lambda: estimate_costs(source, calibration_tokens, possible, in_ends),
         choose=choose,
         description={
             "config": dataclasses.asdict(config),

@@ -13,6 +13,7 @@ from spqr_jax.search import mixed_bits, size_search
 from spqr_jax.search.allocation import Option
 from spqr_jax.search.costs import estimate_costs
 from spqr_jax.search.mixed_bits import (
+    END_SETTINGS,
     bits_target,
     bytes_beside_matrices,
     file_target,
@@ -40,7 +41,7 @@ def few_settings(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.slow
 def test_sizes_and_errors_are_those_of_the_packed_matrices() -> None:
     settings = [dataclasses.replace(SMALL, refit=False, **setting) for setting in SETTINGS]
-    ends = [dataclasses.replace(SMALL, embedding_bits=bits) for bits in (5, 3, 8)]
+    ends = [{"bits": bits, "scale_bits": 8, "zero_bits": 8} for bits in (5, 3, 8)]
     costs = estimate_costs(SOURCE, TOKENS, settings, ends)
     assert list(costs)[-2:] == ["embed_tokens", "lm_head"]
     assert len(costs) == 2 * 7 + 2
@@ -73,7 +74,8 @@ def test_a_size_in_bits_is_met_and_settings_differ(tmp_path: Path) -> None:
 def test_a_size_on_the_disk_is_met(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Beside so small a model, what describes it weighs more than its weights, and depends on the order of writes.
     beside = 20_000
-    monkeypatch.setattr(mixed_bits, "END_BITS", (5, 3))
+    ends = [one | {"group_size": 16, "stats_group_size": 16} for one in END_SETTINGS if one["bits"] in (3, 5)]
+    monkeypatch.setattr(mixed_bits, "END_SETTINGS", (*ends, {"group_size": 33}))
 
     def measure(checkpoint: Path) -> int:
         assert bytes_on_disk(checkpoint) > summarize_described(describe(checkpoint)).nbytes
