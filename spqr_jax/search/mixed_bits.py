@@ -127,10 +127,17 @@ def bytes_beside_matrices(source: ModelSource, config: SpqrConfig, *, ends: bool
     return total
 
 
-def settings_of_ends(source: ModelSource) -> Sequence[Mapping[str, Any]]:
-    """Those of `END_SETTINGS` whose groups divide the embedding's features; if none do, the first, for its error."""
-    features = source.parts[EMBEDDING]()[leaf_name(EMBEDDING)].shape[1]
-    return [one for one in END_SETTINGS if features % one["group_size"] == 0] or END_SETTINGS[:1]
+def shape_of_ends(source: ModelSource) -> tuple[int, int]:
+    """The shape `(in, out)` of embedding and head, without their rows, which are filled up to whole groups."""
+    return source.parts[EMBEDDING]()[leaf_name(EMBEDDING)].shape[1], 0
+
+
+def usable(
+    shapes: Sequence[tuple[int, int]], config: SpqrConfig, settings: Sequence[Mapping[str, Any]]
+) -> list[Mapping[str, Any]]:
+    """The settings whose groups divide matrices of these shapes `(in, out)`, see `dividing`."""
+    possible = dividing(shapes, [replace(config, **one) for one in settings])
+    return [one for one in settings if replace(config, **one) in possible]
 
 
 def mixed_rules(
@@ -211,9 +218,9 @@ def quantize_mixed(
     Raises:
       SpqrError: the settings do not give the size, or four tries did not; or as for `quantize_checkpoint`.
     """
-    possible = dividing(kernel_shapes(source), [replace(config, **setting) for setting in SETTINGS])
-    in_blocks = [{name: getattr(one, name) for name in SETTINGS[0]} for one in possible]
-    in_ends = settings_of_ends(source) if target.ends else []
+    in_blocks = usable(kernel_shapes(source), config, SETTINGS)
+    configs = [replace(config, **one) for one in in_blocks]
+    in_ends = usable([shape_of_ends(source)], config, END_SETTINGS) if target.ends else []
     settings = {name: in_ends if name in ENDS else in_blocks for name in matrix_paths(source.model)}
 
     def choose(costs: dict[str, Any], tried: Sequence[Try]) -> Choice:
@@ -233,7 +240,7 @@ def quantize_mixed(
         destination,
         calibration_tokens,
         goal=target.goal,
-        survey=lambda: estimate_costs(source, calibration_tokens, possible, in_ends),
+        survey=lambda: estimate_costs(source, calibration_tokens, configs, in_ends),
         choose=choose,
         description={
             "config": dataclasses.asdict(config),

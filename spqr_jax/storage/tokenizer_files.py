@@ -1,6 +1,5 @@
 """The files of a tokenizer."""
 
-import json
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
@@ -23,6 +22,4 @@ def write_tokenizer(directory: Path, tokenizer: PreTrainedTokenizerFast) -> None
         tokenizer.save_pretrained(directory)
     finally:
         logging.set_verbosity(verbosity)
-    path = Path(directory) / "tokenizer.json"
-    content = json.loads(path.read_text(encoding="utf-8"))
-    path.write_text(json.dumps(content, ensure_ascii=False, separators=(",", ":")), encoding="utf-8")
+    tokenizer.backend_tokenizer.save(str(directory / "tokenizer.json"), pretty=False)

@@ -75,7 +75,7 @@ def test_a_size_on_the_disk_is_met(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     # Beside so small a model, what describes it weighs more than its weights, and depends on the order of writes.
     beside = 20_000
     ends = [one | {"group_size": 16, "stats_group_size": 16} for one in END_SETTINGS if one["bits"] in (3, 5)]
-    monkeypatch.setattr(mixed_bits, "END_SETTINGS", (*ends, {"group_size": 33}))
+    monkeypatch.setattr(mixed_bits, "END_SETTINGS", (*ends, {"group_size": 64}))
 
     def measure(checkpoint: Path) -> int:
         assert bytes_on_disk(checkpoint) > summarize_described(describe(checkpoint)).nbytes

@@ -308,6 +308,10 @@ def test_a_full_disk_is_one_error_and_what_is_finished_stays(source, expected, t
     assert_identical(load(tmp_path / "out").params, expected[0])
 
 
+def unfinished(destination: Path) -> bool:
+    return not destination.exists() or destination.with_name(f"{destination.name}.partial").exists()
+
+
 @pytest.fixture(scope="module")
 def events(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> int:
     """Events of a run that is not killed, and finds all programs compiled."""
@@ -338,7 +342,7 @@ def test_a_run_killed_at_its_end_resumes(llama, expected, events, tmp_path):
         status = QuantizingProcess(llama, destination, TOKENS, kill_at).wait()
         assert status in (0, -signal.SIGKILL)
         kills += status != 0
-        if not destination.exists() or (tmp_path / f"{destination.name}.partial").exists():
+        if unfinished(destination):
             assert QuantizingProcess(llama, destination, TOKENS).result()[0] == BLOCKS
         assert not (tmp_path / f"{destination.name}.partial").exists()
         assert_identical(load(destination).params, expected[0])
@@ -354,15 +358,12 @@ def test_a_run_killed_at_random_moments_again_and_again_ends_with_the_same_bits(
     kills = 0
     for attempt in itertools.count():
         destination = tmp_path / f"out-{attempt}"
-
-        def unfinished(destination: Path = destination) -> bool:
-            return not destination.exists() or destination.with_name(f"{destination.name}.partial").exists()
-
         for _ in range(2):
-            process = QuantizingProcess(llama, destination, TOKENS) if unfinished() else None
-            if process is not None and process.wait(moments.uniform(0.2, 1) * whole) is None:
-                kills += process.kill() == -signal.SIGKILL
-        if unfinished():
+            if unfinished(destination):
+                process = QuantizingProcess(llama, destination, TOKENS)
+                if process.wait(moments.uniform(0.2, 1) * whole) is None:
+                    kills += process.kill() == -signal.SIGKILL
+        if unfinished(destination):
             QuantizingProcess(llama, destination, TOKENS).result()
         assert_identical(load(destination).params, expected[0])
         if kills >= 3:
